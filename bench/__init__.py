@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench` compares whole systems, `pytest bench` measures the parts."""

@@ -1,0 +1,40 @@
+"""Celery's side of the benchmark, set up as a competent user would for throughput."""
+
+from __future__ import annotations
+
+import os
+
+from celery import Celery
+
+from bench.peers import client
+from bench.peers.counter import open_counter
+
+BACKEND = os.environ.get("BENCH_BACKEND", "disabled")
+app = Celery("bench", broker=os.environ["BENCH_BROKER"], backend=None if BACKEND == "disabled" else BACKEND)
+app.conf.update(
+    task_ignore_result=BACKEND == "disabled",
+    worker_prefetch_multiplier=1000,
+    worker_send_task_events=False,
+    worker_hijack_root_logger=False,
+    worker_enable_remote_control=False,
+    broker_connection_retry_on_startup=True,
+)
+counter = open_counter()
+
+
+@app.task
+def noop(number: int) -> int:
+    counter.add()
+    return number
+
+
+def send() -> None:
+    noop.delay(1)
+
+
+def call() -> None:
+    noop.delay(1).get(timeout=30)
+
+
+if __name__ == "__main__":
+    client.main(send, call)

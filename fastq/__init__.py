@@ -1,0 +1,81 @@
+"""fastq: a task queue with a compiled core that speaks Celery's words and wire format.
+
+The public names; each is imported from its module when it is first used, so that ``import fastq`` costs next to
+nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastq import states
+    from fastq.app import FastQ, current_app, shared_task
+    from fastq.errors import (
+        ConnectionLost,
+        FastqError,
+        Ignore,
+        MaxRetriesExceeded,
+        PublishError,
+        Reject,
+        RemoteError,
+        ResultTimeout,
+        Retry,
+        SettingsError,
+        SoftTimeLimitExceeded,
+        TaskError,
+    )
+    from fastq.request import Request
+    from fastq.result import AsyncResult, EagerResult
+    from fastq.task import Task
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncResult",
+    "ConnectionLost",
+    "EagerResult",
+    "FastQ",
+    "FastqError",
+    "Ignore",
+    "MaxRetriesExceeded",
+    "PublishError",
+    "Reject",
+    "RemoteError",
+    "Request",
+    "ResultTimeout",
+    "Retry",
+    "SettingsError",
+    "SoftTimeLimitExceeded",
+    "Task",
+    "TaskError",
+    "__version__",
+    "current_app",
+    "shared_task",
+    "states",
+]
+
+_MODULES = {
+    "AsyncResult": "fastq.result",
+    "EagerResult": "fastq.result",
+    "FastQ": "fastq.app",
+    "Request": "fastq.request",
+    "Task": "fastq.task",
+    "current_app": "fastq.app",
+    "shared_task": "fastq.app",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "states":
+        return importlib.import_module("fastq.states")
+    if name not in __all__:
+        raise AttributeError(f"module 'fastq' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES.get(name, "fastq.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,531 @@
+"""The application: settings, the registry of tasks, and the one place where messages leave a process (``publish``).
+
+Opens its publisher and result store when they are first needed, from the URLs in the settings; both can be set instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, cast, overload
+
+from fastq import result as results
+from fastq.errors import ConnectionLost, PublishError, ResultsDisabled, SettingsError
+from fastq.options import SendOptions, TaskOptions, check_names, text_option
+from fastq.request import current, running_message
+from fastq.sending import Envelope, Envelopes, PublishRetry
+from fastq.settings import Settings, settings_of
+from fastq.task import Task
+from fastq.wire.message import Message, new_id
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastq.interfaces import Publisher, ResultStore
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Self_ = TypeVar("Self_", bound="Task[..., Any]")
+TaskType = TypeVar("TaskType", bound="Task[..., Any]")
+
+_MAX_NAMED_ENVELOPES = 1024  # chosen: send_task with made-up names must not grow without bound
+
+_apps: weakref.WeakSet[FastQ] = weakref.WeakSet()
+_shared: list[SharedTask] = []
+_last_app: FastQ | None = None
+
+
+class _Thread(threading.local):
+    """What a thread has collected in ``app.batch()``; None outside."""
+
+    batch: list[Message] | None = None
+
+
+class FastQ:
+    """A task queue application.
+
+    ``name`` is the module name of tasks that are defined in ``__main__``. Any setting can be given as a keyword; it
+    wins over ``config`` (an object, a mapping, or the name of a module).
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        broker: str | Sequence[str] | None = None,
+        backend: str | None = None,
+        include: Sequence[str] | None = None,
+        config: object = None,
+        **settings: Any,
+    ) -> None:
+        global _last_app
+        self.main = name
+        keywords = {"broker_url": broker, "result_backend": backend, "include": include}
+        self.conf = Settings({**{key: value for key, value in keywords.items() if value is not None}, **settings})
+        self.tasks: dict[str, Task[..., Any]] = {}
+        self._lock = threading.RLock()
+        self._thread = _Thread()
+        self._discover: list[tuple[Iterable[str] | Callable[[], Iterable[str]], str]] = []
+        self._envelopes: Envelopes | None = None
+        self._named: dict[str, Envelope] = {}
+        self._publisher: Publisher | None = None
+        self._store: ResultStore | None = None
+        self._declared: set[str] = set()
+        if config is not None:
+            self.config_from_object(config)
+        for shared in _shared:
+            shared.join(self)
+        _apps.add(self)
+        _last_app = self
+
+    def __repr__(self) -> str:
+        return f"<FastQ {self.main or 'unnamed'}: {len(self.tasks)} tasks>"
+
+    # --- configuration -----------------------------------------------------------------------------------------------
+
+    def config_from_object(self, source: object, namespace: str | None = None) -> None:
+        """Take settings from an object, a mapping, or a module given by name (``module`` or ``module:attribute``)."""
+        self.conf.load(settings_of(_import_object(source) if isinstance(source, str) else source, namespace))
+
+    def config_from_envvar(self, variable: str, namespace: str | None = None) -> None:
+        """Take settings from the module that an environment variable names."""
+        module = os.environ.get(variable)
+        if not module:
+            raise SettingsError(f"environment variable {variable!r} is not set; it should name a module with settings")
+        self.config_from_object(module, namespace)
+
+    def finalize(self) -> None:
+        """Settle the configuration; called by the first use. Tasks may still be added, settings no longer change."""
+        if self._envelopes is not None:
+            return
+        with self._lock:
+            if self._envelopes is None:
+                self.conf.freeze()
+                self._settle()
+
+    @contextmanager
+    def override(self, **settings: Any) -> Iterator[None]:
+        """Change settings for the duration of a ``with`` block; for tests. Connections that are open stay as they are."""
+        self.finalize()
+        try:
+            with self.conf.override(**settings):
+                self._settle()
+                yield
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        self._envelopes = Envelopes(self.conf)
+        self._named.clear()
+        for task in self.tasks.values():
+            task.settle(self.conf)
+
+    # --- tasks -------------------------------------------------------------------------------------------------------
+
+    @overload
+    def task(self, function: Callable[P, R], /) -> Task[P, R]: ...
+
+    @overload
+    def task(
+        self, *, bind: Literal[True], base: type[Task[..., Any]] | None = None, **options: Unpack[TaskOptions]
+    ) -> Callable[[Callable[Concatenate[Self_, P], R]], Task[P, R]]: ...
+
+    @overload
+    def task(
+        self, *, bind: Literal[False] = False, base: type[Task[..., Any]] | None = None, **options: Unpack[TaskOptions]
+    ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+
+    def task(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        bind: bool = False,
+        base: type[Task[..., Any]] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Make a function a task: ``@app.task``, or ``@app.task(...)`` with options (see ``TaskOptions``).
+
+        ``bind=True`` passes the task itself as the function's first argument; ``base`` is the class of the task.
+        """
+        if function is None:
+            return lambda function: self.add_task(function, bind, base, cast("TaskOptions", options))
+        return self.add_task(function, bind, base, cast("TaskOptions", options))
+
+    def add_task(
+        self, function: Callable[..., R], bind: bool, base: type[Task[..., Any]] | None, options: TaskOptions
+    ) -> Task[..., R]:
+        """Register a function as a task and return it."""
+        if not callable(function):
+            raise TypeError(f"@app.task is for functions, not for {function!r:.80}; options are given by name")
+        task = (base or Task)()
+        task.declare(self, options.get("name") or self.name_of(function), function, options, bind)
+        return self._register(task)
+
+    def register_task(self, task: TaskType | type[TaskType]) -> TaskType:
+        """Register an instance (or the class) of a Task subclass with a ``run`` method and return the task."""
+        made = task() if isinstance(task, type) else task
+        made.declare(self, made.name or self.name_of(type(made)), None, {}, True)
+        return self._register(made)
+
+    def _register(self, task: TaskType) -> TaskType:
+        known = self.tasks.get(task.name)
+        if known is not None and _origin(known) != _origin(task):
+            raise SettingsError(
+                f"two tasks have the name {task.name!r}: {'.'.join(_origin(known))} and {'.'.join(_origin(task))}; "
+                "give one another name: @app.task(name=...)"
+            )
+        self.tasks[task.name] = task
+        if self._envelopes is not None:
+            task.settle(self.conf)
+        return task
+
+    def name_of(self, function: Callable[..., Any]) -> str:
+        """Return the name that a task of this function gets: ``module.function``, with a real name for ``__main__``."""
+        module = function.__module__
+        if module == "__main__":
+            module = self.main or _main_module_name()
+        return f"{module}.{getattr(function, '__name__', type(function).__name__)}"
+
+    def autodiscover_tasks(
+        self, packages: Iterable[str] | Callable[[], Iterable[str]], related_name: str | None = "tasks"
+    ) -> None:
+        """Have ``load_tasks`` import ``<package>.tasks`` of each package that has one."""
+        self._discover.append((packages, related_name or ""))
+
+    def load_tasks(self) -> None:
+        """Import the modules that hold tasks: ``include``, ``imports`` and what ``autodiscover_tasks`` was given."""
+        for module in (*self.conf.imports, *self.conf.include):
+            importlib.import_module(module)
+        for packages, related_name in self._discover:
+            for package in packages() if callable(packages) else packages:
+                _import_related(package, related_name)
+
+    def exceptions_of(self, task_name: str | None) -> Sequence[type[BaseException]]:
+        """Return the exception classes that a task names: stored ones are rebuilt with their own constructors."""
+        task = self.tasks.get(task_name) if task_name is not None else None
+        if task is None:
+            return ()
+        named: Sequence[type[BaseException]] = cast("Sequence[type[BaseException]]", task.throws)
+        return named if task.autoretry is None else (*named, *task.autoretry.retry_for)
+
+    @property
+    def current_task(self) -> Task[..., Any] | None:
+        """Return the task whose call is running here."""
+        request = current()
+        return None if request is None or request.task is None else self.tasks.get(request.task)
+
+    # --- sending -----------------------------------------------------------------------------------------------------
+
+    def send_task(
+        self,
+        name: str,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[SendOptions],
+    ) -> results.AsyncResult[Any]:
+        """Send a task by name, registered here or not, and return the handle on its result."""
+        check_names(options, SendOptions.__optional_keys__, "send_task()")
+        if args is not None and not isinstance(args, (list, tuple)):
+            raise TypeError(f"args is {args!r:.80}; expected a list or tuple of positional arguments")
+        positional, named = args or (), dict(kwargs or {})
+        envelope = self._envelope_of(name, positional, named)
+        if options:
+            envelope = self.envelopes.with_options(envelope, options)
+        task_id = options.get("task_id")
+        return self.send(envelope, new_id() if task_id is None else text_option("task_id", task_id), positional, named)
+
+    def send(
+        self, envelope: Envelope, task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> results.AsyncResult[Any]:
+        """Publish one call and return the handle on its result; ``delay`` and all its relatives end here."""
+        parent = running_message()
+        self.publish((envelope.message(task_id, args, kwargs, parent),), envelope.publish_retry)
+        sent: results.AsyncResult[Any] = results.AsyncResult(task_id, self, envelope.name, envelope.ignore_result)
+        if parent is not None:
+            parent.children.append(sent)
+        return sent
+
+    def publish(self, messages: Sequence[Message], retry: PublishRetry | None = None) -> None:
+        """Return when the broker has confirmed the messages; every message of this process leaves here.
+
+        A lost connection or a missing confirm is tried again by the retry policy, then raised.
+        """
+        batch = self._thread.batch
+        if batch is not None:
+            batch.extend(messages)
+            return
+        attempt = 0
+        while True:
+            try:
+                self._publish_once(messages)
+                return
+            except (ConnectionLost, PublishError):
+                policy = self.envelopes.default_retry if retry is None else retry
+                if policy.max_retries is not None and attempt >= policy.max_retries:
+                    raise
+            time.sleep(policy.pause_s(attempt))
+            attempt += 1
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Collect what this thread sends inside the ``with`` block and publish it at the end, with one wait for all.
+
+        After an exception in the block nothing is published. Inside another batch, it joins that one.
+        """
+        thread = self._thread
+        if thread.batch is not None:
+            yield
+            return
+        collected: list[Message] = []
+        thread.batch = collected
+        try:
+            yield
+        finally:
+            thread.batch = None
+        if collected:
+            self.publish(collected)
+
+    def reply_address(self) -> str | None:
+        """Return where workers send results to, None when the store needs no address."""
+        running = running_message()
+        if not self.stores_results or (running is not None and running.call is not None):
+            return None  # a task in a worker does not wait for results, and its process has no connections
+        return self.store.reply_address()
+
+    def _publish_once(self, messages: Sequence[Message]) -> None:
+        publisher = self._publisher or self.publisher
+        for message in messages:
+            if not message.exchange and message.routing_key not in self._declared:
+                self._declare(publisher, message.routing_key)
+        publisher.publish(messages)
+
+    def _declare(self, publisher: Publisher, queue: str) -> None:
+        if self.conf.task_create_missing_queues or queue == self.conf.task_default_queue:
+            publisher.declare(queue)
+        self._declared.add(queue)
+
+    def _envelope_of(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Envelope:
+        envelope = self._named.get(name)
+        if envelope is not None:
+            return envelope
+        envelopes = self.envelopes
+        envelope = envelopes.routed(envelopes.of_name(name), args, kwargs, self.tasks.get(name))
+        envelope.reply_to = None if envelope.ignore_result else self.reply_address()
+        if envelopes.routes_are_static:
+            if len(self._named) >= _MAX_NAMED_ENVELOPES:
+                self._named.clear()
+            self._named[name] = envelope
+        return envelope
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def envelopes(self) -> Envelopes:
+        """Return what makes this application's messages; finalizes it."""
+        if self._envelopes is None:
+            self.finalize()
+        return cast("Envelopes", self._envelopes)
+
+    @property
+    def publisher(self) -> Publisher:
+        """Return the connection to the broker, opened at first use."""
+        if self._publisher is None:
+            self.finalize()
+            with self._lock:
+                if self._publisher is None:
+                    from fastq.transport import open_publisher
+
+                    self._publisher = open_publisher(cast("str", self.conf.broker_url), self.conf)
+        return self._publisher
+
+    @publisher.setter
+    def publisher(self, publisher: Publisher | None) -> None:
+        self._publisher = publisher
+        self._declared.clear()
+
+    @property
+    def stores_results(self) -> bool:
+        """Return whether there is a result store."""
+        if self._store is None:
+            self.finalize()
+        return self._store is not None or self.conf.result_backend != "disabled"
+
+    @property
+    def store(self) -> ResultStore:
+        """Return the result store, opened at first use. Raises ResultsDisabled when there is none."""
+        if self._store is None:
+            if not self.stores_results:
+                raise ResultsDisabled("this application stores no results; name a store: FastQ(backend='rpc://')")
+            with self._lock:
+                if self._store is None:
+                    from fastq.results import open_store
+
+                    self._store = open_store(cast("str", self.conf.result_backend), self.conf, self.publisher)
+        return self._store
+
+    @store.setter
+    def store(self, store: ResultStore | None) -> None:
+        self._store = store
+        self.forget_envelopes()
+
+    def AsyncResult(self, task_id: str, task_name: str | None = None) -> results.AsyncResult[Any]:  # noqa: N802 - Celery's word
+        """Return the handle on a task that was sent before."""
+        return results.AsyncResult(task_id, self, task_name)
+
+    def close(self) -> None:
+        """Close the connections; a later use opens new ones."""
+        with self._lock:
+            store, publisher = self._store, self._publisher
+            self._store = self._publisher = None
+        if store is not None:
+            store.close()
+        if publisher is not None:
+            publisher.close()
+
+    def forget_envelopes(self) -> None:
+        """Prepare messages anew from the next one on: the reply address or the process has changed."""
+        self._named.clear()
+        for task in self.tasks.values():
+            task.forget_envelope()
+
+    def after_fork(self) -> None:
+        """Drop what belongs to the parent process; runs in every forked child by itself."""
+        self._lock = threading.RLock()
+        self._thread.batch = None
+        self.forget_envelopes()
+
+
+class SharedTask:
+    """What ``@shared_task`` leaves in a module: the task of the current application, looked up at each use."""
+
+    def __init__(
+        self, function: Callable[..., Any], bind: bool, base: type[Task[..., Any]] | None, options: TaskOptions
+    ) -> None:
+        self._function = function
+        self._declaration = (bind, base, options)
+        self.__wrapped__ = function
+        self.__doc__ = function.__doc__
+        self.__module__ = function.__module__
+        self.__name__ = function.__name__
+
+    def join(self, app: FastQ) -> Task[..., Any]:
+        """Make the task known to an application."""
+        return app.add_task(self._function, *self._declaration)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function here and now, as a plain call."""
+        return self._task()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task(), name)
+
+    def __repr__(self) -> str:
+        return f"<shared task {self.__module__}.{self.__name__}>"
+
+    def _task(self) -> Task[..., Any]:
+        app = current_app()
+        name = self._declaration[2].get("name") or app.name_of(self._function)
+        return app.tasks[name]
+
+
+@overload
+def shared_task(function: Callable[P, R], /) -> Task[P, R]: ...
+
+
+@overload
+def shared_task(
+    *, bind: Literal[True], base: type[Task[..., Any]] | None = None, **options: Unpack[TaskOptions]
+) -> Callable[[Callable[Concatenate[Self_, P], R]], Task[P, R]]: ...
+
+
+@overload
+def shared_task(
+    *, bind: Literal[False] = False, base: type[Task[..., Any]] | None = None, **options: Unpack[TaskOptions]
+) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+
+
+def shared_task(
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    bind: bool = False,
+    base: type[Task[..., Any]] | None = None,
+    **options: Any,
+) -> Any:
+    """Make a function a task of every application, those that are made later included. Options as for ``app.task``."""
+
+    def share(function: Callable[..., Any]) -> SharedTask:
+        shared = SharedTask(function, bind, base, cast("TaskOptions", options))
+        _shared.append(shared)
+        for app in list(_apps):
+            shared.join(app)
+        return shared
+
+    return share if function is None else share(function)
+
+
+def current_app() -> FastQ:
+    """Return the application that was made last; without any, a new one on the settings of the environment."""
+    return _last_app if _last_app is not None else FastQ()
+
+
+def set_current_app(app: FastQ) -> None:
+    """Make an application the one that shared tasks belong to in this process."""
+    global _last_app
+    _last_app = app
+
+
+def _import_object(path: str) -> object:
+    module, _, attribute = path.partition(":")
+    try:
+        found: object = importlib.import_module(module)
+        return getattr(found, attribute) if attribute else found
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+            raise
+        raise SettingsError(f"the module with settings {module!r} is not found; is it on sys.path?") from error
+    except AttributeError as error:
+        raise SettingsError(f"module {module!r} has no {attribute!r} with settings") from error
+
+
+def _import_related(package: str, related_name: str) -> None:
+    """Import a package's module of tasks, if it has one; an import that fails inside it is an error as anywhere."""
+    module = f"{package}.{related_name}" if related_name else package
+    importlib.import_module(package)
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+
+
+def _main_module_name() -> str:
+    """Return the name under which a worker would import the program that is running."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return cast("str", spec.name).removesuffix(".__main__")  # python -m package.module
+    file = getattr(main, "__file__", None)
+    return Path(file).stem if file else "__main__"
+
+
+def _origin(task: Task[..., Any]) -> tuple[str, str]:
+    """Return where a task was written; the same place again is a reload, not a conflict."""
+    function = getattr(task, "__wrapped__", type(task))
+    return function.__module__, function.__qualname__
+
+
+def _after_fork() -> None:
+    for app in list(_apps):
+        app.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,52 @@
+"""``fastq call``: send one task by name. The task need not be known here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fastq.cli import Globals
+from fastq.cli.options import json_array, json_object, misplaced_globals, moment, moment_or_seconds
+
+
+@click.command("call")
+@click.argument("name")
+@click.option("-a", "--args", type=json_array, default="[]", metavar="JSON", help="Positional arguments: a JSON array.")
+@click.option(
+    "-k", "--kwargs", type=json_object, default="{}", metavar="JSON", help="Keyword arguments: a JSON object."
+)
+@click.option("--countdown", type=float, help="Seconds from now at which to run.")
+@click.option("--eta", type=moment, metavar="WHEN", help="When to run.")
+@click.option(
+    "--expires", type=moment_or_seconds, metavar="WHEN", help="When, or after how many seconds, not to run it any more."
+)
+@click.option("--serializer", help="Serializer of the arguments.")
+@click.option("--queue", help="Queue to send to.")
+@click.option("--exchange", help="Exchange to publish to.")
+@click.option("--routing-key", help="Routing key.")
+@click.option("--wait", is_flag=False, flag_value="", metavar="[SECONDS]", help="Wait for the result and print it.")
+@misplaced_globals
+@click.pass_obj
+def command(
+    settings: Globals, /, name: str, args: list[Any], kwargs: dict[str, Any], wait: str | None, **routing: Any
+) -> int:
+    """Send the task NAME and print its id."""
+    timeout_s = _seconds(wait)
+    app = settings.load_app()
+    result = app.send_task(name, args, kwargs, **{key: value for key, value in routing.items() if value is not None})
+    click.echo(result.id)
+    if wait is None:
+        return 0
+    from fastq.cli.result import show
+
+    return show(app.store.wait(result.id, timeout_s), with_traceback=False)
+
+
+def _seconds(wait: str | None) -> float | None:
+    if not wait:
+        return None
+    try:
+        return float(wait)
+    except ValueError:
+        raise click.BadParameter(f"{wait!r} is not a number of seconds", param_hint="--wait") from None

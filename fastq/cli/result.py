@@ -1,0 +1,54 @@
+"""``fastq result``: print what is stored of a task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from fastq.cli import Globals
+from fastq.cli.errors import Failure
+from fastq.cli.options import misplaced_globals
+from fastq.states import READY_STATES, SUCCESS
+from fastq.worker.exitcodes import EX_FAILURE, EX_OK, EX_TEMPFAIL
+
+if TYPE_CHECKING:
+    from fastq.interfaces import Meta
+
+
+@click.command("result")
+@click.argument("task_id")
+@click.option("--traceback", is_flag=True, help="Print the traceback instead.")
+@click.option("--wait", type=float, metavar="SECONDS", help="Wait so long for it to be ready.")
+@click.option("-t", "--task", hidden=True, expose_value=False)
+@misplaced_globals
+@click.pass_obj
+def command(settings: Globals, /, task_id: str, traceback: bool, wait: float | None) -> int:
+    """Print the result of the task TASK_ID. Exit code 1: it failed; 75: it is not ready."""
+    app = settings.load_app()
+    meta = app.store.load(task_id) if wait is None else app.store.wait(task_id, wait)
+    if meta is None or meta["status"] not in READY_STATES:
+        state = meta["status"] if meta else "PENDING"
+        raise Failure(f"task {task_id} is not ready ({state}); give it time with --wait <seconds>", EX_TEMPFAIL)
+    return show(meta, traceback)
+
+
+def show(meta: Meta, with_traceback: bool) -> int:
+    """Print a final result, or the traceback of a failure. Raises Failure for a task that has nothing to print."""
+    if meta["status"] == SUCCESS:
+        if not with_traceback:
+            click.echo(meta["result"])
+        return EX_OK
+    if with_traceback and meta.get("traceback"):
+        click.echo(meta["traceback"])
+        return EX_FAILURE
+    raise Failure(f"task {meta['task_id']} ended as {meta['status']}: {_reason(meta['result'])}")
+
+
+def _reason(result: object) -> str:
+    """Return a stored exception in one line; stores keep it as a dict of its class and arguments."""
+    if not isinstance(result, dict):
+        return repr(result)
+    message = result.get("exc_message", ())
+    arguments = message if isinstance(message, (list, tuple)) else [message]
+    return f"{result.get('exc_type')}({', '.join(map(repr, arguments))})"

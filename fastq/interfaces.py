@@ -1,0 +1,100 @@
+"""The seams between fastq's parts, as protocols. Read this file first; it has no behaviour.
+
+A message's life has three nouns: ``Delivery`` (as received), ``Call`` (in the child), ``Outcome`` (how it ended), and five
+verbs: receive, submit, collect, save, settle. Each seam is crossed once per batch, never once per message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from fastq.link import Source
+    from fastq.wire.message import Message
+
+#: A stored result: Celery's layout (``status``, ``result``, ``traceback``, ``children``, ``date_done``, ``task_id``, …).
+Meta: TypeAlias = Mapping[str, Any]
+
+
+class Codec(Protocol):
+    """A serializer: values to bytes and back."""
+
+    name: str
+    content_type: str
+    content_encoding: str
+
+    def encode(self, value: Any) -> bytes:
+        """Return the value as bytes. Raises EncodeError."""
+
+    def decode(self, data: bytes) -> Any:
+        """Return the value in the bytes. Raises DecodeError."""
+
+
+class Publisher(Protocol):
+    """The producer's side of a broker. Thread-safe; notices a fork and opens a connection of its own."""
+
+    def publish(self, messages: Sequence[Message]) -> None:
+        """Return when the broker has confirmed every message: one wait for the batch. Raises PublishError."""
+
+    def declare(self, queue: str) -> None:
+        """Create the queue if it is missing."""
+
+    def purge(self, queue: str) -> int:
+        """Drop the waiting messages of a queue and return how many there were."""
+
+    def depth(self, queue: str) -> int:
+        """Return how many messages wait in a queue."""
+
+    def close(self) -> None:
+        """Close the connection; a later call opens a new one."""
+
+
+class ResultStore(Protocol):
+    """The caller's side of a result store. Thread-safe and fork-aware."""
+
+    def reply_address(self) -> str | None:
+        """Return what messages carry as ``reply_to`` so that results find this process; None when nothing is needed."""
+
+    def load(self, task_id: str) -> Meta | None:
+        """Return the stored meta, or None when nothing is known of the task."""
+
+    def wait(self, task_id: str, timeout_s: float | None) -> Meta:
+        """Block until a final state is known and return its meta. Raises ResultTimeout."""
+
+    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> None:
+        """Call back once, from a background thread, when a final state is known."""
+
+    def save(self, task_id: str, state: str, meta: bytes) -> None:
+        """Store an encoded meta."""
+
+    def forget(self, task_id: str) -> None:
+        """Drop what is stored of a task."""
+
+    def close(self) -> None:
+        """Release connections and threads."""
+
+
+class Consumer(Protocol):
+    """The worker's side of a broker: the cold half, on the parent's event loop. ``source`` is the compiled hot half."""
+
+    source: Source
+    #: Where follow-ups and replies are published: a second connection with AMQP, else the source itself.
+    outlet: Source
+    lost: asyncio.Future[Exception]
+
+    async def open(self) -> None:
+        """Connect. Raises ConnectionLost (try again) or SettingsError (do not)."""
+
+    async def consume(self, queues: Sequence[str], prefetch: int) -> None:
+        """Declare the queues and start to receive, at most ``prefetch`` unsettled messages at a time."""
+
+    async def set_prefetch(self, prefetch: int) -> None:
+        """Change how many unsettled messages may be here; what waits already does not count with AMQP."""
+
+    async def cancel(self) -> None:
+        """Stop receiving; nothing new arrives after it returns. Settling goes on."""
+
+    async def close(self) -> None:
+        """Close the connection; what is not settled goes back to the broker."""

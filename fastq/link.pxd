@@ -1,0 +1,122 @@
+"""The compiled hot half of a connection: what a delivery is, who takes it, and AMQP's way of bringing it. Declarations."""
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from fastq.wire.ack_window cimport AckWindow
+from fastq.wire.buffer cimport Writer
+from fastq.wire.message cimport Head, Message
+
+
+# What becomes of a delivery.
+cdef enum Verdict:
+    ACK = 0             # done: the broker may forget it
+    REJECT = 1          # never to run again: to the dead letters, if there are any
+    REQUEUE = 2         # back to the queue
+
+
+# The ledger: each delivery is in one of these states.
+cdef enum LedgerState:
+    RECEIVED = 0        # admitted, waiting for a child (or for its ETA)
+    DISPATCHED          # handed to a child, not started
+    STARTED             # running
+    FINISHED            # ran; its result or follow-ups are not confirmed yet
+    SETTLED             # the broker has been told, or is about to be in the next flush
+    LEDGER_STATES
+
+
+cdef class Delivery:
+    cdef Source source
+    cdef uint64_t tag
+    cdef bytes exchange
+    cdef bytes routing_key
+    cdef bytes props
+    cdef bytes body
+    cdef Head head
+    cdef object options         # the core's TaskOptions
+    cdef int deliveries         # how often the broker has handed it out, this time included
+    cdef int deaths             # children that died of it here
+    cdef int state
+    cdef int verdict
+    cdef int pending            # confirmations awaited before it may be settled
+    cdef bint unsafe            # a follow-up of it was refused: it must run again
+    cdef bint settled           # told to the source (early acknowledgement: before it ran)
+    cdef uint32_t seq
+    cdef Delivery next
+
+
+cdef class Sink:
+    """Who takes deliveries and confirmations: the core."""
+    cdef int on_delivery(self, Delivery delivery) except -1
+    cdef int on_confirmed(self, Delivery delivery, bint stored) except -1
+    cdef int on_batch(self) except -1
+
+
+cdef class Source:
+    """Where deliveries come from and verdicts go."""
+    cdef Sink sink
+    cdef readonly bint dead             # the connection is gone: verdicts have nowhere to go
+    cdef public Py_ssize_t window       # deliveries that may be here unsettled; 0 = no bound
+    cdef readonly Py_ssize_t held       # deliveries that are
+
+    cdef int bind(self, Sink sink) except -1
+    cdef int give(self, Delivery delivery) except -1
+    cdef int tell(self, Delivery delivery, int verdict) except -1
+    cdef int send(self, Message message, Delivery owner) except -1
+    cdef int flush(self, bint now) except -1
+    cdef bint owes(self) noexcept
+
+
+cdef class AmqpLink(Source):
+    cdef public object on_method
+    cdef public object on_returned
+    cdef public object on_lost
+    cdef public int consume_channel
+    cdef public int publish_channel
+    cdef public Py_ssize_t frame_max
+    cdef public Py_ssize_t max_message_bytes
+    cdef readonly double received_at
+    cdef readonly double sent_at
+    cdef readonly object transport
+    cdef object write_bytes
+    cdef bytearray buffer
+    cdef object view
+    cdef Py_ssize_t end
+    cdef Writer out
+    cdef AckWindow acks
+    cdef uint64_t owed[64]
+    cdef int owed_count
+    # the content that is arriving
+    cdef int content            # 0 none, else BASIC_DELIVER or BASIC_RETURN
+    cdef int content_channel
+    cdef uint64_t content_tag
+    cdef bint content_redelivered
+    cdef bytes content_exchange, content_routing_key, content_props, content_body
+    cdef list content_parts      # of a body in several frames
+    cdef object content_arguments
+    cdef uint64_t body_size
+    cdef Py_ssize_t body_got
+    # confirms
+    cdef bint confirming
+    cdef uint64_t publish_tag
+    cdef uint64_t confirmed_to
+    cdef dict unconfirmed
+
+    cdef int parse(self) except -1
+    cdef int on_frame(self, uint8_t kind, uint16_t channel, const uint8_t *p, Py_ssize_t size) except -1
+    cdef int on_deliver(self, uint16_t channel, const uint8_t *p, Py_ssize_t size) except -1
+    cdef int on_header(self, const uint8_t *p, Py_ssize_t size) except -1
+    cdef int on_content(self) except -1
+    cdef int on_confirm(self, uint64_t tag, bint multiple, bint stored) except -1
+    cdef int write_acks(self) except -1
+    cdef int write_out(self) except -1
+
+
+cdef class BatchSource(Source):
+    cdef list verdicts
+    cdef list results
+    cdef list messages
+    cdef dict owners
+    cdef uint64_t next_token
+    cdef Py_ssize_t pulled
+
+    cdef int keep_result(self, Delivery delivery, str task_id, str state, bytes meta, str reply_to, bint confirm) except -1

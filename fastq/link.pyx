@@ -1,0 +1,499 @@
+# cython: language_level=3
+"""The compiled hot half of a connection: bytes to deliveries, verdicts to bytes. No decisions about tasks, no handshakes.
+
+``AmqpLink`` is an asyncio.BufferedProtocol: it scans the three frames of a delivery in place and hands every other method to
+its cold half, in Python. ``BatchSource`` is the same thing for brokers whose I/O happens elsewhere: it crosses into Python
+once per batch.
+"""
+
+cimport cython
+from cpython.bytearray cimport PyByteArray_AS_STRING
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.string cimport memcmp, memcpy, memmove
+
+from fastq.wire.buffer cimport load_u16, load_u32, load_u64
+from fastq.wire.frames cimport (
+    BASIC_ACK, BASIC_DELIVER, BASIC_NACK, BASIC_RETURN, FRAME_BODY, FRAME_END, FRAME_HEADER, FRAME_HEARTBEAT, FRAME_METHOD,
+    FRAME_OVERHEAD, put_ack, put_message, put_nack)
+from fastq.wire.pipe cimport monotonic_ns
+
+from fastq.errors import ConnectionLost, LocalProtocolError, RemoteProtocolError
+
+cdef enum:
+    BUFFER_BYTES = 1 << 18      # two of the largest frames that are agreed on
+
+
+@cython.freelist(1024)
+cdef class Delivery:
+    """A message as received: headers scanned, body and properties still encoded."""
+
+
+cdef class Sink:
+    cdef int on_delivery(self, Delivery delivery) except -1:
+        return 0
+
+    cdef int on_confirmed(self, Delivery delivery, bint stored) except -1:
+        return 0
+
+    cdef int on_batch(self) except -1:
+        return 0
+
+
+cdef class Source:
+    """Base of what brings deliveries."""
+
+    cdef int bind(self, Sink sink) except -1:
+        self.sink = sink
+        return 0
+
+    cdef int give(self, Delivery delivery) except -1:
+        """Hand a delivery to the sink."""
+        delivery.source = self
+        self.held += 1
+        return self.sink.on_delivery(delivery)
+
+    cdef int tell(self, Delivery delivery, int verdict) except -1:
+        """Take the verdict on a delivery; the broker hears of it at the next flush."""
+        self.held -= 1
+        return 0
+
+    cdef int send(self, Message message, Delivery owner) except -1:
+        """Publish a message and report its confirmation on ``owner`` (None: nobody waits for it)."""
+        raise LocalProtocolError("this source cannot publish")
+
+    cdef int flush(self, bint now) except -1:
+        """Send what is due; everything when ``now``."""
+        return 0
+
+    cdef bint owes(self) noexcept:
+        """Whether verdicts wait for a flush."""
+        return False
+
+
+# --- AMQP -------------------------------------------------------------------------------------------------------------
+
+cdef class AmqpLink(Source):
+    """One AMQP connection's bytes. The cold half sets ``on_method``, ``on_lost`` and the channels, and reads the clocks."""
+
+    def __init__(self, Sink core=None):
+        self.sink = core
+        self.frame_max = 131072
+        self.max_message_bytes = 128 << 20
+        self.consume_channel = 1
+        self.publish_channel = 1
+        self.buffer = bytearray(BUFFER_BYTES)
+        self.view = memoryview(self.buffer)
+        self.out = Writer()
+        self.acks = AckWindow()
+        self.unconfirmed = {}
+        self.content_exchange = self.content_routing_key = b""
+        self.window = 0
+
+    # --- asyncio.BufferedProtocol
+
+    def connection_made(self, transport: object) -> None:
+        self.transport = transport
+        self.write_bytes = transport.write
+        self.received_at = self.sent_at = monotonic_ns() * 1e-9
+
+    def get_buffer(self, Py_ssize_t sizehint) -> object:
+        return self.view if self.end == 0 else self.view[self.end:]
+
+    def buffer_updated(self, Py_ssize_t count) -> None:
+        self.end += count
+        self.received_at = monotonic_ns() * 1e-9
+        try:
+            self.parse()
+            if self.sink is not None:
+                self.sink.on_batch()
+        except RemoteProtocolError as error:
+            self.fail(error)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.dead = True
+        if self.on_lost is not None:
+            on_lost, self.on_lost = self.on_lost, None
+            on_lost(exc)
+
+    def pause_writing(self) -> None:
+        pass
+
+    def resume_writing(self) -> None:
+        pass
+
+    # --- for the cold half
+
+    def write(self, bytes data) -> None:
+        """Send bytes that are frames already."""
+        if self.out.size:
+            self.write_out()
+        self.sent_at = monotonic_ns() * 1e-9
+        self.write_bytes(data)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self.transport is not None:
+            if not self.dead:
+                self.flush(True)
+            self.transport.close()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self.dead = True
+        if self.transport is not None:
+            self.transport.abort()
+
+    def fail(self, error: Exception) -> None:
+        """End the connection because of ``error``."""
+        if self.on_lost is not None:
+            on_lost, self.on_lost = self.on_lost, None
+            self.abort()
+            on_lost(error)
+        else:
+            self.abort()
+
+    def start_confirms(self, int channel) -> None:
+        """The channel is in confirm mode: count what is published on it."""
+        self.publish_channel = channel
+        self.confirming = True
+
+    def publish(self, list messages) -> None:
+        """Publish (token, Message) pairs; nobody is told of their confirmation."""
+        for _, message in messages:
+            self.send(message, None)
+        self.flush(True)
+
+    def take_unconfirmed(self) -> list[tuple[Message, object]]:
+        """Return and forget what was published and never confirmed, oldest first: (Message, owner)."""
+        cdef list left = [self.unconfirmed[tag] for tag in sorted(self.unconfirmed)]
+        self.unconfirmed = {}
+        return left
+
+    # --- bytes to deliveries
+
+    @cython.boundscheck(False)
+    cdef int parse(self) except -1:
+        """Handle the whole frames in the buffer and move what is left to its start."""
+        cdef const uint8_t *p = <const uint8_t *> PyByteArray_AS_STRING(self.buffer)
+        cdef Py_ssize_t at = 0, payload
+        while self.end - at >= 7:
+            payload = load_u32(p + at + 3)
+            if payload + FRAME_OVERHEAD > self.frame_max:
+                raise RemoteProtocolError(
+                    f"the broker announced a frame of {payload + FRAME_OVERHEAD} bytes, at most {self.frame_max} were agreed on")
+            if self.end - at < payload + FRAME_OVERHEAD:
+                break
+            if p[at + 7 + payload] != FRAME_END:
+                raise RemoteProtocolError(f"a frame does not end in 0xCE but in 0x{p[at + 7 + payload]:02X}")
+            self.on_frame(p[at], load_u16(p + at + 1), p + at + 7, payload)
+            at += payload + FRAME_OVERHEAD
+        self.end -= at
+        if at and self.end:
+            memmove(PyByteArray_AS_STRING(self.buffer), p + at, self.end)
+        return 0
+
+    cdef int on_frame(self, uint8_t kind, uint16_t channel, const uint8_t *p, Py_ssize_t size) except -1:
+        cdef uint32_t method
+        cdef Py_ssize_t room
+        if kind == FRAME_METHOD:
+            if size < 4:
+                raise RemoteProtocolError(f"method frame of {size} bytes")
+            if self.content:
+                raise RemoteProtocolError("a method came where a message's content was due")
+            method = load_u32(p)
+            if method == BASIC_DELIVER:
+                return self.on_deliver(channel, p + 4, size - 4)
+            if (method == BASIC_ACK or method == BASIC_NACK) and self.confirming and channel == self.publish_channel:
+                if size < 13:
+                    raise RemoteProtocolError(f"confirm of {size} bytes")
+                return self.on_confirm(load_u64(p + 4), p[12] & 1, method == BASIC_ACK)
+            if method == BASIC_RETURN:
+                self.content = BASIC_RETURN
+                self.content_arguments = PyBytes_FromStringAndSize(<const char *> p + 4, size - 4)
+                return 0
+            if self.on_method is not None:
+                self.on_method(channel, method, PyBytes_FromStringAndSize(<const char *> p + 4, size - 4))
+        elif kind == FRAME_HEADER:
+            if not self.content:
+                raise RemoteProtocolError("a content header came without its method")
+            return self.on_header(p, size)
+        elif kind == FRAME_BODY:
+            if not self.content or self.content_props is None:
+                raise RemoteProtocolError("a body frame came without its header")
+            room = <Py_ssize_t> self.body_size - self.body_got
+            if size > room:
+                raise RemoteProtocolError(f"a message's body is {size - room} bytes longer than its header said")
+            self.body_got += size
+            if <uint64_t> self.body_got < self.body_size:
+                # Memory grows with what has really come, not with what was announced.
+                if self.content_parts is None:
+                    self.content_parts = []
+                self.content_parts.append(PyBytes_FromStringAndSize(<const char *> p, size))
+                return 0
+            self.content_body = PyBytes_FromStringAndSize(<const char *> p, size)
+            if self.content_parts is not None:
+                self.content_parts.append(self.content_body)
+                self.content_body = b"".join(self.content_parts)
+                self.content_parts = None
+            return self.on_content()
+        elif kind != FRAME_HEARTBEAT:
+            raise RemoteProtocolError(f"frame of unknown type {kind}")
+        return 0
+
+    @cython.boundscheck(False)
+    cdef int on_deliver(self, uint16_t channel, const uint8_t *p, Py_ssize_t size) except -1:
+        """basic.deliver: consumer tag, delivery tag, redelivered, exchange, routing key."""
+        cdef Py_ssize_t at, length
+        if size < 1 or size < 1 + p[0] + 9 + 1:
+            raise RemoteProtocolError(f"basic.deliver of {size} bytes is too short")
+        at = 1 + p[0]
+        self.content_tag = load_u64(p + at)
+        self.content_redelivered = p[at + 8] & 1
+        at += 9
+        length = p[at]
+        if at + 1 + length + 1 > size:
+            raise RemoteProtocolError("basic.deliver ends inside the exchange name")
+        if length != PyBytes_GET_SIZE(self.content_exchange) or memcmp(
+                PyBytes_AS_STRING(self.content_exchange), p + at + 1, length) != 0:
+            self.content_exchange = PyBytes_FromStringAndSize(<const char *> p + at + 1, length)
+        at += 1 + length
+        length = p[at]
+        if at + 1 + length > size:
+            raise RemoteProtocolError("basic.deliver ends inside the routing key")
+        if length != PyBytes_GET_SIZE(self.content_routing_key) or memcmp(
+                PyBytes_AS_STRING(self.content_routing_key), p + at + 1, length) != 0:
+            self.content_routing_key = PyBytes_FromStringAndSize(<const char *> p + at + 1, length)
+        self.content = BASIC_DELIVER
+        self.content_channel = channel
+        return 0
+
+    cdef int on_header(self, const uint8_t *p, Py_ssize_t size) except -1:
+        if size < 14:
+            raise RemoteProtocolError(f"content header of {size} bytes")
+        self.body_size = load_u64(p + 4)
+        if self.body_size > <uint64_t> self.max_message_bytes:
+            raise RemoteProtocolError(
+                f"a message of {self.body_size} bytes is larger than fastq_max_message_bytes ({self.max_message_bytes})")
+        self.content_props = PyBytes_FromStringAndSize(<const char *> p + 12, size - 12)
+        self.content_body = None
+        self.body_got = 0
+        if self.body_size == 0:
+            self.content_body = b""
+            return self.on_content()
+        return 0
+
+    cdef int on_content(self) except -1:
+        """A message is complete."""
+        cdef Delivery delivery
+        cdef int what = self.content
+        self.content = 0
+        if what == BASIC_RETURN:
+            self.mark_returned()
+            props, self.content_props, self.content_body = self.content_props, None, None
+            if self.on_returned is not None:
+                self.on_returned({"arguments": self.content_arguments, "props": props})
+            return 0
+        delivery = Delivery.__new__(Delivery)
+        delivery.tag = self.content_tag
+        delivery.exchange = self.content_exchange
+        delivery.routing_key = self.content_routing_key
+        delivery.props = self.content_props
+        delivery.body = self.content_body
+        delivery.deliveries = 2 if self.content_redelivered else 1
+        self.content_props = self.content_body = None
+        if self.sink is None or self.content_channel != self.consume_channel:
+            if self.on_method is not None:
+                self.on_method(self.content_channel, BASIC_DELIVER, (delivery.tag, delivery.props, delivery.body))
+            return 0
+        self.acks.received(delivery.tag)
+        return self.give(delivery)
+
+    # --- verdicts to bytes
+
+    cdef int tell(self, Delivery delivery, int verdict) except -1:
+        self.held -= 1
+        if self.dead:
+            return 0
+        if verdict == ACK:
+            self.acks.settled(delivery.tag, True)
+            if self.owed_count == 64:
+                self.write_acks()
+            self.owed[self.owed_count] = delivery.tag
+            self.owed_count += 1
+        else:
+            put_nack(self.out, <uint16_t> self.consume_channel, delivery.tag, verdict == REQUEUE)
+            self.acks.settled(delivery.tag, False)
+        return 0
+
+    cdef int write_acks(self) except -1:
+        """One ack for the contiguous prefix, one each for finished tags beyond a gap."""
+        cdef uint64_t prefix = self.acks.take_prefix()
+        cdef int i
+        if prefix:
+            put_ack(self.out, <uint16_t> self.consume_channel, prefix, True)
+        for i in range(self.owed_count):
+            if not self.acks.is_covered(self.owed[i]):
+                put_ack(self.out, <uint16_t> self.consume_channel, self.owed[i], False)
+                self.acks.settled(self.owed[i], False)
+        self.owed_count = 0
+        return 0
+
+    cdef bint owes(self) noexcept:
+        return self.owed_count > 0
+
+    cdef int flush(self, bint now) except -1:
+        if self.dead:
+            self.owed_count = 0
+            self.out.size = 0
+            return 0
+        # Half the window is the latest moment that keeps the broker sending.
+        if self.owed_count and (now or self.owed_count >= 64 or (self.window and 2 * self.owed_count >= self.window)):
+            self.write_acks()
+        if self.out.size:
+            self.write_out()
+        return 0
+
+    cdef int write_out(self) except -1:
+        self.sent_at = monotonic_ns() * 1e-9
+        self.write_bytes(self.out.take())
+        return 0
+
+    # --- publishing with confirms
+
+    cdef int send(self, Message message, Delivery owner) except -1:
+        # A follow-up must reach a queue; a reply whose asker has gone may be dropped.
+        put_message(self.out, <uint16_t> self.publish_channel, message, self.frame_max, owner is not None and message.id != "")
+        self.publish_tag += 1
+        if self.confirming:
+            self.unconfirmed[self.publish_tag] = (message, owner)
+        elif owner is not None:
+            self.sink.on_confirmed(owner, True)
+        if self.out.size > 1 << 18:
+            self.write_out()
+        return 0
+
+    cdef int on_confirm(self, uint64_t tag, bint multiple, bint stored) except -1:
+        cdef uint64_t first = tag
+        cdef uint64_t each
+        cdef object entry
+        if tag > self.publish_tag:
+            raise RemoteProtocolError(f"the broker confirmed message {tag}, only {self.publish_tag} were published")
+        if multiple:
+            first = self.confirmed_to + 1
+            self.confirmed_to = tag
+        for each in range(first, tag + 1):
+            entry = self.unconfirmed.pop(each, None)
+            if entry is not None and entry[1] is not None:
+                self.sink.on_confirmed(entry[1], stored and entry[0] is not None)
+        return 0
+
+    def mark_returned(self) -> None:
+        """A message was returned as unroutable: its confirmation, which follows, counts as a refusal."""
+        from fastq.wire.message import scan
+        task_id = scan(self.content_props)["correlation_id"]
+        for tag, (message, owner) in self.unconfirmed.items():
+            if message is not None and message.id == task_id:
+                self.unconfirmed[tag] = (None, owner)
+                return
+
+
+# --- brokers whose I/O is elsewhere -----------------------------------------------------------------------------------
+
+cdef class BatchSource(Source):
+    """Hot half of a pull-type broker. Derive from it in Python and write ``pull``, ``settle``, ``save`` and ``publish``;
+    the core calls each at most once per flush. Call ``receive``, ``published`` and ``publish_failed`` on the loop's thread."""
+
+    def __init__(self):
+        self.verdicts = []
+        self.results = []
+        self.messages = []
+        self.owners = {}
+        self.next_token = 1
+        self.pulled = -1
+
+    def receive(self, list rows) -> None:
+        """Take deliveries: (tag, queue, props, body, deliveries counted so far including this one)."""
+        cdef Delivery delivery
+        for tag, queue, props, body, deliveries in rows:
+            delivery = Delivery.__new__(Delivery)
+            delivery.tag = tag
+            delivery.exchange = b""
+            delivery.routing_key = queue
+            delivery.props = props
+            delivery.body = body
+            delivery.deliveries = deliveries
+            self.give(delivery)
+        self.pulled = -1
+        self.sink.on_batch()
+
+    def published(self, list tokens) -> None:
+        """The messages with these tokens are stored (or the results saved under them)."""
+        cdef Delivery owner
+        for token in tokens:
+            owner = self.owners.pop(token, None)
+            if owner is not None:
+                self.sink.on_confirmed(owner, True)
+        self.sink.on_batch()
+
+    def publish_failed(self, list tokens, str reason) -> None:
+        """The messages with these tokens could not be stored."""
+        cdef Delivery owner
+        for token in tokens:
+            owner = self.owners.pop(token, None)
+            if owner is not None:
+                self.sink.on_confirmed(owner, False)
+        self.sink.on_batch()
+
+    def discard(self) -> None:
+        """The connection is gone: verdicts have nowhere to go."""
+        self.dead = True
+
+    cdef int tell(self, Delivery delivery, int verdict) except -1:
+        self.held -= 1
+        if not self.dead:
+            self.verdicts.append((delivery.tag, verdict))
+        return 0
+
+    cdef int keep_result(self, Delivery delivery, str task_id, str state, bytes meta, str reply_to, bint confirm) except -1:
+        """Take a result to save; ``confirm`` when the delivery is not ours, so that FIFO does not order save and settle."""
+        cdef uint64_t token = 0
+        if confirm:
+            token = self.next_token
+            self.next_token += 1
+            self.owners[token] = delivery
+        self.results.append((task_id, state, meta, reply_to, token))
+        return 0
+
+    cdef int send(self, Message message, Delivery owner) except -1:
+        self.owners[self.next_token] = owner
+        self.messages.append((self.next_token, message))
+        self.next_token += 1
+        return 0
+
+    cdef bint owes(self) noexcept:
+        return len(self.verdicts) > 0
+
+    cdef int flush(self, bint now) except -1:
+        cdef Py_ssize_t room
+        if self.dead:
+            return 0
+        room = self.window - self.held
+        if self.results:
+            results, self.results = self.results, []
+            self.save(results)
+        if self.messages:
+            messages, self.messages = self.messages, []
+            self.publish(messages)
+        if self.verdicts and (now or len(self.verdicts) >= 64 or 2 * len(self.verdicts) >= self.window):
+            verdicts, self.verdicts = self.verdicts, []
+            self.settle(verdicts)
+        if room < 0:
+            room = 0
+        # Ask in large steps: each request costs the other side a transaction.
+        if room != self.pulled and (2 * room >= self.window or self.pulled < 0):
+            self.pulled = room
+            self.pull(room)
+        return 0

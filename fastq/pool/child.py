@@ -1,0 +1,405 @@
+"""A child: takes calls from the main process, runs them one at a time, reports how each ended. No broker sockets, no event loop.
+
+``Runner.run`` is the straight line of a call. The only broad ``except`` of fastq is in it, around user code.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import logging
+import os
+import random
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastq.app import FastQ
+from fastq.codecs import accepted, compression
+from fastq.codecs import decode as decode_content
+from fastq.codecs.json import decode as decode_json
+from fastq.codecs.meta import encode_meta
+from fastq.errors import (
+    ContentDisallowed,
+    DecodeError,
+    EncodeError,
+    Ignore,
+    MaxRetriesExceeded,
+    NotRegistered,
+    PublishError,
+    Reject,
+    Retry,
+    SoftTimeLimitExceeded,
+)
+from fastq.interfaces import Meta, ResultStore
+from fastq.states import FAILURE, REJECTED, RETRY, STARTED, SUCCESS
+from fastq.request import Request, pop_request, push_request
+from fastq.steps.retry import on_exception
+from fastq.task import Task
+from fastq.wire.message import Call, Message
+from fastq.wire.pipe import OUTCOME_NAMES, ChildPipe
+from fastq.worker.messages import TaskLog, retry_reason
+
+_SUCCESS, _FAILURE, _RETRY, _IGNORED, _REJECTED, _REQUEUE, _MALFORMED, _RETURNED, _UNKNOWN = range(len(OUTCOME_NAMES))
+_RECYCLE = 1  # FLAG_RECYCLE
+
+#: Exit code of a child that was asked to end, as Celery's recycled children have.
+EX_RECYCLE = 155
+
+logger = logging.getLogger("fastq.app.trace")
+
+
+@dataclass(frozen=True, slots=True)
+class ChildOptions:
+    """What every child of a pool is told at its birth."""
+
+    hostname: str
+    max_memory_kib: int = 0
+    track_started: bool = False
+    setup: Callable[[int], None] | None = None  # logging and the like, called with the child's number
+
+
+class Malformed(DecodeError):
+    """A message body that is not a task's; ``args[0]`` is the class it is counted under."""
+
+
+# --- what the task API sees of the outside -----------------------------------------------------------------------------
+
+
+class PipePublisher:
+    """The child's Publisher: messages go to the main process, which confirms them before it settles the running call."""
+
+    def __init__(self, pipe: ChildPipe) -> None:
+        self._pipe = pipe
+
+    def publish(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            self._pipe.publish(message)
+
+    def declare(self, queue: str) -> None:
+        """Nothing to do: the main process declares what it publishes to."""
+
+    def purge(self, queue: str) -> int:
+        raise PublishError("queues cannot be purged from inside a task; use `fastq purge`")
+
+    def depth(self, queue: str) -> int:
+        raise PublishError("queue depths cannot be read from inside a task")
+
+    def close(self) -> None:
+        """Nothing to do: the pipe lives as long as the child."""
+
+
+class PipeStore:
+    """The child's ResultStore: states go to the main process, everything else to a store of the child's own, opened on first use."""
+
+    def __init__(self, pipe: ChildPipe, open_store: Callable[[], ResultStore]) -> None:
+        self._pipe = pipe
+        self._open = open_store
+        self._store: ResultStore | None = None
+
+    @property
+    def _own(self) -> ResultStore:
+        if self._store is None:
+            self._store = self._open()
+        return self._store
+
+    def reply_address(self) -> str | None:
+        return self._own.reply_address()
+
+    def load(self, task_id: str) -> Meta | None:
+        return self._own.load(task_id)
+
+    def wait(self, task_id: str, timeout_s: float | None) -> Meta:
+        return self._own.wait(task_id, timeout_s)
+
+    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> None:
+        self._own.watch(task_id, callback)
+
+    def save(self, task_id: str, state: str, meta: bytes) -> None:
+        self._pipe.state(task_id, state, meta)
+
+    def forget(self, task_id: str) -> None:
+        self._own.forget(task_id)
+
+    def close(self) -> None:
+        if self._store is not None:
+            self._store.close()
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def decode_call(call: Call, accept: frozenset[str]) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arguments in a call's body. Raises Malformed naming what is wrong with it."""
+    if call.json_body:
+        try:
+            payload = decode_json(call.body)
+        except DecodeError as error:
+            raise Malformed("empty-body" if not call.body else "json") from error
+    else:
+        payload = _decode_other(call, accept)
+    if type(payload) is not list or len(payload) != 3:
+        if isinstance(payload, (list, tuple)) and len(payload) == 3:
+            payload = list(payload)
+        else:
+            raise Malformed("body-shape")
+    args, kwargs, embed = payload
+    if type(args) is not list and not isinstance(args, (list, tuple)):
+        raise Malformed("args")
+    if type(kwargs) is not dict:
+        if kwargs is not None:
+            raise Malformed("kwargs")
+        kwargs = {}
+    for name in kwargs:
+        if type(name) is not str:
+            raise Malformed("kwargs")
+    if type(embed) is not dict and embed is not None:
+        raise Malformed("embed")
+    return args, kwargs
+
+
+def _decode_other(call: Call, accept: frozenset[str]) -> Any:
+    """Anything but plain JSON: another serializer, a compressed body, an unusual charset."""
+    try:
+        properties = call.properties()
+    except Exception as error:  # the wire layer's own errors: nested too deep, cut short
+        raise Malformed("properties") from error
+    body = call.body
+    name = call.headers().get("compression")
+    if name is not None:
+        try:
+            body = compression.decompress(body, name if isinstance(name, str) else repr(name))
+        except DecodeError as error:
+            raise Malformed("compression") from error
+    content_type = properties.get("content_type") or "application/json"
+    try:
+        return decode_content(body, content_type, properties.get("content_encoding"), accept)
+    except ContentDisallowed as error:
+        raise Malformed("content-type") from error
+    except DecodeError as error:
+        raise Malformed("body") from error
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+class Plan:
+    """What running one task takes, looked up once: its function and which of its handlers do anything."""
+
+    __slots__ = ("after_return", "before_start", "function", "on_failure", "on_retry", "on_success", "task", "throws", "track_started")
+
+    def __init__(self, task: Task[..., Any], track_started: bool) -> None:
+        kind = type(task)
+        self.task = task
+        self.throws = tuple(task.throws or ())
+        # An overridden __call__ is the user's way to wrap the run; otherwise it would only cost a frame.
+        self.function: Callable[..., Any] = task.run if kind.__call__ is Task.__call__ else task
+        self.track_started = track_started if task.track_started is None else task.track_started
+        for name in ("before_start", "on_success", "on_failure", "on_retry", "after_return"):
+            is_own = getattr(kind, name) is not getattr(Task, name)
+            setattr(self, name, getattr(task, name) if is_own else None)
+
+
+class Runner:
+    """Runs calls and reports their outcomes on the pipe."""
+
+    def __init__(self, app: FastQ, pipe: ChildPipe, options: ChildOptions) -> None:
+        self._app = app
+        self._pipe = pipe
+        self._hostname = options.hostname
+        self._max_memory_kib = options.max_memory_kib
+        self._accept = accepted(app.conf.accept_content)
+        self._extended = app.conf.result_extended
+        self._plans = {name: Plan(task, options.track_started) for name, task in app.tasks.items()}
+        self._log = TaskLog(logger)
+        self._logs_info = logger.isEnabledFor(logging.INFO)
+        self._soft_armed = False
+
+    def run(self, call: Call) -> None:
+        """Run one call and report how it ended. Raises nothing but what ends the process."""
+        plan = self._plans.get(call.name)
+        if plan is None:
+            self._unknown(call)
+            return
+        try:
+            args, kwargs = decode_call(call, self._accept)
+        except Malformed as error:
+            self._pipe.finish(call, _MALFORMED, None, str(error))
+            return
+        request = Request.from_call(call, args, kwargs, self._hostname)
+        push_request(request)
+        try:
+            try:
+                if plan.track_started:
+                    self._pipe.state(call.id, STARTED, encode_meta(call.id, STARTED, {"pid": os.getpid(), "hostname": self._hostname}))
+                if plan.before_start is not None:
+                    plan.before_start(call.id, args, kwargs)
+                if call.soft_time_limit:
+                    value = self._run_limited(plan, call, args, kwargs)
+                else:
+                    value = plan.function(*args, **kwargs)
+                meta = self._meta(call, request, SUCCESS, value) if call.wants_result else None
+            except BaseException as error:  # noqa: BLE001  user code: whatever it raises is this call's outcome
+                self._raised(plan, call, request, error)
+                return
+            if plan.on_success is not None:
+                self._handler(plan.on_success, value, call.id, args, kwargs)
+            if plan.after_return is not None:
+                self._handler(plan.after_return, SUCCESS, value, call.id, args, kwargs, None)
+            if self._logs_info:
+                self._log.succeeded(call.name, call.id, self._runtime(call), _bounded_repr(value))
+            self._pipe.finish(call, _SUCCESS, meta, None, self._flags())
+        finally:
+            pop_request()
+
+    # --- outcomes other than success
+
+    def _raised(self, plan: Plan, call: Call, request: Request, error: BaseException) -> None:
+        if isinstance(error, Exception) and not isinstance(error, (Retry, Ignore, Reject)):
+            try:
+                decision = on_exception(plan.task, error)
+            except Exception as other:  # the last retry re-raises, or the follow-up could not be published
+                error = other
+            else:
+                error = decision if decision is not None else error
+        if isinstance(error, Retry):
+            self._retried(plan, call, request, error)
+        elif isinstance(error, Ignore):
+            self._log.ignored(call.name, call.id)
+            self._pipe.finish(call, _IGNORED, None, None, self._flags())
+        elif isinstance(error, Reject):
+            self._rejected(call, request, error)
+        elif isinstance(error, (SystemExit, KeyboardInterrupt)):
+            # Celery counts these as a lost worker; the process stays, so the call fails with their name.
+            self._failed(plan, call, request, error)
+        else:
+            self._failed(plan, call, request, error)
+
+    def _retried(self, plan: Plan, call: Call, request: Request, error: Retry) -> None:
+        reason = error.exc if error.exc is not None else error
+        text = _format(error)
+        if plan.on_retry is not None:
+            self._handler(plan.on_retry, reason, call.id, request.args, request.kwargs, text)
+        if plan.after_return is not None:
+            self._handler(plan.after_return, RETRY, reason, call.id, request.args, request.kwargs, text)
+        delay = None if error.when is None else max(0.0, round(error.when - time.time(), 1))
+        self._log.retry(call.name, call.id, retry_reason(delay, None if error.exc is None else _bounded_repr(error.exc)))
+        meta = self._meta(call, request, RETRY, reason, text) if call.wants_result else None
+        self._pipe.finish(call, _RETRY, meta, None, self._flags())
+
+    def _rejected(self, call: Call, request: Request, error: Reject) -> None:
+        self._log.rejected(call.name, call.id, str(error.reason))
+        if error.requeue:
+            self._pipe.finish(call, _REQUEUE, None, None, self._flags())
+            return
+        meta = self._meta(call, request, REJECTED, str(error.reason)) if call.wants_result else None
+        self._pipe.finish(call, _REJECTED, meta, None, self._flags())
+
+    def _failed(self, plan: Plan, call: Call, request: Request, error: BaseException) -> None:
+        text = _format(error)
+        if plan.on_failure is not None:
+            self._handler(plan.on_failure, error, call.id, request.args, request.kwargs, text)
+        if plan.after_return is not None:
+            self._handler(plan.after_return, FAILURE, error, call.id, request.args, request.kwargs, text)
+        if isinstance(error, SoftTimeLimitExceeded):
+            self._log.soft_limit(call.name, call.id, call.soft_time_limit)
+        if plan.throws and isinstance(error, plan.throws):
+            self._log.failed_expected(call.name, call.id, _bounded_repr(error))
+        else:
+            self._log.failed(call.name, call.id, _bounded_repr(error), text)
+        meta = self._meta(call, request, FAILURE, error, text) if call.wants_result else None
+        self._pipe.finish(call, _FAILURE, meta, None, self._flags())
+
+    def _unknown(self, call: Call) -> None:
+        self._log.unregistered(call.name, call.id)
+        meta = encode_meta(call.id, FAILURE, NotRegistered(call.name)) if call.wants_result else None
+        self._pipe.finish(call, _UNKNOWN, meta)
+
+    # --- parts
+
+    def _run_limited(self, plan: Plan, call: Call, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """Run with a timer that raises SoftTimeLimitExceeded in the task."""
+        self._soft_armed = True
+        signal.setitimer(signal.ITIMER_REAL, call.soft_time_limit)
+        try:
+            return plan.function(*args, **kwargs)
+        finally:
+            self._soft_armed = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def on_alarm(self, signum: int, frame: object) -> None:
+        """Handle SIGALRM: only a task that runs under a soft limit is interrupted."""
+        if self._soft_armed:
+            self._soft_armed = False
+            raise SoftTimeLimitExceeded()
+
+    def _handler(self, handler: Callable[..., Any], *args: Any) -> None:
+        """Call one of the task's handlers; what it raises is logged, as the task's outcome stands already."""
+        try:
+            handler(*args)
+        except Exception:
+            logger.exception("task handler %r failed", getattr(handler, "__qualname__", handler))
+
+    def _meta(self, call: Call, request: Request, state: str, value: Any, text: str | None = None) -> bytes:
+        extended = None
+        if self._extended:
+            extended = {"name": call.name, "args": request.args, "kwargs": request.kwargs, "worker": self._hostname,
+                        "retries": call.retries, "queue": call.routing_key}
+        return encode_meta(call.id, state, value, traceback=text, children=[child.id for child in request.spawned] if request.spawned else (), extended=extended,
+                           parent_id=request.parent_id if self._extended else None)
+
+    def _flags(self) -> int:
+        if self._max_memory_kib and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > self._max_memory_kib:
+            return _RECYCLE
+        return 0
+
+    def _runtime(self, call: Call) -> float:
+        return time.monotonic() - call.started_s
+
+
+def _bounded_repr(value: object) -> str:
+    try:
+        return repr(value)[:1024]
+    except Exception as error:
+        return f"<{type(value).__name__} whose repr raised {type(error).__name__}>"
+
+
+def _format(error: BaseException) -> str:
+    """The traceback as text, without fastq's own first frame."""
+    tb = error.__traceback__
+    if tb is not None and tb.tb_next is not None:
+        tb = tb.tb_next
+    return "".join(traceback.format_exception(type(error), error, tb))
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+def child_main(app: FastQ, options: ChildOptions, sock: int, shared: int, slot: int) -> int:
+    """Run calls until the main process says stop or goes away; returns the exit code."""
+    pipe = ChildPipe(sock, shared)
+    os.close(shared)
+    random.seed()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2, all_threads=True, chain=False)
+    if options.setup is not None:
+        options.setup(slot + 1 if slot >= 0 else os.getpid())
+    open_store = app.open_store
+    app.publisher = PipePublisher(pipe)
+    app.store = PipeStore(pipe, open_store)
+    runner = Runner(app, pipe, options)
+    signal.signal(signal.SIGALRM, runner.on_alarm)
+    gc.enable()
+    pipe.ready()
+    run, take = runner.run, pipe.next
+    while (call := take()) is not None:
+        run(call)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    logging.shutdown()
+    return EX_RECYCLE

@@ -1,0 +1,167 @@
+"""The process that forks children: single-threaded, the application imported, no event loop, no broker socket.
+
+The worker's main process starts it before any loop or thread exists. Requests and reports are datagrams on a socket pair.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastq.pool.process import die_with_parent, set_name
+
+#: What runs in a child: (socket, shared memory file, slot) -> exit code.
+ChildMain = Callable[[int, int, int], int]
+
+_SPAWN, _SPAWNED, _EXITED = 1, 2, 3
+_RECORD = struct.Struct("=BIii")  # kind, request or slot, pid, wait status
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """A child was forked."""
+
+    request: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """A child has ended; ``status`` is what waitpid returned."""
+
+    pid: int
+    status: int
+
+    @property
+    def reason(self) -> str:
+        """How it ended, for people."""
+        if os.WIFSIGNALED(self.status):
+            number = os.WTERMSIG(self.status)
+            try:
+                name = signal.Signals(number).name
+            except ValueError:
+                name = "unknown"
+            return f"signal {number} ({name})"
+        return f"exitcode {os.waitstatus_to_exitcode(self.status)}"
+
+
+class Zygote:
+    """The main process's handle: ask for children, hear of their end. ``fd`` is readable when there is a report."""
+
+    def __init__(self, pid: int, control: socket.socket) -> None:
+        self.pid = pid
+        self._control = control
+
+    @property
+    def fd(self) -> int:
+        return self._control.fileno()
+
+    def spawn(self, request: int, slot: int, sock: int, shared: int) -> None:
+        """Ask for a child on these descriptors; a Spawned with this request number follows."""
+        socket.send_fds(self._control, [_RECORD.pack(_SPAWN, request, slot, 0)], [sock, shared])
+
+    def reports(self) -> list[Spawned | Exited]:
+        """Return what has been reported since the last call. Raises EOFError when the zygote is gone."""
+        found: list[Spawned | Exited] = []
+        while True:
+            try:
+                data = self._control.recv(_RECORD.size)
+            except BlockingIOError:
+                return found
+            if not data:
+                raise EOFError("the zygote process has ended")
+            kind, request, pid, status = _RECORD.unpack(data)
+            found.append(Spawned(request, pid) if kind == _SPAWNED else Exited(pid, status))
+
+    def close(self) -> None:
+        """Let the zygote end; it kills children that are left."""
+        self._control.close()
+        try:
+            os.waitpid(self.pid, 0)
+        except ChildProcessError:
+            pass
+
+
+def start_zygote(child_main: ChildMain) -> Zygote:
+    """Fork the zygote. Call it before any thread or event loop exists, with the application imported."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    gc.collect()
+    # Frozen objects are not looked at by the collector, so their pages stay shared with the children.
+    gc.freeze()
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            ours.close()
+            code = _serve(theirs, child_main)
+        finally:
+            os._exit(code)
+    gc.unfreeze()
+    theirs.close()
+    ours.setblocking(False)
+    return Zygote(pid, ours)
+
+
+def _ignore(signum: int, frame: object) -> None:
+    """The main process decides what a signal means. A handler, not SIG_IGN: programs that tasks start must not inherit it."""
+
+
+def _serve(control: socket.socket, child_main: ChildMain) -> int:
+    """Fork on request and report ends until the main process goes."""
+    die_with_parent()
+    set_name(b"fastq-zygote")
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTTIN, signal.SIGTTOU):
+        signal.signal(signum, _ignore)
+    poll = select.poll()
+    poll.register(control.fileno(), select.POLLIN)
+    pids: dict[int, int] = {}  # pidfd -> pid
+    while True:
+        for fd, _ in poll.poll():
+            if fd == control.fileno():
+                if not _fork_one(control, poll, pids, child_main):
+                    return 0
+            else:
+                poll.unregister(fd)
+                os.close(fd)
+                pid = pids.pop(fd)
+                _, status = os.waitpid(pid, 0)
+                control.send(_RECORD.pack(_EXITED, 0, pid, status))
+
+
+def _fork_one(control: socket.socket, poll: select.poll, pids: dict[int, int], child_main: ChildMain) -> bool:
+    """Carry out one request; False when the main process has gone."""
+    data, fds, _, _ = socket.recv_fds(control, _RECORD.size, 2)
+    if not data:
+        return False
+    _, request, slot, _ = _RECORD.unpack(data)
+    sock, shared = fds
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            die_with_parent()
+            control.close()
+            for fd in pids:
+                os.close(fd)
+            code = child_main(sock, shared, slot)
+        except KeyboardInterrupt:
+            code = 130
+        finally:
+            # No finalizers: what the parent process had open is not this process's to clean up.
+            os._exit(code)
+    os.close(sock)
+    os.close(shared)
+    fd = os.pidfd_open(pid)
+    pids[fd] = pid
+    poll.register(fd, select.POLLIN)
+    control.send(_RECORD.pack(_SPAWNED, request, pid, 0))
+    return True

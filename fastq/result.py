@@ -1,0 +1,244 @@
+"""The caller's handle on a sent task: its state, its return value, its exception. Holds a store, knows no application."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
+
+from fastq.codecs.meta import rebuild_exception
+from fastq.errors import ResultsDisabled, ResultTimeout
+from fastq.request import running_message
+from fastq.states import EXCEPTION_STATES, FAILURE, PENDING, PROPAGATE_STATES, READY_STATES, SUCCESS
+
+if TYPE_CHECKING:
+    from fastq.interfaces import Meta, ResultStore
+
+R_co = TypeVar("R_co", covariant=True)
+
+UNKNOWN: Meta = {"status": PENDING, "result": None}
+
+
+class ResultSource(Protocol):
+    """What a result needs of its application."""
+
+    @property
+    def store(self) -> ResultStore:
+        """The result store. Raises ResultsDisabled when there is none."""
+
+    def exceptions_of(self, task_name: str | None) -> Sequence[type[BaseException]]:
+        """Return the exception classes that the task names itself: stored ones may be rebuilt with their constructors."""
+
+
+class RemoteTraceback(Exception):  # noqa: N818 - the cause of an error, not one of its own
+    """The worker's traceback, shown as the cause of an exception that ``get()`` raises."""
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0]}"""'
+
+
+class AsyncResult(Generic[R_co]):
+    """A task's result, now or later. Equal to any other handle on the same id."""
+
+    __slots__ = ("__weakref__", "_meta", "_source", "_task_name", "id", "ignored")
+
+    def __init__(self, task_id: str, source: ResultSource, task_name: str | None = None, ignored: bool = False) -> None:
+        self.id = task_id
+        #: The task stores no result.
+        self.ignored = ignored
+        self._source = source
+        self._task_name = task_name
+        self._meta: Meta | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return self.id == other.id if isinstance(other, AsyncResult) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __str__(self) -> str:
+        return self.id
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.id}>"
+
+    def get(self, timeout: float | None = None, propagate: bool = True, *, disable_sync_subtasks: bool = True) -> R_co:
+        """Wait for the task to end and return its value, or raise its exception (``propagate=False``: return it).
+
+        Raises ResultTimeout after ``timeout`` seconds, and RuntimeError inside a running task: the worker may have no
+        process left to run the task that is waited for.
+        """
+        self._check_wait(disable_sync_subtasks)
+        meta = self._meta
+        if meta is None:
+            meta = self._meta = self._source.store.wait(self.id, timeout)
+        return self._conclude(meta, propagate)
+
+    async def aget(
+        self, timeout: float | None = None, propagate: bool = True, *, disable_sync_subtasks: bool = True
+    ) -> R_co:
+        """Do as ``get`` does without blocking the event loop."""
+        self._check_wait(disable_sync_subtasks)
+        if self._meta is None:
+            loop = asyncio.get_running_loop()
+            ended: asyncio.Future[Meta] = loop.create_future()
+            self._source.store.watch(self.id, lambda meta: _hand_over(loop, ended, meta))
+            try:
+                self._meta = await asyncio.wait_for(ended, timeout)
+            except asyncio.TimeoutError:
+                raise ResultTimeout(f"task {self.id} has not ended within {timeout} s") from None
+        return self._conclude(self._meta, propagate)
+
+    @property
+    def state(self) -> str:
+        """Return the task's state; PENDING also means that nothing is known of it."""
+        return cast("str", self._load()["status"])
+
+    status = state
+
+    @property
+    def result(self) -> Any:
+        """Return the value, the exception of a task that failed, what ``update_state`` stored, or None."""
+        meta = self._load()
+        return self._exception(meta) if meta["status"] in EXCEPTION_STATES else meta.get("result")
+
+    info = result
+
+    @property
+    def task_id(self) -> str:
+        """Return the id."""
+        return self.id
+
+    @property
+    def traceback(self) -> str | None:
+        """Return the worker's traceback as text."""
+        return self._load().get("traceback")
+
+    @property
+    def children(self) -> list[AsyncResult[Any]]:
+        """Return the results of the tasks that this one has sent."""
+        found = self._load().get("children") or ()
+        return [AsyncResult(_child_id(child), self._source) for child in found]
+
+    @property
+    def date_done(self) -> datetime | None:
+        """Return when the task ended."""
+        text = self._load().get("date_done")
+        return datetime.fromisoformat(text) if isinstance(text, str) else text
+
+    @property
+    def name(self) -> str | None:
+        """Return the task's name, where this handle or the store (``result_extended``) knows it."""
+        return self._task_name or self._load().get("name")
+
+    @property
+    def args(self) -> Sequence[Any] | None:
+        """Return the positional arguments, with ``result_extended``."""
+        return self._load().get("args")
+
+    @property
+    def kwargs(self) -> Mapping[str, Any] | None:
+        """Return the keyword arguments, with ``result_extended``."""
+        return self._load().get("kwargs")
+
+    @property
+    def worker(self) -> str | None:
+        """Return the name of the worker that ran the task, with ``result_extended``."""
+        return self._load().get("worker")
+
+    @property
+    def retries(self) -> int | None:
+        """Return how often the task was retried, with ``result_extended``."""
+        return self._load().get("retries")
+
+    @property
+    def queue(self) -> str | None:
+        """Return the queue that the task came from, with ``result_extended``."""
+        return self._load().get("queue")
+
+    def ready(self) -> bool:
+        """Return whether the task has ended."""
+        return self.state in READY_STATES
+
+    def successful(self) -> bool:
+        """Return whether the task has ended with a value."""
+        return self.state == SUCCESS
+
+    def failed(self) -> bool:
+        """Return whether the task has ended with an exception."""
+        return self.state == FAILURE
+
+    def forget(self) -> None:
+        """Drop what is stored of the task, here and in the store."""
+        self._meta = None
+        self._source.store.forget(self.id)
+
+    def _load(self) -> Meta:
+        """Return what is known; a final state is asked for only once."""
+        if self._meta is not None:
+            return self._meta
+        meta = self._source.store.load(self.id) or UNKNOWN
+        if meta["status"] in READY_STATES:
+            self._meta = meta
+        return meta
+
+    def _check_wait(self, disable_sync_subtasks: bool) -> None:
+        if disable_sync_subtasks and running_message() is not None:
+            raise RuntimeError(
+                f"get() of task {self.id} inside a running task can wait for ever: the workers may all be waiting. "
+                "Let the task return and start the next one, or pass disable_sync_subtasks=False"
+            )
+        if self.ignored:
+            raise ResultsDisabled(f"task {self._task_name}[{self.id}] was sent with ignore_result: it stores no result")
+
+    def _conclude(self, meta: Meta, propagate: bool) -> R_co:
+        if meta["status"] not in PROPAGATE_STATES:
+            return cast("R_co", meta.get("result"))
+        error = self._exception(meta)
+        if propagate:
+            raise error
+        return cast("R_co", error)
+
+    def _exception(self, meta: Meta) -> Exception:
+        error = rebuild_exception(meta.get("result"), self._source.exceptions_of(self._task_name or meta.get("name")))
+        traceback = meta.get("traceback")
+        if traceback and error.__cause__ is None:
+            error.__cause__ = RemoteTraceback(traceback)
+        return error
+
+
+class EagerResult(AsyncResult[R_co]):
+    """The result of a task that ran where it was called."""
+
+    __slots__ = ("_value",)
+
+    def __init__(
+        self, task_id: str, source: ResultSource, task_name: str, state: str, value: Any, traceback: str | None = None
+    ) -> None:
+        super().__init__(task_id, source, task_name)
+        self._value = value
+        self._meta = {"status": state, "result": value, "traceback": traceback, "task_id": task_id}
+
+    def forget(self) -> None:
+        """Do nothing: nothing is stored."""
+
+    def _check_wait(self, disable_sync_subtasks: bool) -> None:
+        """Waiting for what has ended is always safe."""
+
+    def _exception(self, meta: Meta) -> Exception:
+        return cast("Exception", self._value)
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, ended: asyncio.Future[Meta], meta: Meta) -> None:
+    """Pass a meta from the store's thread to the loop; the loop, and who waited on it, may be gone by now."""
+    try:
+        loop.call_soon_threadsafe(lambda: None if ended.done() else ended.set_result(meta))
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
+
+
+def _child_id(child: Any) -> str:
+    """Return the id in Celery's form of a result: ``[[id, parent], children]``."""
+    return cast("str", child[0][0] if isinstance(child, (list, tuple)) else child)

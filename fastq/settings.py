@@ -1,0 +1,287 @@
+"""Settings: their names, types and defaults in one table, and the checks that a wrong one fails early with a remedy.
+
+The table is the class body of ``Settings``: an annotation is the type that is enforced, the value is the default.
+Reads no files and opens nothing. Source of the names: Celery's lower-case settings; what starts with ``fastq_`` is our
+own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from fastq.errors import SettingsError
+
+#: Where a value came from; a later source wins over an earlier one, whatever the order of the calls.
+DEFAULT, CONFIG, KEYWORD, ENVIRONMENT, ASSIGNED = range(5)
+
+#: Environment variables that are read, the first one found wins.
+ENVIRONMENT_NAMES = {
+    "broker_url": ("FASTQ_BROKER_URL", "CELERY_BROKER_URL"),
+    "result_backend": ("FASTQ_RESULT_BACKEND", "CELERY_RESULT_BACKEND"),
+}
+
+DEFAULT_BROKER_URL = "sqlite:///fastq.db"
+
+#: Their values may hold passwords: an error shows only what kind of value it was.
+_SECRET = frozenset({"broker_url", "result_backend", "broker_use_ssl", "broker_transport_options"})
+
+#: A plain object is read for names that start so; anything else in it is none of our business.
+_PREFIXES = ("broker_", "task_", "worker_", "result_", "fastq_", "accept_", "enable_")
+
+
+class Settings:
+    """Every setting as an attribute. Assigning checks name and type; after ``freeze()`` it raises SettingsError."""
+
+    # Broker. None: the embedded broker in ./fastq.db. Several URLs (a list, or separated by ";") are tried in turn.
+    broker_url: str | Sequence[str] | None = None
+    broker_connection_timeout: float = 4.0
+    broker_connection_retry: bool = True
+    broker_connection_retry_on_startup: bool | None = None
+    broker_connection_max_retries: int | None = (
+        None  # None: for ever, as a worker without a broker has nothing else to do
+    )
+    broker_heartbeat: float = 10.0  # chosen: a dead peer is noticed in 20 s, where Celery's 120 s takes four minutes
+    broker_failover_strategy: Literal["round-robin", "shuffle"] = "round-robin"
+    broker_transport_options: Mapping[str, Any] = types.MappingProxyType({})
+    broker_use_ssl: bool | Mapping[str, Any] = False
+
+    # Results. None: the same place as an embedded broker, "disabled" with AMQP.
+    result_backend: str | None = None
+    result_expires: float | None = 86400.0
+    result_extended: bool = False
+
+    # Tasks: where they go.
+    task_default_queue: str = "celery"
+    task_default_queue_type: Literal["classic", "quorum"] = "classic"
+    task_default_delivery_mode: Literal[1, 2] = 2
+    task_default_priority: int | None = None
+    task_queue_max_priority: int | None = None
+    task_queues: Sequence[str] | None = None
+    task_create_missing_queues: bool = True
+    task_routes: Any = None
+
+    # Tasks: how they are written.
+    task_serializer: str = "json"
+    task_compression: str | None = None
+    accept_content: Sequence[str] = ("json",)
+    task_publish_retry: bool = True
+    task_publish_retry_policy: Mapping[str, Any] = types.MappingProxyType(
+        {"max_retries": 3, "interval_start": 0.0, "interval_step": 0.2, "interval_max": 1.0}
+    )
+
+    # Tasks: how they run. None in task_acks_late: late when fastq_reliable.
+    task_acks_late: bool | None = None
+    task_ignore_result: bool = False
+    task_track_started: bool = False
+    task_time_limit: float | None = None
+    task_soft_time_limit: float | None = None
+    task_always_eager: bool = False
+    task_eager_propagates: bool = False
+
+    # Worker.
+    worker_concurrency: int | None = None
+    worker_prefetch_multiplier: int = 4
+    worker_max_tasks_per_child: int | None = None
+    worker_max_memory_per_child: int | None = None  # KiB of resident memory
+    worker_hijack_root_logger: bool = True
+    worker_log_color: bool | None = None
+    worker_log_format: str = "[%(asctime)s: %(levelname)s/%(processName)s] %(message)s"
+    worker_task_log_format: str = "[%(asctime)s: %(levelname)s/%(processName)s] %(task_name)s[%(task_id)s]: %(message)s"
+    worker_redirect_stdouts: bool = True
+    worker_redirect_stdouts_level: str = "WARNING"
+
+    # General.
+    include: Sequence[str] = ()
+    imports: Sequence[str] = ()
+    enable_utc: bool = True
+    timezone: str | None = None  # None: UTC
+
+    # Our own.
+    fastq_reliable: bool = True
+    fastq_publish_timeout: float = 10.0
+    fastq_max_message_bytes: int = 128 * 1024 * 1024
+    fastq_max_deliveries: int = 20
+    fastq_max_child_deaths: int = 3
+    fastq_grace_s: float = 25.0
+
+    _sources: dict[str, int]
+    _frozen: bool
+
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        object.__setattr__(self, "_sources", {})
+        object.__setattr__(self, "_frozen", False)
+        for name, value in (values or {}).items():
+            self._put(name, value, KEYWORD)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._put(name, value, ASSIGNED)
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, _known(name))
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._put(name, value, ASSIGNED)
+
+    def __contains__(self, name: object) -> bool:
+        return name in _hints()
+
+    def __repr__(self) -> str:
+        changed = ", ".join(f"{name}={_shown(name, getattr(self, name))}" for name in sorted(self._sources))
+        return f"<Settings {changed or 'all default'}>"
+
+    def update(self, values: Mapping[str, Any] | None = None, /, **more: Any) -> None:
+        """Assign several settings."""
+        for name, value in {**(values or {}), **more}.items():
+            self._put(name, value, ASSIGNED)
+
+    def load(self, values: Mapping[str, Any]) -> None:
+        """Take the settings of a configuration; they give way to keywords, the environment and assignments."""
+        for name, value in values.items():
+            self._put(name, value, CONFIG)
+
+    def changes(self) -> dict[str, Any]:
+        """Return the settings that do not have their default."""
+        return {name: getattr(self, name) for name in sorted(self._sources)}
+
+    def freeze(self) -> None:
+        """Read the environment, fill in what follows from other settings, and refuse changes from now on."""
+        if self._frozen:
+            return
+        for name, variables in ENVIRONMENT_NAMES.items():
+            value = next(filter(None, map(os.environ.get, variables)), None)
+            if value is not None:
+                self._put(name, value, ENVIRONMENT)
+        self._resolve()
+        object.__setattr__(self, "_frozen", True)
+
+    @contextmanager
+    def override(self, **values: Any) -> Iterator[Settings]:
+        """Change settings for the duration of a ``with`` block, frozen or not; ``FastQ.override`` is the way in."""
+        saved, sources, frozen = dict(self.__dict__), dict(self._sources), self._frozen
+        object.__setattr__(self, "_frozen", False)
+        try:
+            self.update(values)
+            object.__setattr__(self, "_frozen", frozen)
+            yield self
+        finally:
+            self.__dict__.clear()
+            self.__dict__.update(saved)
+            object.__setattr__(self, "_sources", sources)
+
+    def _put(self, name: str, value: Any, source: int) -> None:
+        hint = _hints()[_known(name)]
+        if self._frozen:
+            raise SettingsError(
+                f"setting {name!r} cannot change any more: the application is in use. "
+                "Set it before the first task is sent; in a test use `with app.override(...)`"
+            )
+        if not _fits(value, hint):
+            raise SettingsError(f"setting {name!r} is {_shown(name, value)}; expected {_words(hint)}")
+        if source >= self._sources.get(name, DEFAULT):
+            object.__setattr__(self, name, _immutable(value))
+            self._sources[name] = source
+
+    def _resolve(self) -> None:
+        broker_url = self.broker_url or DEFAULT_BROKER_URL
+        if not isinstance(broker_url, str):
+            broker_url = ";".join(broker_url)
+        object.__setattr__(self, "broker_url", broker_url)
+        if self.result_backend is None:
+            embedded = broker_url.startswith(("sqlite:", "memory:"))
+            object.__setattr__(self, "result_backend", broker_url if embedded else "disabled")
+        if self.task_acks_late is None:
+            object.__setattr__(self, "task_acks_late", self.fastq_reliable)
+
+
+def settings_of(source: object, namespace: str | None = None) -> dict[str, Any]:
+    """Return the settings in a mapping, module or other object, under their lower-case names.
+
+    With a namespace, exactly the names ``<NAMESPACE>_<SETTING>`` in upper case count, as in Django. Without one, every
+    key of a mapping counts, and of an object the names that are settings or look like one. Names are checked when they
+    are set.
+    """
+    names = source if isinstance(source, Mapping) else vars(source).keys() | _class_names(source)
+    if namespace:
+        prefix = namespace.upper().rstrip("_") + "_"
+        chosen = {name: name[len(prefix) :].lower() for name in names if name.startswith(prefix)}
+    elif isinstance(source, Mapping):
+        chosen = {name: name for name in names}
+    else:
+        chosen = {name: name for name in names if name in _hints() or name.startswith(_PREFIXES)}
+    if isinstance(source, Mapping):
+        return {setting: source[name] for name, setting in chosen.items()}
+    return {setting: getattr(source, name) for name, setting in sorted(chosen.items())}
+
+
+def _class_names(source: object) -> set[str]:
+    classes = source.__mro__ if isinstance(source, type) else type(source).__mro__
+    return {name for cls in classes if cls is not object for name in vars(cls)}
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return {name: hint for name, hint in get_type_hints(Settings).items() if not name.startswith("_")}
+
+
+def _known(name: str) -> str:
+    """Return the name if it is a setting; else raise SettingsError with the nearest one."""
+    if name in _hints():
+        return name
+    import difflib  # only needed on the way to an error
+
+    nearest = difflib.get_close_matches(str(name), _hints(), n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "no setting has a similar name"
+    raise SettingsError(f"unknown setting {name!r}; {hint}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the annotated type. Numbers are finite and not negative: no setting has a use for others."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if origin is Sequence:
+        return isinstance(value, (list, tuple, set, frozenset)) and all(_fits(item, parts[0]) for item in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if hint is Any:
+        return True
+    if hint in (int, float):
+        kinds = (int,) if hint is int else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, hint)
+
+
+def _words(hint: Any) -> str:
+    """Return a type as an error message names it."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_words(part) for part in parts)
+    if origin is Literal:
+        return " or ".join(map(repr, parts))
+    if origin is Sequence:
+        return f"a list of {_words(parts[0])}"
+    if origin is Mapping:
+        return "a dict with text keys"
+    named = {int: "an int >= 0", float: "a number >= 0", bool: "True or False", type(None): "None"}
+    return named.get(hint) or str(hint.__name__)
+
+
+def _shown(name: str, value: object) -> str:
+    if name in _SECRET:
+        return f"a value of type {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _immutable(value: Any) -> Any:
+    if isinstance(value, (list, set, frozenset)):
+        return tuple(value)
+    return types.MappingProxyType(dict(value)) if isinstance(value, dict) else value

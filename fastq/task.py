@@ -1,0 +1,471 @@
+"""A task: the user's function, what it says about itself, and the words to call, send and retry it.
+
+Runs nothing by itself but direct and eager calls; in a worker the child calls ``run``. Source of the words: Celery's
+``Task``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
+
+from fastq.codecs.meta import encode_meta
+from fastq.errors import Ignore, MaxRetriesExceeded, Reject, Retry, SettingsError
+from fastq.options import CHECKS, RetryOptions, SendOptions, TaskOptions, check_names, seconds, text_option
+from fastq.request import Request, current, pop_request, push_request, running_task
+from fastq.result import AsyncResult, EagerResult
+from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, SUCCESS
+from fastq.steps import retry as retries
+from fastq.wire.message import new_id
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastq.app import FastQ
+    from fastq.sending import Envelope
+    from fastq.settings import Settings
+    from fastq.steps.retry import ExceptionClasses, RetryPolicy
+
+__all__ = ["ExceptionInfo", "Request", "Task", "current", "pop_request", "push_request"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Attributes that take a setting's value where the task says nothing.
+SETTINGS_BEHIND = {
+    "acks_late": "task_acks_late",
+    "ignore_result": "task_ignore_result",
+    "track_started": "task_track_started",
+}
+
+#: Methods that a worker calls around ``run``; the base class has them all, doing nothing.
+HANDLERS = ("before_start", "on_success", "on_failure", "on_retry", "after_return")
+
+_UNLIMITED = sys.maxsize
+
+
+class ExceptionInfo:
+    """An exception with its traceback, as handlers receive it (``einfo``); its text is the traceback."""
+
+    def __init__(self, exception: BaseException) -> None:
+        self.exception = exception
+        self.type = type(exception)
+        self._text: str | None = None
+
+    @property
+    def traceback(self) -> str:
+        """Return the formatted traceback; it is formatted when it is first asked for."""
+        if self._text is None:
+            self._text = "".join(traceback.format_exception(self.type, self.exception, self.exception.__traceback__))
+        return self._text
+
+    def __str__(self) -> str:
+        return self.traceback
+
+
+class Task(Generic[P, R]):
+    """A registered task. Made by ``@app.task``; a subclass with a ``run`` method goes to ``app.register_task``.
+
+    Class attributes are the defaults of the options of the same name. None in ``acks_late``, ``ignore_result`` and
+    ``track_started`` becomes the setting's value when the application is finalized.
+    """
+
+    #: The function that does the work.
+    run: Callable[..., R]
+
+    name: str = ""
+    bind: bool = False
+    typing: bool = True
+    ignore_result: bool | None = None
+    acks_late: bool | None = None
+    track_started: bool | None = None
+    throws: ExceptionClasses = ()
+
+    max_retries: int | None = 3
+    default_retry_delay: float = 180.0
+    autoretry_for: ExceptionClasses = ()
+    dont_autoretry_for: ExceptionClasses = ()
+    retry_backoff: bool | float = False
+    retry_backoff_max: float = 600.0
+    retry_jitter: bool = True
+    retry_kwargs: Mapping[str, Any] = types.MappingProxyType({})
+
+    time_limit: float | None = None
+    soft_time_limit: float | None = None
+    serializer: str | None = None
+    compression: str | None = None
+    queue: str | None = None
+    exchange: str | None = None
+    routing_key: str | None = None
+    priority: int | None = None
+    expires: float | datetime | None = None
+
+    #: What ``autoretry_for`` and the ``retry_…`` options add up to; None: no exception is retried by itself.
+    autoretry: RetryPolicy | None = None
+    #: The handlers that this task has of its own; a worker need not call the others.
+    handlers: frozenset[str] = frozenset()
+
+    _app: FastQ | None = None
+    _envelope: Envelope | None = None
+    _direct: Envelope | None = None
+    _least_args: int = 0
+    _most_args: int = _UNLIMITED
+    _signature: inspect.Signature | None = None
+    _inherited: tuple[str, ...] = ()
+
+    # --- what a task class may override ------------------------------------------------------------------------------
+
+    def before_start(self, task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Be called before ``run``."""
+
+    def on_success(self, retval: Any, task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Be called with the value that ``run`` returned."""
+
+    def on_failure(
+        self, exc: Exception, task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any], einfo: ExceptionInfo
+    ) -> None:
+        """Be called with the exception that ended the task."""
+
+    def on_retry(
+        self, exc: BaseException, task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any], einfo: ExceptionInfo
+    ) -> None:
+        """Be called with the reason when the task is to run again."""
+
+    def after_return(
+        self,
+        status: str,
+        retval: Any,
+        task_id: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        einfo: ExceptionInfo | None,
+    ) -> None:
+        """Be called last, whatever happened; not after Ignore and Reject."""
+
+    # --- calling and sending -----------------------------------------------------------------------------------------
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the function here and now, as a plain call."""
+        if not self.bind:
+            return self.run(*args, **kwargs)
+        push_request(Request.local(self.name, args, kwargs, called_directly=True))
+        try:
+            return self.run(*args, **kwargs)
+        finally:
+            pop_request()
+
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R]:
+        """Send the task with these arguments and return the handle on its result."""
+        envelope = self._direct
+        if envelope is None:
+            return self.apply_async(args, kwargs)
+        if kwargs or not self._least_args <= len(args) <= self._most_args:
+            self._check_arguments(args, kwargs)
+        return self.app.send(envelope, new_id(), args, kwargs)
+
+    def apply_async(
+        self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None, **options: Unpack[SendOptions]
+    ) -> AsyncResult[R]:
+        """Send the task with options (see ``SendOptions``) and return the handle on its result."""
+        positional, named = _arguments(args, kwargs)
+        if options:
+            check_names(options, SendOptions.__optional_keys__, "apply_async()")
+        self._check_arguments(positional, named)
+        app = self.app
+        envelope = self._envelope or self._prepare(positional, named)
+        task_id = options.get("task_id")
+        if app.conf.task_always_eager:
+            return self.apply(positional, named, task_id=task_id, headers=options.get("headers"))
+        if options:
+            envelope = app.envelopes.with_options(envelope, options)
+        return app.send(envelope, new_id() if task_id is None else text_option("task_id", task_id), positional, named)
+
+    def apply(
+        self,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        task_id: str | None = None,
+        throw: bool | None = None,
+        retries: int = 0,
+        headers: Mapping[str, Any] | None = None,
+    ) -> EagerResult[R]:
+        """Run the task here with handlers and retries, as a worker would, and return its result.
+
+        A retry follows at once. ``throw``: raise the task's exception (default: the setting ``task_eager_propagates``).
+        """
+        positional, named = _arguments(args, kwargs)
+        request = Request.local(
+            self.name,
+            positional,
+            named,
+            id=task_id or new_id(),
+            is_eager=True,
+            retries=retries,
+            sent_headers=dict(headers or {}),
+        )
+        state, value, einfo = self._run_here(request)
+        while state == RETRY:
+            again = request.next_run or (request.args, request.kwargs)
+            request = Request.local(
+                self.name,
+                *again,
+                id=request.id,
+                is_eager=True,
+                retries=request.retries + 1,
+                sent_headers=request.sent_headers,
+            )
+            state, value, einfo = self._run_here(request)
+        if state == FAILURE and (self.app.conf.task_eager_propagates if throw is None else throw):
+            raise value
+        return EagerResult(
+            cast("str", request.id), self.app, self.name, state, value, None if einfo is None else einfo.traceback
+        )
+
+    def retry(
+        self,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        exc: BaseException | None = None,
+        throw: bool = True,
+        eta: datetime | None = None,
+        countdown: float | None = None,
+        max_retries: int | None = None,
+        **options: Unpack[RetryOptions],
+    ) -> Retry:
+        """Send the running call again and raise Retry (``throw=False``: return it).
+
+        ``exc`` is the reason; without it, the exception being handled. After ``max_retries`` (default: the task's) the
+        reason ``exc`` is raised, or MaxRetriesExceeded. The next run comes after ``countdown`` seconds (default:
+        ``default_retry_delay``) or at ``eta``. Called directly, outside a worker, it raises the reason.
+        """
+        request = self.request
+        handled = sys.exc_info()[1]
+        reason = handled if exc is None else exc
+        if request.called_directly:
+            raise reason if reason is not None else Retry()
+        limit = self.max_retries if max_retries is None else max_retries
+        if limit is not None and request.retries >= limit:
+            raise (
+                exc
+                if exc is not None
+                else MaxRetriesExceeded(
+                    f"{self.name}[{request.id}] was retried {request.retries} times, its max_retries is {limit}"
+                )
+            )
+        again = self.send_retry(reason, countdown, eta, args, kwargs, options)
+        if throw:
+            raise again
+        return again
+
+    def send_retry(
+        self,
+        reason: BaseException | None,
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        options: RetryOptions | None = None,
+    ) -> Retry:
+        """Send the running call again, whatever its number of retries, and return the Retry that says so."""
+        request = self.request
+        positional, named = request.args if args is None else args, request.kwargs if kwargs is None else kwargs
+        if request.is_eager:
+            request.next_run = (positional, named)
+            return Retry(reason, time.time())
+        options = options or {}
+        if options:
+            check_names(options, RetryOptions.__optional_keys__, "retry()")
+        if countdown is None and eta is None:
+            countdown = self.default_retry_delay
+        when: SendOptions = {"countdown": countdown, "eta": eta}
+        envelopes = self.app.envelopes
+        envelope = envelopes.with_options(envelopes.of_request(request), {**options, **when})
+        self.app.publish((envelope.next_run(request, positional, named),))
+        return Retry(reason, envelope.eta)
+
+    def update_state(self, *, state: str, meta: Any = None, task_id: str | None = None) -> None:
+        """Store a state of the running call (or of another one) with any JSON value. Without a stored result: nothing."""
+        request = self.request
+        if task_id is None and (request.id is None or request.is_eager or self.ignore_result):
+            return
+        task_id = cast("str", request.id) if task_id is None else task_id
+        if self.app.stores_results:
+            self.app.store.save(task_id, state, encode_meta(task_id, state, meta))
+
+    def AsyncResult(self, task_id: str) -> AsyncResult[R]:  # noqa: N802 - Celery's word
+        """Return the handle on a call of this task that was sent before."""
+        return AsyncResult(task_id, self.app, self.name)
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    @property
+    def app(self) -> FastQ:
+        """Return the application. Raises SettingsError before the task is registered."""
+        if self._app is None:
+            raise SettingsError(f"{type(self).__name__} belongs to no application; register it: app.register_task(...)")
+        return self._app
+
+    @property
+    def request(self) -> Request:
+        """Return the running call of this task; outside any, an empty one with ``called_directly`` set."""
+        request = running_task(self.name)
+        return Request.local(self.name, (), {}, called_directly=True) if request is None else request
+
+    def __repr__(self) -> str:
+        return f"<Task {self.name or type(self).__name__}>"
+
+    # --- registration, called by the application ---------------------------------------------------------------------
+
+    def declare(
+        self, app: FastQ, name: str, function: Callable[..., R] | None, options: TaskOptions, bind: bool
+    ) -> None:
+        """Make this the task of a function (None: of its own ``run`` method) in an application."""
+        check_names(options, TaskOptions.__optional_keys__, "task()")
+        vars(self).update({option: value for option, value in options.items() if option != "name"})
+        self._app = app
+        self.name = text_option("name", name)
+        if function is not None:
+            self._wrap(function, bind)
+        elif not callable(getattr(self, "run", None)):
+            raise TypeError(f"{type(self).__name__} has no run() method")
+        else:
+            self.bind = True
+        if inspect.iscoroutinefunction(self.run):
+            raise TypeError(
+                f"task {name!r} is a coroutine function; workers run plain functions: use asyncio.run() inside"
+            )
+        self._check_options()
+        self._read_signature()
+        cls = type(self)
+        self.handlers = frozenset(name for name in HANDLERS if getattr(cls, name) is not getattr(Task, name))
+        self._inherited = tuple(attribute for attribute in SETTINGS_BEHIND if getattr(self, attribute) is None)
+
+    def settle(self, settings: Settings) -> None:
+        """Take from the settings what the task does not say itself; what was prepared for sending is prepared anew."""
+        for attribute in self._inherited:
+            setattr(self, attribute, getattr(settings, SETTINGS_BEHIND[attribute]))
+        self.forget_envelope()
+
+    def forget_envelope(self) -> None:
+        """Prepare the next message anew: settings or the process have changed."""
+        self._envelope = self._direct = None
+
+    def _wrap(self, function: Callable[..., R], bind: bool) -> None:
+        self.bind = bind
+        # types.MethodType: the task becomes the first argument at no cost per call.
+        self.run = types.MethodType(function, self) if bind else function
+        for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
+            if hasattr(function, attribute):
+                setattr(self, attribute, getattr(function, attribute))
+        self.__wrapped__ = function
+
+    def _check_options(self) -> None:
+        for option, check in CHECKS.items():
+            value = getattr(self, option, None)
+            if value is not None:
+                setattr(self, option, check(option, value))
+        limit: Any = self.max_retries
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+            raise ValueError(f"max_retries is {limit!r}; expected an int >= 0, or None for no limit")
+        seconds("default_retry_delay", self.default_retry_delay)
+        self.throws = retries.exception_classes("throws", self.throws)
+        self.autoretry = retries.policy(
+            self.autoretry_for,
+            self.dont_autoretry_for,
+            self.retry_backoff,
+            self.retry_backoff_max,
+            self.retry_jitter,
+            self.retry_kwargs,
+        )
+
+    def _read_signature(self) -> None:
+        if not self.typing:
+            return
+        try:
+            self._signature = inspect.signature(self.run)
+        except (TypeError, ValueError):
+            return  # some built-in functions tell nothing
+        kinds = [(parameter.kind, parameter.default) for parameter in self._signature.parameters.values()]
+        positional = [default for kind, default in kinds if kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD)]
+        required = sum(default is inspect.Parameter.empty for default in positional)
+        needs_names = any(kind is kind.KEYWORD_ONLY and default is inspect.Parameter.empty for kind, default in kinds)
+        # A call that needs names is never settled by the number of its positional arguments.
+        self._least_args = _UNLIMITED if needs_names else required
+        self._most_args = _UNLIMITED if any(kind is kind.VAR_POSITIONAL for kind, _ in kinds) else len(positional)
+
+    def _check_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise TypeError here, and not later in a worker, when the function cannot be called so."""
+        if self._signature is None or (not kwargs and self._least_args <= len(args) <= self._most_args):
+            return
+        try:
+            self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.name}(): {error}") from None
+
+    def _prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Envelope:
+        """Return the envelope for one call; it is kept for the next ones unless a router looks at every call."""
+        app = self.app
+        envelope = app.envelopes.of_task(self, args, kwargs)
+        envelope.reply_to = None if envelope.ignore_result else app.reply_address()
+        if app.envelopes.routes_are_static:
+            self._envelope = envelope
+            # An apply_async of the user's, or of a tool that wraps it, must see every call.
+            own = type(self).apply_async is not _APPLY_ASYNC or "apply_async" in vars(self)
+            self._direct = None if own or app.conf.task_always_eager else envelope
+        return envelope
+
+    # --- eager runs --------------------------------------------------------------------------------------------------
+
+    def _run_here(self, request: Request) -> tuple[str, Any, ExceptionInfo | None]:
+        """Run one call with its handlers and return its state, its value or exception, and the traceback."""
+        push_request(request)
+        try:
+            return self._call_handlers(request, *self._execute(request))
+        finally:
+            pop_request()
+
+    def _execute(self, request: Request) -> tuple[str, Any, ExceptionInfo | None]:
+        args, kwargs = request.args, request.kwargs
+        try:
+            self.before_start(cast("str", request.id), args, kwargs)
+            return SUCCESS, self.run(*args, **kwargs), None
+        except Retry as again:
+            return RETRY, again.exc, ExceptionInfo(again.exc or again)
+        except Ignore:
+            return IGNORED, None, None
+        except Reject:
+            return REJECTED, None, None
+        except Exception as error:
+            einfo = ExceptionInfo(error)
+            return (FAILURE if retries.on_exception(self, error) is None else RETRY), error, einfo
+
+    def _call_handlers(
+        self, request: Request, state: str, value: Any, einfo: ExceptionInfo | None
+    ) -> tuple[str, Any, ExceptionInfo | None]:
+        task_id, args, kwargs = cast("str", request.id), request.args, request.kwargs
+        if state == SUCCESS:
+            self.on_success(value, task_id, args, kwargs)
+        elif einfo is not None:
+            (self.on_retry if state == RETRY else self.on_failure)(value, task_id, args, kwargs, einfo)
+        if state not in (IGNORED, REJECTED):
+            self.after_return(state, value, task_id, args, kwargs, einfo)
+        return state, value, einfo
+
+
+_APPLY_ASYNC = Task.apply_async
+
+
+def _arguments(args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Return arguments in the types that go out as they are. Raises TypeError for text and other non-lists."""
+    if args is not None and not isinstance(args, (list, tuple)):
+        raise TypeError(f"args is {args!r:.80}; expected a list or tuple of positional arguments")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"kwargs is {kwargs!r:.80}; expected a dict of keyword arguments")
+    return (() if args is None else args), ({} if kwargs is None else dict(kwargs))

@@ -1,0 +1,314 @@
+"""Publishing to RabbitMQ from programs: confirmed, over a blocking socket, from any thread, across forks. No event loop.
+
+Retries are the caller's: ConnectionLost says that nothing was sent, PublishError that the message's fate is bad or unknown.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastq.amqp.connection import ADMIN_CHANNEL, FRAME_METHOD, BlockingConnection, Event, connect_any
+from fastq.amqp.tcp import lost
+from fastq.amqp.topology import Topology
+from fastq.amqp.url import Endpoints
+from fastq.errors import ConnectionLost, FastqError, PublishError, SettingsError
+from fastq.wire.amqp import METHODS, decode_method
+from fastq.wire.frames import publish_frames
+
+if TYPE_CHECKING:
+    from fastq.settings import Settings
+    from fastq.wire.message import Message
+
+__all__ = ["AmqpPublisher", "BlockingConnection"]
+
+CHANNEL = 1
+BASIC_ACK, BASIC_NACK, BASIC_RETURN = METHODS["basic.ack"], METHODS["basic.nack"], METHODS["basic.return"]
+IDLE_CHECK_S = 0.1  # chosen: a connection used more recently than this is not looked at before use
+WINDOW = (
+    512  # chosen: messages under way before the oldest are waited for; their confirms (11 kB) fit any socket buffer
+)
+WINDOW_BYTES = 1 << 20
+
+# What RabbitMQ answers to one message, all but the delivery tag: a basic.ack frame of 21 bytes.
+ACK_HEAD = struct.pack(">BHII", FRAME_METHOD, CHANNEL, 13, BASIC_ACK)
+ACK_TAIL = b"\x00\xce"
+
+
+class Confirms:
+    """The broker's answers to a run of messages: which are still due, and what went wrong."""
+
+    def __init__(self, connection: BlockingConnection) -> None:
+        self.connection = connection
+        self.due: set[int] = set()
+        self.refused = 0
+        self.unroutable: list[str] = []
+
+    def expect(self, count: int) -> None:
+        """Count messages that are sent now; the broker numbers them the same way."""
+        first = self.connection.published + 1
+        self.connection.published += count
+        self.due.update(range(first, first + count))
+
+    def take(self, event: Event) -> None:
+        """Count a confirm or a returned message. Raises what a channel.close means."""
+        if event.method_id == BASIC_ACK or event.method_id == BASIC_NACK:
+            _, fields = decode_method(event.method_id, event.arguments)
+            tag = fields["delivery_tag"]
+            done = {each for each in self.due if each <= tag} if fields["multiple"] else self.due & {tag}
+            self.due -= done
+            self.refused += len(done) if event.method_id == BASIC_NACK else 0
+        elif event.method_id == BASIC_RETURN:
+            _, fields = decode_method(event.method_id, event.arguments)
+            self.unroutable.append(f"{fields['exchange']}/{fields['routing_key']}".lstrip("/"))
+        else:
+            self.connection.check_channel(event)
+
+    def wait(self, left: int, timeout_s: float) -> None:
+        """Return when at most ``left`` confirms are due. Raises PublishError when that takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while len(self.due) > left:
+            event = self.connection.next_event(deadline)
+            if event is None:
+                raise not_confirmed(self.connection, len(self.due))
+            self.take(event)
+
+    def check(self) -> None:
+        """Raise PublishError when the broker refused or returned a message."""
+        where = f"RabbitMQ at {self.connection.url}"
+        if self.unroutable:
+            # The next try declares them again.
+            self.connection.declared.difference_update(self.unroutable)
+            raise PublishError(
+                f"{where} has no queue for {len(self.unroutable)} message(s) to {', '.join(sorted(set(self.unroutable)))}."
+                " Declare the queue, start a worker for it, or set task_create_missing_queues = True"
+            )
+        if self.refused:
+            raise PublishError(f"{where} refused {self.refused} message(s): a queue is full (x-overflow) or has failed")
+
+
+class AmqpPublisher:
+    """Publisher for amqp:// and amqps:// (the protocol is ``interfaces.Publisher``)."""
+
+    def __init__(self, url: str | Sequence[str], settings: Settings) -> None:
+        self._endpoints = Endpoints(url, settings)
+        self._settings = settings
+        self._topology = Topology(settings)
+        self._timeout_s: float = settings.fastq_publish_timeout
+        self._confirm = bool(settings.broker_transport_options.get("confirm_publish", True))
+        self._connection: BlockingConnection | None = None
+        self._lock = threading.Lock()
+        PUBLISHERS.add(self)
+
+    def __repr__(self) -> str:
+        return f"<AmqpPublisher {self._endpoints}>"
+
+    def publish(self, messages: Sequence[Message]) -> None:
+        """Return when the broker has confirmed every message.
+
+        Raises PublishError, ConnectionLost when there is no broker, SettingsError when trying again cannot help.
+        """
+        with self._lock:
+            connection = self._ready()
+            try:
+                if connection.blocked is not None and not connection.wait_unblocked(time.monotonic() + self._timeout_s):
+                    raise blocked(connection)
+                if len(messages) == 1 and self._confirm:
+                    confirms = self._publish_one(connection, messages[0])
+                else:
+                    confirms = self._publish_many(connection, messages)
+            except BaseException:
+                # Late confirms of these messages must not be taken for those of the next ones.
+                self._drop()
+                raise
+            connection.used_at = time.monotonic()
+            if confirms is not None:
+                confirms.check()
+
+    def _publish_one(self, connection: BlockingConnection, message: Message) -> Confirms | None:
+        """The hot path: one send, one recv, one comparison; None is the plain good answer."""
+        if not message.exchange and message.routing_key not in connection.declared:
+            self._declare_missing(connection, message.routing_key)
+        data = publish_frames(CHANNEL, message, connection.frame_max, True)
+        connection.published = tag = connection.published + 1
+        try:
+            if (sent := connection.send(data)) != len(data):
+                connection.transmit(data[sent:])
+            answer = connection.recv(4096)
+        except (BlockingIOError, TimeoutError):
+            raise not_confirmed(connection, 1) from None
+        except (OSError, ValueError) as error:
+            raise unknown_fate(lost(connection.url, error, "publishing")) from None
+        if answer == ACK_HEAD + tag.to_bytes(8, "big") + ACK_TAIL:
+            return None
+        return self._read_answer(connection, tag, answer)
+
+    def _read_answer(self, connection: BlockingConnection, tag: int, answer: bytes) -> Confirms:
+        """Anything but a plain confirm: a returned message, a blocked connection, an error, or part of a frame."""
+        if not answer:
+            raise unknown_fate(ConnectionLost(f"RabbitMQ at {connection.url} closed the connection"))
+        confirms = Confirms(connection)
+        confirms.due.add(tag)
+        try:
+            connection.feed(answer)
+            confirms.wait(0, self._timeout_s)
+        except ConnectionLost as error:
+            raise unknown_fate(error) from None
+        return confirms
+
+    def _publish_many(self, connection: BlockingConnection, messages: Sequence[Message]) -> Confirms:
+        """Send in windows; while one is being confirmed the next is under way."""
+        for queue in {message.routing_key for message in messages if not message.exchange} - connection.declared:
+            self._declare_missing(connection, queue)
+        confirms = Confirms(connection)
+        try:
+            for count, data in windows(messages, connection.frame_max, self._confirm):
+                connection.transmit(data)
+                if self._confirm:
+                    confirms.expect(count)
+                    confirms.wait(WINDOW, self._timeout_s)
+            confirms.wait(0, self._timeout_s)
+        except ConnectionLost as error:
+            raise unknown_fate(error) from None
+        return confirms
+
+    def _declare_missing(self, connection: BlockingConnection, queue: str) -> None:
+        """Create a queue before the first message goes to it on this connection, where the settings allow that."""
+        if self._topology.may_create(queue):
+            connection.declare(self._topology.spec(queue))
+        else:
+            connection.declared.add(queue)
+
+    def _ready(self) -> BlockingConnection:
+        """Return an open connection; one that was idle has been checked. Call with the lock held."""
+        connection = self._connection
+        if connection is None:
+            return self._connect()
+        if self._confirm and time.monotonic() - connection.used_at < IDLE_CHECK_S:
+            return connection
+        try:
+            connection.refresh()
+            for event in connection.take_events():
+                connection.check_channel(event)
+        except FastqError:
+            self._drop()
+            return self._connect()
+        return connection
+
+    def _connect(self) -> BlockingConnection:
+        connection = connect_any(self._endpoints, self._settings, "producer", self._timeout_s)
+        connection.open_channel(CHANNEL)
+        if self._confirm:
+            connection.rpc(CHANNEL, "confirm.select")
+        self._connection = connection
+        return connection
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _administer(self, method: str, **fields: Any) -> dict[str, Any]:
+        """Do one operation on the channel that is not for publishing; a refusal leaves the connection in order."""
+        with self._lock:
+            connection = self._ready()
+            try:
+                return connection.rpc(ADMIN_CHANNEL, method, **fields)
+            except SettingsError:
+                raise
+            except BaseException:
+                self._drop()
+                raise
+
+    def declare(self, queue: str) -> None:
+        """Create the queue if it is missing. Raises SettingsError when it exists with other arguments."""
+        for method, fields in self._topology.spec(queue).steps():
+            self._administer(method, **fields)
+
+    def purge(self, queue: str) -> int:
+        """Drop the waiting messages of a queue and return how many there were. Raises SettingsError without such a queue."""
+        return int(self._administer("queue.purge", queue=queue)["message_count"])
+
+    def depth(self, queue: str) -> int:
+        """Return how many messages wait in a queue. Raises SettingsError without such a queue."""
+        return int(self._administer("queue.declare", queue=queue, passive=True)["message_count"])
+
+    def close(self) -> None:
+        """Close the connection; a later call opens a new one."""
+        with self._lock:
+            self._drop()
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: leave the parent's connection alone; an own one is opened when it is needed."""
+        self._lock = threading.Lock()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abandon()
+
+    def close_at_exit(self) -> None:
+        """Close unless a thread is still publishing."""
+        if self._lock.acquire(timeout=0.2):
+            self._drop()
+            self._lock.release()
+
+
+def windows(messages: Sequence[Message], frame_max: int, mandatory: bool) -> Iterator[tuple[int, bytes]]:
+    """Yield the messages as frames, in pieces to be sent at once: (how many messages, bytes)."""
+    parts: list[bytes] = []
+    size = 0
+    for message in messages:
+        parts.append(publish_frames(CHANNEL, message, frame_max, mandatory))
+        size += len(parts[-1])
+        if len(parts) == WINDOW or size >= WINDOW_BYTES:
+            yield len(parts), b"".join(parts)
+            parts, size = [], 0
+    if parts:
+        yield len(parts), b"".join(parts)
+
+
+def blocked(connection: BlockingConnection) -> PublishError:
+    """Return the error for a broker that takes no messages."""
+    return PublishError(
+        f"RabbitMQ at {connection.url} blocks publishers ({connection.blocked}) for longer than fastq_publish_timeout. "
+        "Free its memory or disk, or let workers drain the queues"
+    )
+
+
+def not_confirmed(connection: BlockingConnection, count: int) -> PublishError:
+    """Return the error for confirms that did not come in time."""
+    if connection.blocked is not None:
+        return blocked(connection)
+    return PublishError(
+        f"RabbitMQ at {connection.url} did not confirm {count} message(s) within fastq_publish_timeout; "
+        "they may or may not have been stored"
+    )
+
+
+def unknown_fate(error: ConnectionLost) -> PublishError:
+    """Return the error for a connection lost between sending and confirm."""
+    return PublishError(f"{error}; what was just sent may or may not have been stored")
+
+
+PUBLISHERS: weakref.WeakSet[AmqpPublisher] = weakref.WeakSet()
+
+
+def forget_connections() -> None:
+    """In a forked child, for every publisher of the process."""
+    for publisher in list(PUBLISHERS):
+        publisher.forget_after_fork()
+
+
+def close_connections() -> None:
+    """At exit: without a goodbye the broker logs an error for each connection."""
+    for publisher in list(PUBLISHERS):
+        publisher.close_at_exit()
+
+
+os.register_at_fork(after_in_child=forget_connections)
+atexit.register(close_connections)

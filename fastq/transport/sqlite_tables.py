@@ -1,0 +1,246 @@
+"""Every statement on the message tables: publish, claim, settle, give back. No transactions, threads or sockets.
+
+Each function runs inside a transaction of its caller. They take whole batches, because a statement costs more than a row
+and each one lets go of the interpreter's lock and has to get it back.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import orjson
+
+if TYPE_CHECKING:
+    from fastq.wire.message import Message
+
+#: A delivery as the core takes it: tag, queue, props, body, how often it was handed out (this time included).
+Row: TypeAlias = tuple[int, bytes, bytes, bytes, int]
+#: A message as it is stored: queue, priority, due, props, body.
+MessageRow: TypeAlias = tuple[int, int, float | None, bytes, bytes]
+
+INSERT_MESSAGE: Final = "INSERT INTO messages (queue, priority, due, props, body) VALUES (?, ?, ?, ?, ?)"
+#: Messages whose time has come are made ready in slices, so that a million of them do not hold the lock for seconds.
+_DUE_SLICE: Final = 1000
+
+_IDS: Final = "(SELECT value FROM json_each(?1))"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A worker that has the file open."""
+
+    id: int
+    name: str
+    host: str
+    pid: int
+    bell: str
+    queues: tuple[str, ...]
+    started: float  # unix time
+
+
+class QueueIds:
+    """The numbers that stand for queue names in one file; ``forget`` after a rollback, which may have undone a new one."""
+
+    def __init__(self, cursor: sqlite3.Cursor) -> None:
+        self._cursor = cursor
+        self._ids: dict[str, int] = {}
+
+    def get(self, name: str) -> int | None:
+        """Return a queue's number if it was asked for before."""
+        return self._ids.get(name)
+
+    def declare(self, name: str) -> int:
+        """Return a queue's number, creating the queue when it is missing."""
+        known = self._ids.get(name)
+        if known is not None:
+            return known
+        self._cursor.execute("INSERT OR IGNORE INTO queues (name) VALUES (?)", (name,))
+        (found,) = self._cursor.execute("SELECT id FROM queues WHERE name = ?", (name,)).fetchone()
+        self._ids[name] = int(found)
+        return int(found)
+
+    def forget(self) -> None:
+        """Drop what is known."""
+        self._ids.clear()
+
+
+def message_row(queue: int, message: Message) -> MessageRow:
+    """Return what is stored of a message."""
+    due = message.due
+    if due is not None and message.expires is not None and message.expires < due:
+        due = message.expires  # the worker is to say that it expired, and not as late as it should have run
+    return (queue, message.priority, due, message.props, message.body)
+
+
+# --- claim ------------------------------------------------------------------------------------------------------------
+
+
+def claim(cursor: sqlite3.Cursor, owner: int, queue: int, name: bytes, limit: int) -> list[Row]:
+    """Take up to ``limit`` ready messages of a queue for a worker: by priority, then oldest first."""
+    # Not UPDATE ... RETURNING: that rewrites every message and hands the rows out in no promised order.
+    rows: list[Row] = cursor.execute(
+        "SELECT r.id, ?3, m.props, m.body, r.deliveries + 1 FROM ready r CROSS JOIN messages m ON m.id = r.id "
+        "WHERE r.queue = ?1 ORDER BY r.rank, r.id LIMIT ?2",
+        (queue, limit, name),
+    ).fetchall()
+    if rows:
+        cursor.execute(
+            "INSERT INTO claimed SELECT id, ?1, deliveries + 1 FROM ready WHERE queue = ?2 ORDER BY rank, id LIMIT ?3",
+            (owner, queue, len(rows)),
+        )
+        cursor.execute(
+            "DELETE FROM ready WHERE queue = ?1 AND (rank, id) <= ((SELECT -priority FROM messages WHERE id = ?2), ?2)",
+            (queue, rows[-1][0]),
+        )
+    return rows
+
+
+def claim_fairly(cursor: sqlite3.Cursor, owner: int, queues: Sequence[tuple[int, bytes]], limit: int, turn: int) -> list[Row]:
+    """Take up to ``limit`` messages of several queues: the same share of each that has any, the rest where more is waiting."""
+    if len(queues) == 1:
+        return claim(cursor, owner, *queues[0], limit)
+    ids = _json(queue for queue, _ in queues)
+    found = cursor.execute(
+        "SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM ready WHERE ready.queue = value)", (ids,)
+    ).fetchall()
+    names = dict(queues)
+    waiting = [queue for (queue,) in found]
+    start = turn % len(waiting) if waiting else 0
+    waiting = waiting[start:] + waiting[:start]
+    rows: list[Row] = []
+    while waiting and len(rows) < limit:
+        share = -(-(limit - len(rows)) // len(waiting))
+        more = []
+        for queue in waiting:
+            taken = claim(cursor, owner, queue, names[queue], min(share, limit - len(rows)))
+            rows += taken
+            if len(taken) == share:
+                more.append(queue)
+        waiting = more
+    return rows
+
+
+def has_ready(cursor: sqlite3.Cursor, queues: Sequence[tuple[int, bytes]]) -> bool:
+    """Return whether any of the queues has a ready message."""
+    ids = _json(queue for queue, _ in queues)
+    found = cursor.execute(f"SELECT EXISTS (SELECT 1 FROM ready WHERE queue IN {_IDS})", (ids,))
+    return bool(found.fetchone()[0])
+
+
+def next_due(cursor: sqlite3.Cursor) -> float | None:
+    """Return when the next delayed message is due (unix time); None without one."""
+    (due,) = cursor.execute("SELECT min(due) FROM delayed").fetchone()
+    return None if due is None else float(due)
+
+
+def make_due_ready(cursor: sqlite3.Cursor, now: float) -> None:
+    """Make the messages ready whose time has come, of all queues; at most a slice of them."""
+    slice_ = cursor.execute(
+        "SELECT due, id FROM delayed WHERE due <= ? ORDER BY due, id LIMIT ?", (now, _DUE_SLICE)
+    ).fetchall()
+    if not slice_:
+        return
+    cursor.execute(
+        "INSERT INTO ready SELECT m.queue, -m.priority, m.id, 0 FROM delayed d JOIN messages m ON m.id = d.id "
+        "WHERE (d.due, d.id) <= (?, ?)",
+        slice_[-1],
+    )
+    cursor.execute("DELETE FROM delayed WHERE (due, id) <= (?, ?)", slice_[-1])
+
+
+# --- settle -----------------------------------------------------------------------------------------------------------
+
+
+def delete(cursor: sqlite3.Cursor, owner: int, tags: Iterable[int]) -> None:
+    """Delete messages that are done. Only the owner's: one that was given to somebody else meanwhile stays."""
+    ids = _json(tags)
+    cursor.execute(f"DELETE FROM messages WHERE id IN (SELECT id FROM claimed WHERE owner = ?2 AND id IN {_IDS})", (ids, owner))
+    cursor.execute(f"DELETE FROM claimed WHERE owner = ?2 AND id IN {_IDS}", (ids, owner))
+
+
+def bury(cursor: sqlite3.Cursor, owner: int, tags: Iterable[int], reason: str) -> None:
+    """Move messages to the dead letters."""
+    ids = _json(tags)
+    cursor.execute(
+        "INSERT INTO dead (queue, priority, deliveries, reason, died, props, body) "
+        "SELECT m.queue, m.priority, c.deliveries, ?3, ?4, m.props, m.body FROM claimed c JOIN messages m ON m.id = c.id "
+        f"WHERE c.owner = ?2 AND c.id IN {_IDS} ORDER BY c.id",
+        (ids, owner, reason, time.time()),
+    )
+    delete(cursor, owner, tags)
+
+
+def give_back(cursor: sqlite3.Cursor, owner: int, tags: Iterable[int]) -> None:
+    """Put messages back to their old places; how often they were handed out stays counted."""
+    _to_ready(cursor, f"owner = ?1 AND id IN {_IDS.replace('?1', '?2')}", (owner, _json(tags)))
+
+
+def give_back_all(cursor: sqlite3.Cursor, owner: int) -> int:
+    """Put everything that a worker holds back and return how much it was."""
+    return _to_ready(cursor, "owner = ?1", (owner,))
+
+
+def _to_ready(cursor: sqlite3.Cursor, which: str, parameters: tuple[object, ...]) -> int:
+    cursor.execute(
+        "INSERT INTO ready SELECT m.queue, -m.priority, m.id, c.deliveries "
+        f"FROM (SELECT id, deliveries FROM claimed WHERE {which}) c JOIN messages m ON m.id = c.id",
+        parameters,
+    )
+    cursor.execute(f"DELETE FROM claimed WHERE {which}", parameters)
+    return cursor.rowcount
+
+
+def _json(numbers: Iterable[int]) -> str:
+    return orjson.dumps(list(numbers)).decode()
+
+
+# --- queues and workers -----------------------------------------------------------------------------------------------
+
+
+def depth(cursor: sqlite3.Cursor, queue: int) -> int:
+    """Return how many messages wait in a queue, those that wait for their time included."""
+    (ready,) = cursor.execute("SELECT count(*) FROM ready WHERE queue = ?", (queue,)).fetchone()
+    (delayed,) = cursor.execute(
+        "SELECT count(*) FROM delayed d JOIN messages m ON m.id = d.id WHERE m.queue = ?", (queue,)
+    ).fetchone()
+    return int(ready + delayed)
+
+
+def purge(cursor: sqlite3.Cursor, queue: int) -> int:
+    """Delete the messages that wait in a queue and return how many there were; claimed ones stay."""
+    cursor.execute("DELETE FROM messages WHERE queue = ? AND id NOT IN (SELECT id FROM claimed)", (queue,))
+    count = cursor.rowcount
+    cursor.execute("DELETE FROM ready WHERE queue = ?", (queue,))
+    cursor.execute("DELETE FROM delayed WHERE id NOT IN (SELECT id FROM messages)")
+    return count
+
+
+def put_worker(cursor: sqlite3.Cursor, worker: int, info: WorkerInfo) -> int:
+    """Write a worker into the file, or anew under its number, and return the number: one that no other worker ever had."""
+    cursor.execute(
+        "INSERT OR REPLACE INTO workers (id, name, host, pid, bell, queues, started) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (worker or None, info.name, info.host, info.pid, info.bell, orjson.dumps(info.queues).decode(), info.started),
+    )
+    return int(cursor.lastrowid or 0)
+
+
+def remove_worker(cursor: sqlite3.Cursor, worker: int) -> int:
+    """Give back what a worker holds, forget it, and return how many messages it held."""
+    count = give_back_all(cursor, worker)
+    cursor.execute("DELETE FROM workers WHERE id = ?", (worker,))
+    return count
+
+
+def is_worker(cursor: sqlite3.Cursor, worker: int) -> bool:
+    """Return whether a worker is still in the file: another one removes it when it takes it for dead."""
+    return cursor.execute("SELECT 1 FROM workers WHERE id = ?", (worker,)).fetchone() is not None
+
+
+def all_workers(cursor: sqlite3.Cursor) -> list[WorkerInfo]:
+    """Return the workers in the file, dead ones included."""
+    rows = cursor.execute("SELECT id, name, host, pid, bell, queues, started FROM workers ORDER BY id").fetchall()
+    return [WorkerInfo(id_, name, host, pid, bell, tuple(orjson.loads(queues)), started) for id_, name, host, pid, bell, queues, started in rows]

@@ -1,0 +1,2 @@
+class AckWindow:
+    acked_prefix: int

@@ -1,0 +1,718 @@
+# cython: language_level=3, cdivision=True
+"""Task message protocol 2: encode it, and scan what the worker decides on out of its encoded properties.
+
+No sockets; the only clock is the one that makes ``expiration``. Properties are AMQP 0-9-1 basic properties (specification 4.2.5 and 1.8.3.1),
+the layout of the headers is Celery's task message protocol 2. Rare work (full decoding) goes through librabbitmq in ``wire.amqp``.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeUTF8
+from libc.math cimport floor
+from libc.string cimport memcmp, memcpy, memset
+from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
+
+from fastq.wire.buffer cimport Writer, load_u16, load_u32, load_u64, store_u16, store_u32
+
+import os
+
+from fastq.errors import EncodeError
+
+cdef extern from *:
+    """
+    static double fastq_load_double(const unsigned char *p) {
+        unsigned long long raw = 0; double value;
+        for (int i = 0; i < 8; i++) raw = (raw << 8) | p[i];
+        __builtin_memcpy(&value, &raw, 8);
+        return value;
+    }
+    static float fastq_load_float(const unsigned char *p) {
+        unsigned int raw = 0; float value;
+        for (int i = 0; i < 4; i++) raw = (raw << 8) | p[i];
+        __builtin_memcpy(&value, &raw, 4);
+        return value;
+    }
+    static void fastq_store_double(unsigned char *p, double value) {
+        unsigned long long raw;
+        __builtin_memcpy(&raw, &value, 8);
+        for (int i = 7; i >= 0; i--) { p[i] = raw & 0xFF; raw >>= 8; }
+    }
+    """
+    double load_double "fastq_load_double"(const uint8_t *p) nogil
+    float load_float "fastq_load_float"(const uint8_t *p) nogil
+    void store_double "fastq_store_double"(uint8_t *p, double value) nogil
+
+cdef enum:
+    HAS_CONTENT_TYPE = 1 << 15
+    HAS_CONTENT_ENCODING = 1 << 14
+    HAS_HEADERS = 1 << 13
+    HAS_DELIVERY_MODE = 1 << 12
+    HAS_PRIORITY = 1 << 11
+    HAS_CORRELATION_ID = 1 << 10
+    HAS_REPLY_TO = 1 << 9
+    HAS_EXPIRATION = 1 << 8
+    HAS_MESSAGE_ID = 1 << 7
+    HAS_TIMESTAMP = 1 << 6
+    HAS_TYPE = 1 << 5
+    HAS_USER_ID = 1 << 4
+    HAS_APP_ID = 1 << 3
+    HAS_CLUSTER_ID = 1 << 2
+    MAX_NAME = 1024     # chosen: longer task names and ids are not task messages
+
+#: What a message was refused for, by the numbers ``scan_head`` returns; also the names under which they are counted.
+PROBLEMS = ("fine", "properties", "no-task", "task", "no-id", "id", "eta", "expires", "timelimit", "retries")
+
+
+cdef double read_clock() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_REALTIME, &now)
+    return now.tv_sec + now.tv_nsec * 1e-9
+
+
+# --- dates ------------------------------------------------------------------------------------------------------------
+
+cdef int64_t days_from_civil(int64_t year, int64_t month, int64_t day) noexcept nogil:
+    """Days since 1970-01-01 in the proleptic Gregorian calendar (years count from March, in eras of 400 years)."""
+    cdef int64_t era, year_of_era, day_of_year
+    if month <= 2:
+        year -= 1
+    era = year // 400
+    year_of_era = year - era * 400
+    day_of_year = (153 * (month + (-3 if month > 2 else 9)) + 2) // 5 + day - 1
+    return era * 146097 + year_of_era * 365 + year_of_era // 4 - year_of_era // 100 + day_of_year - 719468
+
+
+cdef int digits(const uint8_t *p, int count) noexcept nogil:
+    """The value of ``count`` decimal digits, -1 when one is not a digit."""
+    cdef int value = 0
+    cdef int i
+    for i in range(count):
+        if p[i] < c'0' or p[i] > c'9':
+            return -1
+        value = value * 10 + (p[i] - c'0')
+    return value
+
+
+cdef double parse_iso8601(const uint8_t *p, Py_ssize_t size) noexcept nogil:
+    """Unix seconds of ``YYYY-MM-DDTHH:MM:SS[.f…][Z|±HH[:]MM]`` (no zone: UTC); -1 when it is anything else."""
+    cdef int year, month, day, hour, minute, second, zone_hour, zone_minute
+    cdef double value, scale = 0.1
+    cdef Py_ssize_t i = 19
+    cdef int sign
+    if size < 19 or p[4] != c'-' or p[7] != c'-' or (p[10] != c'T' and p[10] != c' ') or p[13] != c':' or p[16] != c':':
+        return -1
+    year, month, day = digits(p, 4), digits(p + 5, 2), digits(p + 8, 2)
+    hour, minute, second = digits(p + 11, 2), digits(p + 14, 2), digits(p + 17, 2)
+    if year < 1970 or month < 1 or month > 12 or day < 1 or day > 31:
+        return -1
+    if hour < 0 or hour > 23 or minute < 0 or minute > 59 or second < 0 or second > 60:
+        return -1
+    value = <double> (days_from_civil(year, month, day) * 86400 + hour * 3600 + minute * 60 + second)
+    if i < size and p[i] == c'.':
+        i += 1
+        while i < size and c'0' <= p[i] <= c'9':
+            value += (p[i] - c'0') * scale
+            scale *= 0.1
+            i += 1
+    if i == size:
+        return value
+    if p[i] == c'Z' and i + 1 == size:
+        return value
+    if p[i] != c'+' and p[i] != c'-':
+        return -1
+    sign = 1 if p[i] == c'+' else -1
+    i += 1
+    if size - i != 5 and size - i != 4 and size - i != 2:
+        return -1
+    zone_hour = digits(p + i, 2)
+    zone_minute = 0
+    if size - i == 5:
+        zone_minute = digits(p + i + 3, 2) if p[i + 2] == c':' else -1
+    elif size - i == 4:
+        zone_minute = digits(p + i + 2, 2)
+    if zone_hour < 0 or zone_hour > 23 or zone_minute < 0 or zone_minute > 59:
+        return -1
+    return value - sign * (zone_hour * 3600 + zone_minute * 60)
+
+
+cdef bytes format_iso8601(double unix):
+    """``YYYY-MM-DDTHH:MM:SS.ffffff+00:00``, as Celery writes dates in headers."""
+    cdef int64_t whole = <int64_t> floor(unix)
+    cdef int micro = <int> ((unix - whole) * 1e6 + 0.5)
+    cdef int64_t days, z, era, doe, yoe, doy, mp, year, month, day, seconds
+    if micro >= 1000000:
+        whole += 1
+        micro -= 1000000
+    if whole < 0 or whole > 253402300799:
+        raise EncodeError(f"date out of range: unix time {unix!r} is not between the years 1970 and 9999")
+    days, seconds = whole // 86400, whole % 86400
+    z = days + 719468
+    era = z // 146097
+    doe = z - era * 146097
+    yoe = (doe - doe // 1460 + doe // 36524 - doe // 146096) // 365
+    doy = doe - (365 * yoe + yoe // 4 - yoe // 100)
+    mp = (5 * doy + 2) // 153
+    day = doy - (153 * mp + 2) // 5 + 1
+    month = mp + 3 if mp < 10 else mp - 9
+    year = yoe + era * 400 + (1 if month <= 2 else 0)
+    return b"%04d-%02d-%02dT%02d:%02d:%02d.%06d+00:00" % (
+        year, month, day, seconds // 3600, seconds % 3600 // 60, seconds % 60, micro)
+
+
+def iso8601_to_unix(text: bytes) -> float | None:
+    """Return the unix time of an ISO 8601 date in bytes, None when it is not one."""
+    cdef double value = parse_iso8601(<const uint8_t *> PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+    return None if value < 0 else value
+
+
+def unix_to_iso8601(double unix) -> str:
+    """Return a unix time as Celery writes dates in message headers."""
+    return format_iso8601(unix).decode("ascii")
+
+
+# --- scanning ---------------------------------------------------------------------------------------------------------
+
+@cython.boundscheck(False)
+cdef Py_ssize_t value_size(uint8_t kind, const uint8_t *p, Py_ssize_t left) noexcept nogil:
+    """Bytes that a field value of this type takes, -1 when it does not fit in ``left`` or the type is unknown."""
+    cdef Py_ssize_t size
+    if kind == c'S' or kind == c'x' or kind == c'A' or kind == c'F':
+        if left < 4:
+            return -1
+        size = 4 + <Py_ssize_t> load_u32(p)
+    elif kind == c'V':
+        size = 0
+    elif kind == c't' or kind == c'b' or kind == c'B':
+        size = 1
+    elif kind == c's' or kind == c'u' or kind == c'U':
+        size = 2
+    elif kind == c'I' or kind == c'i' or kind == c'f':
+        size = 4
+    elif kind == c'l' or kind == c'L' or kind == c'd' or kind == c'T':
+        size = 8
+    elif kind == c'D':
+        size = 5
+    else:
+        return -1
+    return size if size <= left else -1
+
+
+cdef int read_number(uint8_t kind, const uint8_t *p, double *value) noexcept nogil:
+    """Put a numeric field value into ``value``; -1 when the type is not a number. The caller has checked the size."""
+    if kind == c'I':
+        value[0] = <double> <int> load_u32(p)
+    elif kind == c'i':
+        value[0] = <double> load_u32(p)
+    elif kind == c'l':
+        value[0] = <double> <int64_t> load_u64(p)
+    elif kind == c'L':
+        value[0] = <double> load_u64(p)
+    elif kind == c's' or kind == c'U':
+        value[0] = <double> <short> load_u16(p)
+    elif kind == c'u':
+        value[0] = <double> load_u16(p)
+    elif kind == c'b':
+        value[0] = <double> <signed char> p[0]
+    elif kind == c'B':
+        value[0] = <double> p[0]
+    elif kind == c'd':
+        value[0] = load_double(p)
+    elif kind == c'f':
+        value[0] = <double> load_float(p)
+    else:
+        return -1
+    return 0
+
+
+cdef int read_limits(const uint8_t *p, Py_ssize_t size, Head *head) noexcept nogil:
+    """Read ``timelimit``: an array of hard and soft seconds, each a number or void."""
+    cdef double limits[2]
+    cdef Py_ssize_t at = 0, taken
+    cdef int count = 0
+    cdef uint8_t kind
+    limits[0] = limits[1] = 0
+    while at < size:
+        kind = p[at]
+        at += 1
+        taken = value_size(kind, p + at, size - at)
+        if taken < 0 or count == 2:
+            return -1
+        if kind != c'V':
+            if read_number(kind, p + at, &limits[count]) < 0 or not 0 <= limits[count] < 1e9:
+                return -1
+        at += taken
+        count += 1
+    if count != 2:
+        return -1
+    head.time_limit, head.soft_time_limit = limits[0], limits[1]
+    return 0
+
+
+cdef inline bint is_key(const uint8_t *key, Py_ssize_t size, const char *name, Py_ssize_t length) noexcept nogil:
+    return size == length and memcmp(key, name, length) == 0
+
+
+cdef int scan_field(const uint8_t *base, const uint8_t *key, Py_ssize_t key_size, uint8_t kind, const uint8_t *value,
+                    Py_ssize_t size, Head *head) noexcept nogil:
+    """Take one header field into ``head`` if it is one that the worker decides on."""
+    cdef double number
+    cdef Span text
+    text.offset = <uint32_t> (value + 4 - base)
+    text.length = <uint32_t> (size - 4) if kind == c'S' else 0
+    if is_key(key, key_size, b"task", 4):
+        if kind != c'S' or text.length > MAX_NAME:
+            return BAD_TASK
+        head.task = text
+    elif is_key(key, key_size, b"id", 2):
+        if kind != c'S' or not 0 < text.length <= MAX_NAME:
+            return BAD_ID
+        head.id = text
+    elif is_key(key, key_size, b"eta", 3):
+        if kind == c'V':
+            return FINE
+        head.eta = parse_iso8601(value + 4, text.length) if kind == c'S' else -1
+        if head.eta < 0:
+            return BAD_ETA
+    elif is_key(key, key_size, b"expires", 7):
+        if kind == c'V':
+            return FINE
+        if kind == c'S':
+            head.expires = parse_iso8601(value + 4, text.length)
+            return FINE if head.expires >= 0 else BAD_EXPIRES
+        if read_number(kind, value, &number) < 0 or not 0 <= number < 1e12:
+            return BAD_EXPIRES
+        # Other clients send seconds from now; what is larger than any such span is a unix time.
+        head.expires = number if number > 1e9 else read_clock() + number
+    elif is_key(key, key_size, b"timelimit", 9):
+        if kind == c'V':
+            return FINE
+        if kind != c'A' or read_limits(value + 4, size - 4, head) < 0:
+            return BAD_TIMELIMIT
+    elif is_key(key, key_size, b"retries", 7):
+        if kind == c'V':
+            return FINE
+        if read_number(kind, value, &number) < 0 or not 0 <= number < 1e9:
+            return BAD_RETRIES
+        head.retries = <int64_t> number
+    elif is_key(key, key_size, b"ignore_result", 13):
+        if kind == c't':
+            head.ignore_result = value[0] != 0
+    elif is_key(key, key_size, b"compression", 11):
+        head.compressed = kind == c'S' and text.length > 0
+    elif is_key(key, key_size, b"x-delivery-count", 16):
+        if read_number(kind, value, &number) == 0 and 0 <= number < 1e9:
+            head.delivery_count = <int64_t> number
+    return FINE
+
+
+cdef int scan_table(const uint8_t *base, const uint8_t *p, Py_ssize_t size, Head *head) noexcept nogil:
+    """Walk the top level of the headers table; nested tables are skipped by their length, not entered."""
+    cdef Py_ssize_t at = 0, key_size, taken
+    cdef const uint8_t *key
+    cdef uint8_t kind
+    cdef int problem, first = FINE
+    while at < size:
+        key_size = p[at]
+        key = p + at + 1
+        at += 1 + key_size
+        if at >= size:
+            return BAD_PROPERTIES
+        kind = p[at]
+        at += 1
+        taken = value_size(kind, p + at, size - at)
+        if taken < 0:
+            return BAD_PROPERTIES
+        problem = scan_field(base, key, key_size, kind, p + at, taken, head)
+        # Go on after a bad field: the id may still come, and the failure can then be stored under it.
+        if problem != FINE and first == FINE:
+            first = problem
+        at += taken
+    return first
+
+
+cdef int scan_head(const uint8_t *props, Py_ssize_t size, Head *head) noexcept nogil:
+    """Fill ``head`` from encoded basic properties and return FINE or the first Problem. Reads nothing outside them."""
+    cdef uint16_t flags
+    cdef Py_ssize_t at = 2, length
+    cdef int problem = FINE, bit
+    memset(head, 0, sizeof(Head))
+    head.ignore_result = -1
+    if size < 2:
+        return BAD_PROPERTIES
+    flags = load_u16(props)
+    if flags & 3:
+        return BAD_PROPERTIES
+    for bit in range(15, 1, -1):
+        if not flags & (1 << bit):
+            continue
+        if bit == 13:
+            if size - at < 4:
+                return BAD_PROPERTIES
+            length = 4 + <Py_ssize_t> load_u32(props + at)
+        elif bit == 12 or bit == 11:
+            length = 1
+        elif bit == 6:
+            length = 8
+        else:
+            if size - at < 1:
+                return BAD_PROPERTIES
+            length = 1 + <Py_ssize_t> props[at]
+        if length > size - at:
+            return BAD_PROPERTIES
+        if bit == 13:
+            problem = scan_table(props, props + at + 4, length - 4, head)
+            if problem == BAD_PROPERTIES:
+                return problem
+        elif bit == 11:
+            head.priority = props[at]
+        elif bit == 10:
+            head.correlation_id.offset, head.correlation_id.length = <uint32_t> (at + 1), <uint32_t> (length - 1)
+        elif bit == 9:
+            head.reply_to.offset, head.reply_to.length = <uint32_t> (at + 1), <uint32_t> (length - 1)
+        at += length
+    if problem != FINE:
+        return problem
+    if head.task.length == 0:
+        return NO_TASK
+    if head.id.length == 0:
+        return NO_ID
+    return FINE
+
+
+cdef object span_text(bytes props, Span span):
+    return PyUnicode_DecodeUTF8(PyBytes_AS_STRING(props) + span.offset, span.length, b"replace")
+
+
+def scan(props: bytes) -> dict[str, object]:
+    """Return what the worker reads of encoded properties, and under ``problem`` what it would refuse them for."""
+    cdef Head head
+    cdef int problem = scan_head(<const uint8_t *> PyBytes_AS_STRING(props), PyBytes_GET_SIZE(props), &head)
+    return {
+        "problem": PROBLEMS[problem],
+        "task": span_text(props, head.task), "id": span_text(props, head.id),
+        "reply_to": span_text(props, head.reply_to), "correlation_id": span_text(props, head.correlation_id),
+        "eta": head.eta, "expires": head.expires, "time_limit": head.time_limit, "soft_time_limit": head.soft_time_limit,
+        "retries": head.retries, "delivery_count": head.delivery_count, "priority": head.priority,
+        "ignore_result": None if head.ignore_result < 0 else bool(head.ignore_result),
+    }
+
+
+# --- encoding ---------------------------------------------------------------------------------------------------------
+
+cdef class Message:
+    """A message on its way out: where to, encoded basic properties, body; and what embedded brokers sort by."""
+
+    def __init__(self, str exchange, str routing_key, bytes props, bytes body, str id="", int priority=0,
+                 due: float | None = None, expires: float | None = None):
+        self.exchange = exchange
+        self.routing_key = routing_key
+        self.props = props
+        self.body = body
+        self.id = id
+        self.priority = priority
+        self.due = due
+        self.expires = expires
+
+    def __repr__(self):
+        return f"<Message {self.id or '?'} to {self.exchange!r}/{self.routing_key!r}, {len(self.body)} bytes>"
+
+
+cdef uint8_t random_pool[4096]
+cdef int random_left = 0
+cdef const char *HEX = b"0123456789abcdef"
+
+
+def _forget_random() -> None:
+    global random_left
+    random_left = 0
+
+
+os.register_at_fork(after_in_child=_forget_random)
+
+
+def new_id() -> str:
+    """Return a random UUID (version 4) as text. The system is asked once for 256 of them."""
+    global random_left
+    cdef bytes fresh
+    cdef uint8_t *p
+    cdef char text[36]
+    cdef int i, at = 0
+    if random_left == 0:
+        fresh = os.urandom(sizeof(random_pool))
+        memcpy(random_pool, PyBytes_AS_STRING(fresh), sizeof(random_pool))
+        random_left = sizeof(random_pool)
+    random_left -= 16
+    p = random_pool + random_left
+    p[6] = (p[6] & 0x0F) | 0x40
+    p[8] = (p[8] & 0x3F) | 0x80
+    for i in range(16):
+        if i == 4 or i == 6 or i == 8 or i == 10:
+            text[at] = c'-'
+            at += 1
+        text[at] = HEX[p[i] >> 4]
+        text[at + 1] = HEX[p[i] & 15]
+        at += 2
+    return PyUnicode_DecodeUTF8(text, 36, NULL)
+
+
+cdef int put_shortstr(Writer out, str text) except -1:
+    cdef Py_ssize_t size
+    cdef const char *data = PyUnicode_AsUTF8AndSize(text, &size)
+    if size > 255:
+        raise EncodeError(f"text too long for an AMQP short string ({size} bytes, at most 255): {text[:60]!r}…")
+    out.put_u8(<uint8_t> size)
+    return out.put(data, size)
+
+
+cdef int put_key(Writer out, const char *key, Py_ssize_t size) except -1:
+    out.put_u8(<uint8_t> size)
+    return out.put(key, size)
+
+
+cdef int put_text(Writer out, str text) except -1:
+    """A long string value, or void for None."""
+    cdef Py_ssize_t size
+    cdef const char *data
+    if text is None:
+        return out.put_u8(c'V')
+    data = PyUnicode_AsUTF8AndSize(text, &size)
+    out.put_u8(c'S')
+    out.put_u32(<uint32_t> size)
+    return out.put(data, size)
+
+
+cdef int put_int(Writer out, int64_t value) except -1:
+    if -2147483648 <= value <= 2147483647:
+        out.put_u8(c'I')
+        return out.put_u32(<uint32_t> <int> value)
+    out.put_u8(c'l')
+    return out.put_u64(<uint64_t> value)
+
+
+cdef int put_value(Writer out, object value, int depth) except -1:
+    """Any value that a field table holds; EncodeError names what it cannot."""
+    cdef Py_ssize_t start
+    if depth > 32:
+        raise EncodeError("message headers are nested deeper than 32 levels")
+    if value is None:
+        out.put_u8(c'V')
+    elif value is True or value is False:
+        out.put_u8(c't')
+        out.put_u8(1 if value else 0)
+    elif isinstance(value, str):
+        put_text(out, value if type(value) is str else str.__str__(value))
+    elif isinstance(value, int):
+        if not -(1 << 63) <= value < 1 << 63:
+            raise EncodeError(f"message header integer beyond 64 bits: {value}")
+        put_int(out, value)
+    elif isinstance(value, float):
+        out.put_u8(c'd')
+        store_double(out.reserve(8), value)
+    elif isinstance(value, (bytes, bytearray)):
+        out.put_u8(c'x')
+        out.put_u32(<uint32_t> len(value))
+        out.put(<const char *> PyBytes_AS_STRING(bytes(value)), len(value))
+    elif isinstance(value, dict):
+        out.put_u8(c'F')
+        put_table(out, value, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        out.put_u8(c'A')
+        start = out.size
+        out.put_u32(0)
+        for item in value:
+            put_value(out, item, depth + 1)
+        store_u32(out.data + start, <uint32_t> (out.size - start - 4))
+    else:
+        raise EncodeError(f"message header of type {type(value).__name__} has no AMQP form: {value!r:.80}")
+    return 0
+
+
+cdef int put_table(Writer out, dict table, int depth) except -1:
+    cdef Py_ssize_t start = out.size
+    out.put_u32(0)
+    for key, value in table.items():
+        put_shortstr(out, key if type(key) is str else str(key))
+        put_value(out, value, depth)
+    store_u32(out.data + start, <uint32_t> (out.size - start - 4))
+    return 0
+
+
+cdef int put_limit(Writer out, object seconds) except -1:
+    if seconds is None:
+        return out.put_u8(c'V')
+    return put_value(out, seconds, 0)
+
+
+cdef Writer scratch = Writer()
+
+
+def encode_task(
+    str name, str task_id, bytes body, *, str exchange="", str routing_key="celery", str content_type="application/json",
+    str content_encoding="utf-8", str argsrepr="()", str kwargsrepr="{}", eta: float | None = None,
+    expires: float | None = None, int retries=0, time_limit: float | None = None, soft_time_limit: float | None = None,
+    str root_id=None, str parent_id=None, str group=None, group_index: int | None = None, str shadow=None,
+    bint ignore_result=False, str reply_to=None, priority: int | None = None, int delivery_mode=2, str compression=None,
+    str origin="", dict headers=None,
+) -> Message:
+    """Return a task message (protocol 2) with Celery's headers in Celery's order. ``eta`` and ``expires`` are unix seconds.
+    Raises EncodeError for a value that AMQP properties cannot hold."""
+    # User code can only run while headers are written (str() of a key): then the shared buffer must not be in use.
+    cdef Writer out = scratch if headers is None else Writer()
+    cdef uint16_t flags = HAS_CONTENT_TYPE | HAS_CONTENT_ENCODING | HAS_HEADERS | HAS_DELIVERY_MODE | HAS_PRIORITY | HAS_CORRELATION_ID
+    cdef Py_ssize_t table, start
+    cdef double left
+    if priority is not None and not 0 <= priority <= 255:
+        raise EncodeError(f"priority {priority!r} is not between 0 and 255")
+    out.size = 0
+    out.put_u16(0)
+    put_shortstr(out, content_type)
+    put_shortstr(out, content_encoding)
+    table = out.size
+    out.put_u32(0)
+    put_key(out, b"lang", 4)
+    put_text(out, "py")
+    put_key(out, b"task", 4)
+    put_text(out, name)
+    put_key(out, b"id", 2)
+    put_text(out, task_id)
+    put_key(out, b"shadow", 6)
+    put_text(out, shadow)
+    put_key(out, b"eta", 3)
+    put_text(out, None if eta is None else format_iso8601(eta).decode("ascii"))
+    put_key(out, b"expires", 7)
+    put_text(out, None if expires is None else format_iso8601(expires).decode("ascii"))
+    put_key(out, b"group", 5)
+    put_text(out, group)
+    put_key(out, b"group_index", 11)
+    put_value(out, group_index, 0)
+    put_key(out, b"retries", 7)
+    put_int(out, retries)
+    put_key(out, b"timelimit", 9)
+    out.put_u8(c'A')
+    if time_limit is None and soft_time_limit is None:
+        out.put_u32(2)
+        out.put_u16((c'V' << 8) | c'V')
+    else:
+        start = out.size
+        out.put_u32(0)
+        put_limit(out, time_limit)
+        put_limit(out, soft_time_limit)
+        store_u32(out.data + start, <uint32_t> (out.size - start - 4))
+    put_key(out, b"root_id", 7)
+    put_text(out, task_id if root_id is None else root_id)
+    put_key(out, b"parent_id", 9)
+    put_text(out, parent_id)
+    put_key(out, b"argsrepr", 8)
+    put_text(out, argsrepr)
+    put_key(out, b"kwargsrepr", 10)
+    put_text(out, kwargsrepr)
+    put_key(out, b"origin", 6)
+    put_text(out, origin)
+    put_key(out, b"ignore_result", 13)
+    out.put_u8(c't')
+    out.put_u8(1 if ignore_result else 0)
+    put_key(out, b"replaced_task_nesting", 21)
+    put_int(out, 0)
+    put_key(out, b"stamped_headers", 15)
+    out.put_u8(c'V')
+    put_key(out, b"stamps", 6)
+    out.put_u8(c'F')
+    out.put_u32(0)
+    if compression is not None:
+        put_key(out, b"compression", 11)
+        put_text(out, compression)
+    if headers is not None:
+        for key, value in headers.items():
+            put_shortstr(out, key if type(key) is str else str(key))
+            put_value(out, value, 1)
+    store_u32(out.data + table, <uint32_t> (out.size - table - 4))
+    out.put_u8(<uint8_t> delivery_mode)
+    out.put_u8(<uint8_t> (0 if priority is None else priority))
+    put_shortstr(out, task_id)
+    if reply_to is not None:
+        flags |= HAS_REPLY_TO
+        put_shortstr(out, reply_to)
+    if expires is not None:
+        flags |= HAS_EXPIRATION
+        left = (expires - read_clock()) * 1000
+        put_shortstr(out, str(int(left) if left > 0 else 0))
+    store_u16(out.data, flags)
+    return Message(exchange, routing_key, out.take(), body, task_id, 0 if priority is None else priority, eta, expires)
+
+
+cdef bytes encode_result_properties(const char *task_id, Py_ssize_t size):
+    """Properties of a result message in the format of Celery's ``rpc://`` store: transient JSON, correlated by task id."""
+    cdef Writer out = scratch
+    out.size = 0
+    out.put_u16(HAS_CONTENT_TYPE | HAS_CONTENT_ENCODING | HAS_HEADERS | HAS_DELIVERY_MODE | HAS_PRIORITY | HAS_CORRELATION_ID)
+    put_shortstr(out, "application/json")
+    put_shortstr(out, "utf-8")
+    out.put_u32(0)
+    out.put_u8(1)
+    out.put_u8(0)
+    out.put_u8(<uint8_t> (size if size <= 255 else 255))
+    out.put(task_id, size if size <= 255 else 255)
+    return out.take()
+
+
+cdef dict SHORT_FIELDS = {
+    "content_type": HAS_CONTENT_TYPE, "content_encoding": HAS_CONTENT_ENCODING, "correlation_id": HAS_CORRELATION_ID,
+    "reply_to": HAS_REPLY_TO, "expiration": HAS_EXPIRATION, "message_id": HAS_MESSAGE_ID, "type": HAS_TYPE,
+    "user_id": HAS_USER_ID, "app_id": HAS_APP_ID, "cluster_id": HAS_CLUSTER_ID,
+}
+
+
+def encode_properties(dict properties) -> bytes:
+    """Return basic properties encoded for a content header. Keys as in ``decode_properties``; None means absent."""
+    cdef Writer out = Writer()
+    cdef uint16_t flags = 0
+    out.put_u16(0)
+    for name in ("content_type", "content_encoding", "headers", "delivery_mode", "priority", "correlation_id", "reply_to",
+                 "expiration", "message_id", "timestamp", "type", "user_id", "app_id", "cluster_id"):
+        value = properties.get(name)
+        if value is None:
+            continue
+        if name == "headers":
+            flags |= HAS_HEADERS
+            put_table(out, value, 1)
+        elif name == "delivery_mode" or name == "priority":
+            flags |= HAS_DELIVERY_MODE if name == "delivery_mode" else HAS_PRIORITY
+            out.put_u8(value)
+        elif name == "timestamp":
+            flags |= HAS_TIMESTAMP
+            out.put_u64(int(value))
+        else:
+            flags |= <int> SHORT_FIELDS[name]
+            put_shortstr(out, value)
+    store_u16(out.data, flags)
+    return out.take()
+
+
+def decode_properties(props: bytes) -> dict[str, object]:
+    """Return encoded basic properties as a dict of those present. Raises RemoteProtocolError when they are malformed."""
+    from fastq.wire.amqp import decode_properties as decode
+    return decode(props)
+
+
+# --- a call in the child ----------------------------------------------------------------------------------------------
+
+cdef class Call:
+    """A delivery as the child sees it: who is to run, with the body and the properties still encoded."""
+
+    def properties(self) -> dict[str, object]:
+        """Return all message properties; decoded on first use."""
+        if self._properties is None:
+            self._properties = decode_properties(self.props)
+        return self._properties
+
+    @property
+    def started_s(self) -> float:
+        """When it started, on the monotonic clock in seconds."""
+        return self.started_ns * 1e-9
+
+    def headers(self) -> dict[str, object]:
+        """Return all message headers; decoded on first use."""
+        return self.properties().get("headers") or {}
+
+    def __repr__(self):
+        return f"<Call {self.name}[{self.id}]>"

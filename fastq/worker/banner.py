@@ -1,0 +1,63 @@
+"""What a worker prints when it starts, in Celery's shape because people parse it. Passwords in URLs are masked."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+_ART: Final = (
+    " -------------- ",
+    "--- =====> ---- ",
+    "-- =====> ----- ",
+    "- =====> ------ ",
+    "- ====> ------- ",
+    "- ===> -------- ",
+    "- ====> ------- ",
+    "- =====> ------ ",
+    "-- =====> ----- ",
+    "--- =====> ---- ",
+    " -------------- ",
+)
+_INDENT: Final = " " * 16
+
+
+@dataclass(frozen=True, slots=True)
+class Banner:
+    """The facts of the banner; URLs as they may be shown."""
+
+    hostname: str
+    version: str
+    app: str
+    transport: str
+    results: str
+    concurrency: int
+    queues: Sequence[str]
+    tasks: Iterable[str] = ()
+    mode: str = "reliable"
+
+    def text(self) -> str:
+        """Return the banner with the queues."""
+        started = f"{platform.platform()} {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        facts = (
+            f"{self.hostname} v{self.version}",
+            "",
+            started,
+            "[config]",
+            f".> app:         {self.app}",
+            f".> transport:   {self.transport}",
+            f".> results:     {self.results}",
+            f".> concurrency: {self.concurrency} (prefork)",
+            f".> mode:        {self.mode}",
+            "",
+            "[queues]",
+        )
+        lines = [f"{art}{fact}".rstrip() for art, fact in zip(_ART, facts, strict=True)]
+        lines += [f"{_INDENT}.> {name:<16} exchange={name}(direct) key={name}" for name in self.queues]
+        return "\n".join(["", *lines, ""])
+
+    def task_list(self) -> str:
+        """Return the names of the tasks, one a line."""
+        return "\n".join(["[tasks]", *(f"  . {name}" for name in sorted(self.tasks)), ""])

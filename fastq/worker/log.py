@@ -1,0 +1,221 @@
+"""Logging in Celery's shape: format, colours, log file, and the standard streams turned into log records.
+
+It decides where records go and how they look, never what is logged. ``open_handler`` may run before privileges are
+dropped, ``setup_logging`` once the settings are known, ``ChildLogging`` in every forked child.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import logging
+import logging.handlers
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import IO, Any, Final, TextIO
+
+from fastq.request import current
+from fastq.settings import Settings
+from fastq.worker.exitcodes import CannotCreate
+from fastq.worker.options import expand_path
+
+LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", "FATAL")
+#: Loggers whose name begins so are for task code: ``logging.getLogger("fastq.task.mymodule")``.
+TASK_LOGGERS: Final = "fastq.task."
+REDIRECTED_LOGGER: Final = "fastq.redirected"
+
+_COLORS: Final = {"DEBUG": "\033[34m", "WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[35m"}
+_RESET: Final = "\033[0m"
+
+
+def open_handler(logfile: str, hostname: str, index: int = 0) -> logging.StreamHandler[Any]:
+    """Return the handler that all records go to: the log file, or standard error when none is named.
+
+    Raises CannotCreate when the file cannot be opened for writing.
+    """
+    if not logfile:
+        # The real stream: sys.stderr may be one that turns what is written into records, which would never end.
+        return logging.StreamHandler(sys.__stderr__)
+    path = expand_path(logfile, hostname, index)
+    try:
+        return _LogFile(path, encoding="utf-8")
+    except OSError as error:
+        raise CannotCreate(
+            f"cannot write log file {path!r}: {error.strerror}. Choose a file that this user may write with --logfile"
+        ) from error
+
+
+class _LogFile(logging.handlers.WatchedFileHandler):
+    """A log file of mode 0640 that follows its name after a rotation."""
+
+    def _open(self) -> io.TextIOWrapper:
+        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        return open(descriptor, "a", encoding=self.encoding, errors="backslashreplace")
+
+
+def setup_logging(
+    handler: logging.StreamHandler[Any],
+    level: str,
+    settings: Settings,
+    color: bool | None = None,
+) -> None:
+    """Send records of that level and above to the handler, and take the root logger over if the settings say so.
+
+    Where they do not and the program has handlers of its own, those get fastq's records too and ours is not used.
+    ``color`` None means: as the setting, or else the handler's stream and the environment say.
+    """
+    if color is None:
+        color = settings.worker_log_color
+    use_color = wants_color(handler.stream) if color is None else color
+    line, task_line = settings.worker_log_format, settings.worker_task_log_format
+    handler.setFormatter(Formatter(line, task_line, use_color))
+    root = logging.getLogger()
+    if settings.worker_hijack_root_logger:
+        for other in root.handlers[:]:
+            root.removeHandler(other)
+    is_ours = not root.handlers
+    if is_ours:
+        root.addHandler(handler)
+    (root if is_ours else logging.getLogger("fastq")).setLevel(level)
+
+
+def wants_color(stream: IO[str], environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether to colour what goes to the stream: on a terminal or with FORCE_COLOR, but not with NO_COLOR."""
+    if environ.get("NO_COLOR"):
+        return False
+    return bool(environ.get("FORCE_COLOR")) or stream.isatty()
+
+
+def log_stream() -> TextIO:
+    """Return the stream that records are written to: the log file, or standard error."""
+    handlers = (each for each in logging.getLogger().handlers if isinstance(each, logging.StreamHandler))
+    return next((each.stream for each in handlers), None) or sys.__stderr__ or sys.stderr
+
+
+class Formatter(logging.Formatter):
+    """One format for every record and one for those of task code, with the name that fastq gives this process."""
+
+    def __init__(
+        self,
+        line: str = Settings.worker_log_format,
+        task_line: str = Settings.worker_task_log_format,
+        use_color: bool = False,
+    ) -> None:
+        super().__init__(line)
+        self.process_name = "MainProcess"
+        self._task = logging.Formatter(task_line)
+        self._use_color = use_color
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as text."""
+        record.processName = self.process_name
+        text = self._format_task(record) if record.name.startswith(TASK_LOGGERS) else super().format(record)
+        color = _COLORS.get(record.levelname, "") if self._use_color else ""
+        return f"{color}{text}{_RESET}" if color else text
+
+    def _format_task(self, record: logging.LogRecord) -> str:
+        request = current()
+        # Outside of a task Celery writes question marks.
+        record.task_name, record.task_id = (request.task, request.id) if request else ("???", "???")
+        return self._task.format(record)
+
+
+@dataclass(frozen=True, slots=True)
+class ChildLogging:
+    """What a freshly forked child does to the logging that its parent set up. Call it with the child's number."""
+
+    handler: logging.StreamHandler[Any]
+    logfile: str = ""
+    hostname: str = ""
+    redirect_level: str = "WARNING"  # empty: the streams stay as they are
+
+    def __call__(self, index: int) -> None:
+        """Name the process ForkPoolWorker-<index>, open its own log file if the name asks so, redirect its streams."""
+        name = f"ForkPoolWorker-{index}"
+        if isinstance(self.handler.formatter, Formatter):
+            self.handler.formatter.process_name = name
+        if "multiprocessing" in sys.modules:
+            # Handlers that task code sets up take the process name from there.
+            sys.modules["multiprocessing"].current_process().name = name
+        if "%i" in self.logfile.lower():
+            self._open_own_file(index)
+        if self.logfile:
+            # A child that is stuck writes its stacks where the operator looks, not where standard error went.
+            faulthandler.register(signal.SIGUSR1, file=log_stream(), all_threads=True, chain=False)
+        if self.redirect_level:
+            redirect_stdouts(logging.getLevelName(self.redirect_level))
+
+    def _open_own_file(self, index: int) -> None:
+        own = open_handler(self.logfile, self.hostname, index)
+        own.setFormatter(self.handler.formatter)
+        root = logging.getLogger()
+        if self.handler in root.handlers:
+            root.removeHandler(self.handler)
+            root.addHandler(own)
+
+
+def redirect_stdouts(level: int = logging.WARNING) -> None:
+    """Turn what is written to stdout and stderr from now on into records of that level, one per line."""
+    logger = logging.getLogger(REDIRECTED_LOGGER)
+    sys.stdout = StreamToLog(logger, level, sys.__stdout__)
+    sys.stderr = StreamToLog(logger, level, sys.__stderr__)
+
+
+class StreamToLog(io.TextIOBase):
+    """A text stream whose lines become log records. Lines of several threads are not mixed."""
+
+    encoding = "utf-8"
+
+    def __init__(self, logger: logging.Logger, level: int, original: TextIO | None) -> None:
+        self._logger = logger
+        self._level = level
+        self._original = original
+        self._thread = threading.local()
+
+    def write(self, text: str) -> int:
+        """Log each complete line of the text; the rest waits for its end or for a flush."""
+        if getattr(self._thread, "is_logging", False):
+            # A failing log handler reports to sys.stderr, which is this: that must not become a record again.
+            return self._original.write(text) if self._original else len(text)
+        *lines, rest = (getattr(self._thread, "rest", "") + text).split("\n")
+        self._thread.rest = rest
+        self._log(lines)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:  # type: ignore[override]  # the stub asks for bytes
+        """Write each of the strings."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Log what is waiting for the end of its line."""
+        rest = getattr(self._thread, "rest", "")
+        self._thread.rest = ""
+        self._log([rest])
+
+    def _log(self, lines: list[str]) -> None:
+        self._thread.is_logging = True
+        try:
+            for line in lines:
+                if line.strip():
+                    self._logger.log(self._level, "%s", line.rstrip())
+        finally:
+            self._thread.is_logging = False
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def isatty(self) -> bool:
+        """Return False: what is written here is for a log."""
+        return False
+
+    def fileno(self) -> int:
+        """Return the real stream's descriptor, for sub-processes that are given this stream."""
+        if self._original is None:
+            raise io.UnsupportedOperation("fileno")
+        return self._original.fileno()

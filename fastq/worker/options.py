@@ -1,0 +1,158 @@
+"""What a worker was asked to do, as one value, and how it meets the settings. It starts nothing.
+
+``None`` and an empty tuple mean "as the settings say". Names and units are those of Celery's worker command.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from fastq.amqp.topology import named_options
+from fastq.errors import SettingsError
+from fastq.settings import Settings
+
+NODE_NAME = "fastq"
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """The options of ``fastq worker``. Raises SettingsError when a number is out of range."""
+
+    concurrency: int | None = None
+    queues: tuple[str, ...] = ()
+    exclude_queues: tuple[str, ...] = ()
+    hostname: str = ""
+    loglevel: str = "WARNING"
+    logfile: str = ""
+    pidfile: str = ""
+    prefetch_multiplier: int | None = None
+    max_tasks_per_child: int | None = None
+    max_memory_per_child: int | None = None  # KiB of resident memory
+    time_limit: float | None = None  # seconds, as the next two
+    soft_time_limit: float | None = None
+    grace_s: float | None = None
+    optimization: str = "default"  # accepted for unit files: both profiles dispatch fairly here
+    include: tuple[str, ...] = ()
+    purge: bool = False
+    reliable: bool | None = None
+    adapts_prefetch: bool = True  # hold more in advance while tasks are short; not when a multiplier was asked for
+    color: bool | None = field(default=None, compare=False)  # None: as the terminal and NO_COLOR say
+    quiet: bool = field(default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hostname", node_name(self.hostname))
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                option = "--" + name.removesuffix("_s").replace("_", "-")
+                raise SettingsError(f"{option} is {value}; it must be {least} or more")
+
+    def resolved(self, settings: Settings) -> WorkerOptions:
+        """Return the options with every ``None`` filled in from the settings and the queues chosen.
+
+        What is ``None`` after that has no limit."""
+        reliable = settings.fastq_reliable if self.reliable is None else self.reliable
+        # Celery waits for running tasks without end; so does compat, unless somebody asked for a deadline.
+        is_patient = not reliable and "fastq_grace_s" not in settings.changes()
+        full = replace(
+            self,
+            concurrency=_first(self.concurrency, settings.worker_concurrency, available_cpus()),
+            queues=chosen_queues(self.queues, self.exclude_queues, settings),
+            prefetch_multiplier=_first(self.prefetch_multiplier, settings.worker_prefetch_multiplier),
+            adapts_prefetch=self.prefetch_multiplier is None and "worker_prefetch_multiplier" not in settings.changes(),
+            max_tasks_per_child=_first(self.max_tasks_per_child, settings.worker_max_tasks_per_child),
+            max_memory_per_child=_first(self.max_memory_per_child, settings.worker_max_memory_per_child),
+            time_limit=_first(self.time_limit, settings.task_time_limit),
+            soft_time_limit=_first(self.soft_time_limit, settings.task_soft_time_limit),
+            reliable=reliable,
+            grace_s=_first(self.grace_s, None if is_patient else settings.fastq_grace_s),
+        )
+        # The name was expanded once already; a literal "%" in it stays one.
+        object.__setattr__(full, "hostname", self.hostname)
+        return full
+
+
+_LEAST = {
+    "concurrency": 1,
+    "prefetch_multiplier": 0,  # 0: no limit, as in Celery
+    "max_tasks_per_child": 1,
+    "max_memory_per_child": 1,
+    "time_limit": 0,  # 0: no limit
+    "soft_time_limit": 0,
+    "grace_s": 0,
+}
+
+
+def _first(*values: _T | None) -> _T | None:
+    return next((value for value in values if value is not None), None)
+
+
+def chosen_queues(asked: tuple[str, ...], excluded: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
+    """Return the queues to consume: those asked for, else those declared, else the default one; without the excluded.
+
+    Raises SettingsError when none is left, and for one not declared when missing queues are not to be created.
+    """
+    declared = declared_queues(settings)
+    unknown = [name for name in asked if name not in declared]
+    if unknown and not settings.task_create_missing_queues:
+        raise SettingsError(
+            f"unknown queue {unknown[0]!r}; declared: {', '.join(declared)}. "
+            "Add it to task_queues, or set task_create_missing_queues to create it"
+        )
+    queues = tuple(name for name in dict.fromkeys(asked or declared) if name not in excluded)
+    if not queues:
+        raise SettingsError(f"no queue is left: -X excludes {', '.join(excluded)}. Leave one of them out of -X")
+    return queues
+
+
+def declared_queues(settings: Settings) -> tuple[str, ...]:
+    """Return the names in ``task_queues``, or the default queue's when there are none."""
+    return tuple(name for name, _ in named_options(settings.task_queues)) or (settings.task_default_queue,)
+
+
+def node_name(name: str = "", host: str = "") -> str:
+    """Return the worker's node name: ``fastq@<host>`` by default, with %h, %n, %d and %% expanded."""
+    host = host or socket.gethostname()
+    given, at, place = name.rpartition("@")
+    full = f"{given if at else NODE_NAME}@{place or host}"
+    short, _, domain = host.partition(".")
+    return expand(full, {"h": host, "n": short, "d": domain})
+
+
+def expand_path(path: str, hostname: str, index: int = 0) -> str:
+    """Return a log or pid file path with its abbreviations replaced.
+
+    %p is the node name, %n its name part, %h, %d the host, %i the child's number (0: parent), %I the same after a dash.
+    """
+    name, _, host = hostname.partition("@")
+    values = {"p": hostname, "n": name, "h": host, "d": host.partition(".")[2], "i": str(index)}
+    values["I"] = f"-{index}" if index else ""
+    return expand(path, values)
+
+
+def expand(text: str, values: Mapping[str, str]) -> str:
+    """Return the text with each ``%x`` that has a value replaced; ``%%`` is a percent sign; others stay."""
+    return re.sub(r"%(.)", lambda match: {"%": "%", **values}.get(match[1], match[0]), text)
+
+
+def available_cpus() -> int:
+    """Return how many processors this process may use: its affinity, and its control group's quota rounded up."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(count, _quota_cpus() or count))
+
+
+def _quota_cpus(path: str = "/sys/fs/cgroup/cpu.max") -> int | None:
+    """Return the quota of control group version 2 in whole processors; None when there is none."""
+    try:
+        with open(path, encoding="ascii") as file:
+            quota, period = file.read().split()[:2]
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else -(-int(quota) // int(period))

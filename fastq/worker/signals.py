@@ -1,0 +1,110 @@
+"""Which signal asks for what, and its way to the worker on its event loop. What the actions do is the worker's affair.
+
+Source: Celery's worker signals, with Sidekiq's and nginx's TTIN/TTOU for one process more or less.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Final, Literal
+
+from fastq.errors import SettingsError
+from fastq.worker.daemon import START_DIRECTORY
+from fastq.worker.log import log_stream
+
+Action = Literal["warm", "cold", "restart", "dump", "grow", "shrink", "ignore"]
+
+#: TERM's entry can be remapped and HUP's depends on the terminal: ask ``action_table``.
+SIGNALS: Final[Mapping[signal.Signals, Action]] = {
+    signal.SIGTERM: "warm",
+    signal.SIGINT: "warm",
+    signal.SIGQUIT: "cold",
+    signal.SIGHUP: "restart",
+    signal.SIGUSR1: "dump",
+    signal.SIGUSR2: "ignore",  # Celery's remote debugger; the default action would end the process
+    signal.SIGTTIN: "grow",
+    signal.SIGTTOU: "shrink",
+    signal.SIGWINCH: "ignore",
+}
+
+#: REMAP_SIGTERM takes these: the platforms that send TERM only (Heroku) get a cold stop from it.
+_REMAPS: Final[Mapping[str, Action]] = {"": "warm", "SIGTERM": "warm", "SIGINT": "warm", "SIGQUIT": "cold"}
+
+
+def action_table(on_terminal: bool, environ: Mapping[str, str] = os.environ) -> dict[signal.Signals, Action]:
+    """Return what each signal asks for here. Raises SettingsError when REMAP_SIGTERM names no usable signal."""
+    remap = environ.get("REMAP_SIGTERM", "")
+    if remap not in _REMAPS:
+        raise SettingsError(f"REMAP_SIGTERM is {remap!r}; use SIGQUIT for a cold stop on TERM, or unset it")
+    table = dict(SIGNALS)
+    table[signal.SIGTERM] = _REMAPS[remap]
+    if on_terminal:
+        # There HUP says that the window was closed: nobody is left to see a restarted worker.
+        table[signal.SIGHUP] = "warm"
+    return table
+
+
+def is_on_terminal() -> bool:
+    """Return whether standard input is a terminal."""
+    return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+
+
+def install(loop: asyncio.AbstractEventLoop, actions: Mapping[str, Callable[[], None]]) -> Callable[[], None]:
+    """Route the signals to the actions on the loop and return the function that undoes it.
+
+    ``actions`` holds a callable for each of warm, cold, restart, dump, grow and shrink. A second "warm" becomes "cold".
+    """
+    handler = _Handler(actions)
+    table = action_table(is_on_terminal())
+    for number, action in table.items():
+        loop.add_signal_handler(number, partial(handler.on_signal, action))
+
+    def uninstall() -> None:
+        for number in table:
+            loop.remove_signal_handler(number)
+
+    return uninstall
+
+
+class _Handler:
+    """Remembers that a stop was asked for, so that asking again makes it a cold one."""
+
+    def __init__(self, actions: Mapping[str, Callable[[], None]]) -> None:
+        self._actions = {action: actions[action] for action in SIGNALS.values() if action != "ignore"}
+        self._is_stopping = False
+
+    def on_signal(self, action: Action) -> None:
+        if action == "ignore":
+            return
+        if action == "warm":
+            action = "cold" if self._is_stopping else "warm"
+            self._is_stopping = True
+        self._actions[action]()
+
+
+def dump_stacks(children: Iterable[int]) -> None:
+    """Write the stacks of all threads of this process to the log, and have each child write its own.
+
+    Children have registered ``faulthandler`` for USR1, which works even while they are stuck in C.
+    """
+    faulthandler.dump_traceback(log_stream(), all_threads=True)
+    for pid in children:
+        try:
+            os.kill(pid, signal.SIGUSR1)
+        except ProcessLookupError:
+            continue  # it ended in the meantime
+
+
+def restart() -> None:
+    """Replace this process by a fresh one with the same command line; the pid stays. Returns never."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A relative --workdir in the command line counts from where it was typed.
+    os.chdir(os.environ.get(START_DIRECTORY, os.curdir))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  no shell is wanted

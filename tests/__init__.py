@@ -1,0 +1,1 @@
+"""The test suite. servers, faults, workers and oracle are its tools; bench/ uses servers too."""

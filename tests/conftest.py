@@ -1,0 +1,108 @@
+"""Fixtures that every test may ask for: real servers, a database file, a worker process, a fault proxy.
+
+A missing server skips the test here and fails it in CI, so that a lost install step cannot pass for green.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults import FaultProxy
+from tests.servers import RabbitMQ, Redis, ServerMissing
+from tests.workers import WorkerProcess
+
+
+def missing(error: ServerMissing) -> None:
+    """Skip on a developer's machine, fail in CI."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(str(error), pytrace=False)
+    pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
+    """A private RabbitMQ, one for the whole session; a test that restarts it leaves it running."""
+    try:
+        server = RabbitMQ(tmp_path_factory.mktemp("rabbitmq"))
+    except ServerMissing as error:
+        missing(error)
+        raise
+    server.start()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    """A private Redis, one for the whole session."""
+    try:
+        server = Redis(tmp_path_factory.mktemp("redis"))
+    except ServerMissing as error:
+        missing(error)
+        raise
+    server.start()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def amqp_vhost(rabbitmq: RabbitMQ) -> Iterator[str]:
+    """The name of a virtual host of the test's own; it is deleted, with its queues and connections, afterwards."""
+    vhost = rabbitmq.new_vhost()
+    yield vhost
+    rabbitmq.delete_vhost(vhost)
+
+
+@pytest.fixture
+def amqp_url(rabbitmq: RabbitMQ, amqp_vhost: str) -> str:
+    """The URL of the test's own virtual host."""
+    return rabbitmq.url(amqp_vhost)
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """The URL of a database file that does not exist yet."""
+    return f"sqlite:///{tmp_path / 'fastq.db'}"
+
+
+@pytest.fixture
+def fault_proxy() -> Iterator[Callable[[str, int], FaultProxy]]:
+    """A function that returns a running proxy to a host and port; all are closed afterwards."""
+    proxies: list[FaultProxy] = []
+
+    def start(host: str, port: int) -> FaultProxy:
+        proxies.append(FaultProxy(host, port).start())
+        return proxies[-1]
+
+    yield start
+    for proxy in proxies:
+        proxy.close()
+
+
+@pytest.fixture
+def start_worker(tmp_path: Path) -> Iterator[Callable[..., WorkerProcess]]:
+    """A function with WorkerProcess's arguments after the folder; it returns a worker that is ready.
+
+    Whatever is still running at the end of the test is killed.
+    """
+    workers: list[WorkerProcess] = []
+
+    def start(*arguments: str, **options: Any) -> WorkerProcess:
+        folder = tmp_path / f"worker{len(workers) + 1}"
+        folder.mkdir()
+        worker = WorkerProcess(folder, *arguments, **options)
+        workers.append(worker)
+        return worker.start()
+
+    yield start
+    for worker in workers:
+        worker.kill9()

@@ -1,0 +1,202 @@
+"""A message loop with real children and a broker made of lists: for tests of the core, the pool and the pipe.
+
+The tasks are plain functions of this file's ``TASKS``; no application, no codec beyond JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import os
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import uvloop
+
+from fastq._core import Child, Core, TaskOptions
+from fastq.link import BatchSource
+from fastq.pool.supervisor import Pool
+from fastq.pool.zygote import start_zygote
+from fastq.wire.message import Message, encode_task, new_id
+from fastq.wire.pipe import ChildPipe
+
+ACK, REJECT, REQUEUE = 0, 1, 2
+
+
+def stuck_in_c(seconds: float) -> None:
+    """Hold the interpreter lock in C, so that no Python signal handler runs."""
+    ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+
+
+TASKS: dict[str, Callable[..., Any]] = {
+    "noop": lambda *args: None,
+    "sleep": time.sleep,
+    "die": lambda code=3: os._exit(code),
+    "stuck": stuck_in_c,
+    "pid": os.getpid,
+}
+
+
+def child_main(sock: int, shared: int, slot: int) -> int:
+    pipe = ChildPipe(sock, shared)
+    pipe.ready()
+    while (call := pipe.next()) is not None:
+        args, kwargs, _ = json.loads(call.body)
+        if call.name == "publish":
+            pipe.publish(Message("", "other", call.props, call.body, "follow-up"))
+            value = None
+        elif call.name == "state":
+            pipe.state(call.id, "PROGRESS", b'{"n":1}')
+            value = None
+        elif call.name == "large":
+            value = "x" * args[0]
+        else:
+            value = TASKS[call.name](*args, **kwargs)
+        pipe.finish(call, 0, json.dumps(value).encode() if call.wants_result else None)
+    return 155
+
+
+class ListBroker(BatchSource):
+    """Deliveries out of a list; keeps what it is told."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, window: int = 100) -> None:
+        super().__init__()
+        self.loop = loop
+        self.window = window
+        self.queue: list[tuple[int, bytes, bytes, bytes, int]] = []
+        self.room = 0
+        self.given: dict[int, str] = {}
+        self.settled: list[tuple[int, int]] = []
+        self.saved: list[tuple[str, str, bytes, str]] = []
+        self.sent: list[Message] = []
+        self.changed = asyncio.Event()
+        self.confirms = True
+
+    def put(self, task: str, *args: Any, headers: dict[str, Any] | None = None, deliveries: int = 1, **options: Any) -> int:
+        """Queue a task message and return its tag."""
+        message = encode_task(task, new_id(), json.dumps([args, {}, {}]).encode(), headers=headers, **options)
+        return self.put_raw(message.props, message.body, deliveries)
+
+    def put_raw(self, props: bytes, body: bytes, deliveries: int = 1) -> int:
+        tag = len(self.given) + 1
+        self.given[tag] = ""
+        self.queue.append((tag, b"celery", props, body, deliveries))
+        self._give()
+        return tag
+
+    def pull(self, n: int) -> None:
+        self.room = n
+        self.loop.call_soon(self._give)
+
+    def _give(self) -> None:
+        rows, self.queue = self.queue[: self.room], self.queue[self.room :]
+        self.room -= len(rows)
+        if rows:
+            self.loop.call_soon(self.receive, rows)
+
+    def settle(self, batch: list[tuple[int, int]]) -> None:
+        self.settled += batch
+        self.changed.set()
+
+    def save(self, batch: list[tuple[str, str, bytes, str, int]]) -> None:
+        self.saved += [each[:4] for each in batch]
+        self.changed.set()
+
+    def publish(self, batch: list[tuple[int, Message]]) -> None:
+        self.sent += [message for _, message in batch]
+        if self.confirms:
+            self.loop.call_soon(self.published, [token for token, _ in batch])
+        else:
+            self.loop.call_soon(self.publish_failed, [token for token, _ in batch], "full")
+        self.changed.set()
+
+    def verdict(self, tag: int) -> int | None:
+        return dict(self.settled).get(tag)
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 10) -> None:
+        """Return when the condition holds; look again after each thing that this broker is told."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            self.changed.clear()
+            await asyncio.wait_for(self.changed.wait(), max(0.01, deadline - time.monotonic()))
+
+
+class RecordingHooks:
+    """Answers the core as a worker would, and remembers what it was asked."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.pool: Pool
+        self.events: list[tuple[Any, ...]] = []
+        self.lost: list[tuple[int, str]] = []
+
+    def received(self, name: str, task_id: str) -> None:
+        self.events.append(("received", name))
+
+    def refused(self, reason: str, queue: bytes, props: bytes, body: bytes) -> None:
+        self.events.append(("refused", reason))
+
+    def failure(self, kind: str, name: str, task_id: str, detail: Any) -> tuple[str, bytes | None]:
+        self.events.append(("failure", kind, name, detail))
+        return "FAILURE", b"{}"
+
+    def unconfirmed(self, name: str, task_id: str) -> None:
+        self.events.append(("unconfirmed", name))
+
+    def child_ready(self, child: Child) -> None:
+        self.pool.child_ready(child)
+
+    def child_full(self, child: Child) -> None:
+        self.pool.child_full(child)
+
+    def child_drained(self, child: Child) -> None:
+        self.pool.child_drained(child)
+
+    def child_broken(self, child: Child, reason: str) -> None:
+        self.events.append(("broken", reason))
+        self.pool.child_broken(child, reason)
+
+    def hard_limit(self, child: Child, name: str, task_id: str, limit: float) -> None:
+        self.events.append(("hard_limit", name, limit))
+        self.pool.kill_child(child)
+
+
+class Running:
+    """What a test works with."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, core: Core, pool: Pool, broker: ListBroker, hooks: RecordingHooks) -> None:
+        self.loop, self.core, self.pool, self.broker, self.hooks = loop, core, pool, broker, hooks
+
+
+def run_loop(
+    body: Callable[[Running], Coroutine[Any, Any, None]], *, concurrency: int = 1, window: int = 100,
+    tasks: dict[str, dict[str, Any]] | None = None, timeout_s: float = 30, keeps_spare: bool = False, **core_options: Any,
+) -> None:
+    """Start a pool and a loop, run the test's coroutine, and take everything down."""
+    zygote = start_zygote(child_main)
+    loop = uvloop.new_event_loop()
+
+    async def main() -> None:
+        hooks = RecordingHooks(loop)
+        names = [*TASKS, "publish", "state", "large"]
+        options = [TaskOptions(name, **(tasks or {}).get(name, {})) for name in names]
+        core = Core(loop, options, hooks, **core_options)
+        pool = hooks.pool = Pool(loop, core, zygote, concurrency, keeps_spare,
+                                 lambda pid, reason: hooks.lost.append((pid, reason)), lambda text: hooks.events.append(("fatal", text)))
+        await pool.start()
+        broker = ListBroker(loop, window)
+        core.set_store(broker)
+        core.add_source(broker)
+        core.set_outlet(broker)
+        try:
+            await body(Running(loop, core, pool, broker, hooks))
+        finally:
+            await pool.stop(1)
+            pool.close()
+
+    try:
+        loop.run_until_complete(asyncio.wait_for(main(), timeout_s))
+    finally:
+        loop.close()
