@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from bench import machine, report
@@ -30,6 +31,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--broker", choices=("amqp", "sqlite"), help="only what is measured on this broker")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single run")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the main figures (.svg or .png)")
+    parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="show an earlier --json FILE again")
     parser.add_argument("--list", action="store_true", help="list the metrics and stop")
     return parser.parse_args(argv)
 
@@ -96,12 +98,34 @@ def measure_all(
     return samples
 
 
+def show(
+    options: argparse.Namespace,
+    metrics: Sequence[Metric],
+    described: machine.Machine,
+    command: str,
+    samples: Sequence[report.Sample],
+) -> None:
+    """Print the tables and draw the picture that was asked for."""
+    versions = ", ".join(f"{name} {version}" for name, version in described["versions"].items())
+    print(f"`{command}`\n\n{machine.sentence(described)}; {versions}.\n")
+    for metric in metrics:
+        if text := report.table(metric, samples):
+            print(text + "\n")
+    if options.picture:
+        report.draw(options.picture, metrics, samples, machine.sentence(described))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit code: 1 when an entrant could not be measured in any round."""
     options = arguments(argv)
     metrics = chosen(options)
     if options.list:
         print("\n".join(f"{metric.name:22} {metric.title}" for metric in metrics))
+        return 0
+    if options.picture and find_spec("matplotlib") is None:
+        raise SystemExit("--picture needs matplotlib: pip install 'fastq[bench]'")
+    if options.source:
+        show(options, metrics, *report.read_json(options.source))
         return 0
     peers = os.environ.get("FASTQ_BENCH_PEERS", sys.executable)
     present = installed(sys.executable, {"fastq"}) | installed(peers, {"celery", "dramatiq", "huey"}) | {""}
@@ -129,14 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     described["load_after"] = machine.load()
 
     command = f"python -m bench {' '.join(sys.argv[1:] if argv is None else argv)}".rstrip()
-    print(f"`{command}`\n{machine.sentence(described)}\n{described['versions']}\n")
-    for metric in metrics:
-        if text := report.table(metric, samples):
-            print(text + "\n")
     if options.json:
         report.write_json(options.json, described, command, samples)
-    if options.picture:
-        report.draw(options.picture, metrics, samples, machine.sentence(described))
+    show(options, metrics, described, command, samples)
     measured = {(sample.metric, sample.entrant) for sample in samples}
     return 0 if all((m.name, e.name) in measured for m in metrics for e in entrants[m.name]) else 1
 

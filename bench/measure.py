@@ -1,4 +1,7 @@
-"""What the kernel knows about a tree of processes: CPU time, memory, system calls. Linux only. Source: proc(5), clock_gettime(2)."""
+"""What the kernel knows about a tree of processes: CPU time, memory, system calls. Linux only.
+
+Source: proc(5), clock_getcpuclockid(3), strace(1).
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def cpu_of(pids: list[int]) -> Cpu:
 
 def own_cpu_s(pid: int) -> float:
     """Return the CPU seconds of all threads of a process; 0 when it has gone."""
-    # The process's CPU clock counts in nanoseconds, where /proc/PID/stat counts in ticks of 10 ms: too coarse for 50 ms.
+    # The process's CPU clock counts in nanoseconds; /proc/PID/stat counts in ticks of 10 ms.
     clock = (~pid << 3) | 2  # MAKE_PROCESS_CPUCLOCK(pid, CPUCLOCK_SCHED), as clock_getcpuclockid(3) computes it
     try:
         return time.clock_gettime(clock)
@@ -109,7 +112,7 @@ class SystemCalls:
         return sum(self.by_name.values())
 
     def start(self) -> None:
-        """Return when every thread of every process is watched. Raises RuntimeError when the kernel does not allow it."""
+        """Return when every thread of every process is watched. Raises RuntimeError where strace may not do that."""
         command = ["strace", "-c", "-f", "-o", str(self._summary), *(f"--attach={pid}" for pid in self._pids)]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + STRACE_START_S

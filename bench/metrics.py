@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from bench.measure import SystemCalls, cpu_of, frozen, pss_bytes, tree_of
 from bench.run import TASK_TIMEOUT_S, Bench, Broker, Figures, Run
-from bench.systems import CELERY, DRAMATIQ, FASTQ, HUEY, System
+from bench.systems import CELERY, DRAMATIQ, FASTQ, HUEY, HUEY_FSYNC, System
 
 ROUND_TRIPS = 300
 SETTLE_S = 0.3  # the last acks are still on their way when the last task has been counted
@@ -281,14 +281,22 @@ METRICS: tuple[Metric, ...] = (
         "drain-sqlite",
         "No-op tasks from a full SQLite file, 1 child, no results",
         "sqlite",
-        (drain(FASTQ, "sqlite", results=False), drain(HUEY, "sqlite", results=False)),
+        (
+            drain(FASTQ, "sqlite", results=False),
+            drain(HUEY, "sqlite", results=False),
+            drain(HUEY_FSYNC, "sqlite", results=False),
+        ),
         ("huey",),
     ),
     Metric(
         "drain-sqlite-results",
         "The same with results in the file",
         "sqlite",
-        (drain(FASTQ, "sqlite", results=True), drain(HUEY, "sqlite", results=True)),
+        (
+            drain(FASTQ, "sqlite", results=True),
+            drain(HUEY, "sqlite", results=True),
+            drain(HUEY_FSYNC, "sqlite", results=True),
+        ),
         ("huey",),
     ),
     Metric(
@@ -307,7 +315,7 @@ METRICS: tuple[Metric, ...] = (
         "roundtrip-sqlite",
         "Call and result, one by one, SQLite (huey polls each 0.5 ms)",
         "sqlite",
-        (round_trip(FASTQ, "sqlite"), round_trip(HUEY, "sqlite")),
+        (round_trip(FASTQ, "sqlite"), round_trip(HUEY, "sqlite"), round_trip(HUEY_FSYNC, "sqlite")),
         ("huey",),
     ),
     Metric(
@@ -328,7 +336,12 @@ METRICS: tuple[Metric, ...] = (
         "publish-sqlite",
         "Sending tasks to SQLite",
         "sqlite",
-        (publish(FASTQ, "sqlite"), publish(FASTQ, "sqlite", "batch"), publish(HUEY, "sqlite")),
+        (
+            publish(FASTQ, "sqlite"),
+            publish(FASTQ, "sqlite", "batch"),
+            publish(HUEY, "sqlite"),
+            publish(HUEY_FSYNC, "sqlite"),
+        ),
         ("huey",),
     ),
     Metric(

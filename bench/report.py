@@ -14,6 +14,7 @@ from bench.run import Figures
 
 # The first figure of a metric is the one that ratios are made of; "more is better" turns them round.
 MORE_IS_BETTER = {"tasks_s"}
+OURS, THEIRS = "#c2410c", "#94a3b8"
 PICTURE = (
     ("drain", "worker_us"),
     ("drain-results", "worker_us"),
@@ -110,40 +111,50 @@ def write_json(path: Path, machine: Machine, command: str, samples: Sequence[Sam
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path) -> tuple[Machine, str, list[Sample]]:
+    """Return what write_json() wrote: machine, command, samples."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record["machine"], record["command"], [Sample(**sample) for sample in record["samples"]]
+
+
 def draw(path: Path, metrics: Sequence[Metric], samples: Sequence[Sample], caption: str) -> None:
-    """Draw the main figures as bars on a logarithmic scale. Needs matplotlib, which the extra `bench` brings."""
+    """Draw the main figures as bars from zero. Needs matplotlib, which the extra `bench` brings."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     shown = [
-        (metric, figure)
+        (metric, figure, bars)
         for name, figure in PICTURE
         for metric in metrics
-        if metric.name == name and any(sample.metric == name for sample in samples)
+        if metric.name == name and (bars := bars_of(metric, figure, samples))
     ]
     if not shown:
         return
-    canvas, axes = pyplot.subplots(len(shown), 1, figsize=(9, 1.7 * len(shown) + 0.6), squeeze=False)
-    for axis, (metric, figure) in zip(axes[:, 0], shown, strict=True):
-        lines = [
-            (entrant.name, figures_of(samples, metric.name, entrant.name)[figure])
-            for entrant in reversed(metric.entrants)
-            if figures_of(samples, metric.name, entrant.name)
-        ]
-        values = [value.median for _, value in lines]
-        reach = [[v.median - v.low for _, v in lines], [v.high - v.median for _, v in lines]]
-        colours = ["#c2410c" if name.startswith("fastq") else "#94a3b8" for name, _ in lines]
-        axis.barh([name for name, _ in lines], values, xerr=reach, color=colours, ecolor="#334155", height=0.65)
-        axis.set_xscale("log")
+    heights = [len(bars) + 1.2 for _, _, bars in shown]
+    canvas, axes = pyplot.subplots(
+        len(shown), 1, figsize=(9, 0.32 * sum(heights) + 0.4), squeeze=False, height_ratios=heights
+    )
+    for axis, (metric, figure, bars) in zip(axes[:, 0], shown, strict=True):
+        names, spreads = zip(*reversed(bars), strict=True)
+        reach = [[each.median - each.low for each in spreads], [each.high - each.median for each in spreads]]
+        colours = [OURS if name.startswith("fastq") else THEIRS for name in names]
+        axis.barh(names, [each.median for each in spreads], xerr=reach, color=colours, ecolor="#334155", height=0.7)
         axis.set_title(f"{metric.title}: {UNITS[figure]}", fontsize=9, loc="left")
-        for position, (_, value) in enumerate(lines):
-            axis.annotate(f" {value}", (value.high, position), va="center", fontsize=8)
-        axis.margins(x=0.35)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    canvas.text(0.01, 0.004, caption, fontsize=6, color="#475569")
-    canvas.tight_layout(rect=(0, 0.015, 1, 1))
+        for position, each in enumerate(spreads):
+            axis.annotate(f"  {each}", (each.high, position), va="center", fontsize=8)
+        axis.set_xlim(0, max(each.high for each in spreads) * 1.25)
+        axis.xaxis.set_visible(False)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+        axis.tick_params(labelsize=8, length=0)
+    canvas.text(0.01, 0.006, caption, fontsize=6, color="#475569")
+    canvas.tight_layout(rect=(0, 0.02, 1, 1))
     canvas.savefig(path)
     pyplot.close(canvas)
+
+
+def bars_of(metric: Metric, figure: str, samples: Sequence[Sample]) -> list[tuple[str, Spread]]:
+    """Return one figure of every entrant that was measured, in the table's order."""
+    found = [(entrant.name, figures_of(samples, metric.name, entrant.name)) for entrant in metric.entrants]
+    return [(name, figures[figure]) for name, figures in found if figure in figures]

@@ -49,7 +49,7 @@ class Bench:
     @contextlib.contextmanager
     def run(self, system: System, broker: Broker, results: bool) -> Iterator[Run]:
         """Give one system everything it needs, and clear it away afterwards."""
-        folder = Path(tempfile.mkdtemp(prefix=f"{system.name}-", dir=self.folder))
+        folder = Path(tempfile.mkdtemp(prefix=f"{system.module}-", dir=self.folder))
         vhost = self.rabbitmq.new_vhost() if broker == "amqp" and self.rabbitmq is not None else None
         try:
             url = self.rabbitmq.url(vhost) if vhost and self.rabbitmq else f"sqlite:///{folder / 'queue.db'}"
@@ -132,9 +132,9 @@ class Run:
         except subprocess.TimeoutExpired:
             process.kill()
             raise BenchError(f"{command} did not end: {process.communicate()[1][-2000:]}") from None
-        if process.returncode != 0:
+        if process.returncode != 0 or not output:
             raise BenchError(f"{command} failed: {errors[-2000:]}")
-        figures: Figures = json.loads(output)
+        figures: Figures = json.loads(output.splitlines()[-1])
         return figures
 
     def wait_for(self, total: Callable[[], int], target: int, timeout_s: float) -> None:
@@ -147,7 +147,7 @@ class Run:
 
     def _client(self, command: str, count: int) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [self._python, "-m", f"bench.peers.{self.system.module}", command, str(count)],
+            [self._python, "-m", "bench.peers.client", self.system.module, command, str(count)],
             env=self._environment,
             cwd=ROOT,
             stdin=subprocess.PIPE,

@@ -57,3 +57,4 @@ DRAMATIQ = System(
     "dramatiq", "dramatiq_app", "dramatiq", dramatiq_worker, (("dramatiq_queue_prefetch", str(PREFETCH)),)
 )
 HUEY = System("huey", "huey_app", "huey", huey_worker)
+HUEY_FSYNC = System("huey, fsync", "huey_app", "huey", huey_worker, (("BENCH_HUEY_FSYNC", "1"),))

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar,
 
 from fastq import result as results
 from fastq.errors import ConnectionLost, PublishError, ResultsDisabled, SettingsError
-from fastq.options import SendOptions, TaskOptions, check_names, text_option
 from fastq.request import current, running_message
-from fastq.sending import Envelope, Envelopes, PublishRetry
+from fastq.sending.envelope import Envelope, Envelopes, PublishRetry
+from fastq.sending.options import SendOptions, TaskOptions, check_names, text_option
 from fastq.settings import Settings, settings_of
 from fastq.task import Task
 from fastq.wire.message import Message, new_id
@@ -112,7 +112,7 @@ class FastQ:
 
     @contextmanager
     def override(self, **settings: Any) -> Iterator[None]:
-        """Change settings for the duration of a ``with`` block; for tests. Connections that are open stay as they are."""
+        """Change settings inside a ``with`` block; for tests. Connections that are open stay as they are."""
         self.finalize()
         try:
             with self.conf.override(**settings):
@@ -134,12 +134,17 @@ class FastQ:
 
     @overload
     def task(
-        self, *, bind: Literal[True], base: type[Task[..., Any]] | None = None, **options: Unpack[TaskOptions]
+        self, /, *, bind: Literal[True], base: type[Task[..., Any]] | None = None, **options: Unpack[TaskOptions]
     ) -> Callable[[Callable[Concatenate[Self_, P], R]], Task[P, R]]: ...
 
     @overload
     def task(
-        self, *, bind: Literal[False] = False, base: type[Task[..., Any]] | None = None, **options: Unpack[TaskOptions]
+        self,
+        /,
+        *,
+        bind: Literal[False] = False,
+        base: type[Task[..., Any]] | None = None,
+        **options: Unpack[TaskOptions],
     ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 
     def task(
@@ -213,8 +218,7 @@ class FastQ:
         task = self.tasks.get(task_name) if task_name is not None else None
         if task is None:
             return ()
-        named: Sequence[type[BaseException]] = cast("Sequence[type[BaseException]]", task.throws)
-        return named if task.autoretry is None else (*named, *task.autoretry.retry_for)
+        return task.throws if task.autoretry is None else (*task.throws, *task.autoretry.retry_for)
 
     @property
     def current_task(self) -> Task[..., Any] | None:

@@ -6,11 +6,12 @@ verbs: receive, submit, collect, save, settle. Each seam is crossed once per bat
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
+    import asyncio
+
     from fastq.link import Source
     from fastq.wire.message import Message
 
@@ -83,6 +84,8 @@ class Consumer(Protocol):
     #: Where follow-ups and replies are published: a second connection with AMQP, else the source itself.
     outlet: Source
     lost: asyncio.Future[Exception]
+    #: The worker's node name, for brokers that list their workers.
+    name: str
 
     async def open(self) -> None:
         """Connect. Raises ConnectionLost (try again) or SettingsError (do not)."""

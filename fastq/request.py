@@ -15,14 +15,20 @@ if TYPE_CHECKING:
 
 #: Message headers of the protocol; every other header is the user's.
 PROTOCOL_HEADERS = frozenset(
-    "lang task id shadow eta expires group group_index retries timelimit root_id parent_id argsrepr kwargsrepr origin "
-    "ignore_result replaced_task_nesting stamped_headers stamps compression".split()  # noqa: SIM905 - read as the list it is
+    {
+        *("lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries", "timelimit", "root_id"),
+        *("parent_id", "argsrepr", "kwargsrepr", "origin", "ignore_result", "replaced_task_nesting"),
+        *("stamped_headers", "stamps", "compression"),
+    }
 )
 
 #: Headers that a broker adds on the way; they are not sent on.
 BROKER_HEADERS = frozenset(
-    "x-death x-first-death-queue x-first-death-reason x-first-death-exchange x-last-death-queue x-last-death-reason "
-    "x-last-death-exchange x-delivery-count x-acquired-count".split()  # noqa: SIM905
+    {
+        *("x-death", "x-delivery-count", "x-acquired-count"),
+        *("x-first-death-queue", "x-first-death-reason", "x-first-death-exchange"),
+        *("x-last-death-queue", "x-last-death-reason", "x-last-death-exchange"),
+    }
 )
 
 

@@ -1,4 +1,4 @@
-"""The caller's handle on a sent task: its state, its return value, its exception. Holds a store, knows no application."""
+"""The caller's handle on a sent task: its state, value and exception. Holds a store, knows no application."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class ResultSource(Protocol):
         """The result store. Raises ResultsDisabled when there is none."""
 
     def exceptions_of(self, task_name: str | None) -> Sequence[type[BaseException]]:
-        """Return the exception classes that the task names itself: stored ones may be rebuilt with their constructors."""
+        """Return the exception classes that the task names: stored ones are rebuilt with their own constructors."""
 
 
-class RemoteTraceback(Exception):  # noqa: N818 - the cause of an error, not one of its own
+class RemoteTraceback(Exception):
     """The worker's traceback, shown as the cause of an exception that ``get()`` raises."""
 
     def __str__(self) -> str:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 
 from fastq.codecs.meta import encode_meta
 from fastq.errors import Ignore, MaxRetriesExceeded, Reject, Retry, SettingsError
-from fastq.options import CHECKS, RetryOptions, SendOptions, TaskOptions, check_names, seconds, text_option
 from fastq.request import Request, current, pop_request, push_request, running_task
 from fastq.result import AsyncResult, EagerResult
+from fastq.sending.options import CHECKS, RetryOptions, SendOptions, TaskOptions, check_names, seconds, text_option
+from fastq.sending.parameters import ANY, Parameters
 from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, SUCCESS
 from fastq.steps import retry as retries
 from fastq.wire.message import new_id
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from fastq.app import FastQ
-    from fastq.sending import Envelope
+    from fastq.sending.envelope import Envelope
     from fastq.settings import Settings
     from fastq.steps.retry import ExceptionClasses, RetryPolicy
 
@@ -46,8 +47,6 @@ SETTINGS_BEHIND = {
 
 #: Methods that a worker calls around ``run``; the base class has them all, doing nothing.
 HANDLERS = ("before_start", "on_success", "on_failure", "on_retry", "after_return")
-
-_UNLIMITED = sys.maxsize
 
 
 class ExceptionInfo:
@@ -85,7 +84,7 @@ class Task(Generic[P, R]):
     ignore_result: bool | None = None
     acks_late: bool | None = None
     track_started: bool | None = None
-    throws: ExceptionClasses = ()
+    throws: tuple[type[BaseException], ...] = ()
 
     max_retries: int | None = 3
     default_retry_delay: float = 180.0
@@ -114,9 +113,7 @@ class Task(Generic[P, R]):
     _app: FastQ | None = None
     _envelope: Envelope | None = None
     _direct: Envelope | None = None
-    _least_args: int = 0
-    _most_args: int = _UNLIMITED
-    _signature: inspect.Signature | None = None
+    _parameters: Parameters = ANY
     _inherited: tuple[str, ...] = ()
 
     # --- what a task class may override ------------------------------------------------------------------------------
@@ -165,8 +162,9 @@ class Task(Generic[P, R]):
         envelope = self._direct
         if envelope is None:
             return self.apply_async(args, kwargs)
-        if kwargs or not self._least_args <= len(args) <= self._most_args:
-            self._check_arguments(args, kwargs)
+        parameters = self._parameters
+        if kwargs or not parameters.least <= len(args) <= parameters.most:
+            parameters.check(args, kwargs)
         return self.app.send(envelope, new_id(), args, kwargs)
 
     def apply_async(
@@ -176,7 +174,7 @@ class Task(Generic[P, R]):
         positional, named = _arguments(args, kwargs)
         if options:
             check_names(options, SendOptions.__optional_keys__, "apply_async()")
-        self._check_arguments(positional, named)
+        self._parameters.check(positional, named)
         app = self.app
         envelope = self._envelope or self._prepare(positional, named)
         task_id = options.get("task_id")
@@ -291,7 +289,7 @@ class Task(Generic[P, R]):
         return Retry(reason, envelope.eta)
 
     def update_state(self, *, state: str, meta: Any = None, task_id: str | None = None) -> None:
-        """Store a state of the running call (or of another one) with any JSON value. Without a stored result: nothing."""
+        """Store a state of the running call (or of another one) with any JSON value; nothing where none is kept."""
         request = self.request
         if task_id is None and (request.id is None or request.is_eager or self.ignore_result):
             return
@@ -342,7 +340,7 @@ class Task(Generic[P, R]):
                 f"task {name!r} is a coroutine function; workers run plain functions: use asyncio.run() inside"
             )
         self._check_options()
-        self._read_signature()
+        self._parameters = Parameters(self.run) if self.typing else ANY
         cls = type(self)
         self.handlers = frozenset(name for name in HANDLERS if getattr(cls, name) is not getattr(Task, name))
         self._inherited = tuple(attribute for attribute in SETTINGS_BEHIND if getattr(self, attribute) is None)
@@ -384,30 +382,6 @@ class Task(Generic[P, R]):
             self.retry_jitter,
             self.retry_kwargs,
         )
-
-    def _read_signature(self) -> None:
-        if not self.typing:
-            return
-        try:
-            self._signature = inspect.signature(self.run)
-        except (TypeError, ValueError):
-            return  # some built-in functions tell nothing
-        kinds = [(parameter.kind, parameter.default) for parameter in self._signature.parameters.values()]
-        positional = [default for kind, default in kinds if kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD)]
-        required = sum(default is inspect.Parameter.empty for default in positional)
-        needs_names = any(kind is kind.KEYWORD_ONLY and default is inspect.Parameter.empty for kind, default in kinds)
-        # A call that needs names is never settled by the number of its positional arguments.
-        self._least_args = _UNLIMITED if needs_names else required
-        self._most_args = _UNLIMITED if any(kind is kind.VAR_POSITIONAL for kind, _ in kinds) else len(positional)
-
-    def _check_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Raise TypeError here, and not later in a worker, when the function cannot be called so."""
-        if self._signature is None or (not kwargs and self._least_args <= len(args) <= self._most_args):
-            return
-        try:
-            self._signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"{self.name}(): {error}") from None
 
     def _prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Envelope:
         """Return the envelope for one call; it is kept for the next ones unless a router looks at every call."""

@@ -22,15 +22,16 @@ DONE = b"done\0\0\0\0"
 
 def record_start(path: str | os.PathLike[str], number: int) -> None:
     """Note that the task with this number began, in this process, now."""
-    _append(path, START, number)
+    record(path, START, number)
 
 
 def record_done(path: str | os.PathLike[str], number: int) -> None:
     """Note that the task with this number reached its end."""
-    _append(path, DONE, number)
+    record(path, DONE, number)
 
 
-def _append(path: str | os.PathLike[str], what: bytes, number: int) -> None:
+def record(path: str | os.PathLike[str], what: bytes, number: int) -> None:
+    """Append one record; ``what`` has 8 bytes."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     try:
         os.write(descriptor, RECORD.pack(what, number, os.getpid(), time.time()))
@@ -90,6 +91,16 @@ class Ledger:
     def pids(self) -> list[int]:
         """Return the processes that ran tasks, in the order in which they first appeared."""
         return list(dict.fromkeys(entry.pid for entry in self.entries()))
+
+    def running(self) -> dict[int, int]:
+        """Return the tasks whose last record is a start, and the process each is in; dead processes count as well."""
+        running: dict[int, int] = {}
+        for entry in self.entries():
+            if entry.what == "start":
+                running[entry.number] = entry.pid
+            else:
+                running.pop(entry.number, None)
+        return running
 
     def wait_for_done(self, count: int, timeout_s: float) -> None:
         """Return when that many different tasks have reached their end."""

@@ -69,7 +69,9 @@ def test_records_below_the_level_are_left_out() -> None:
 
 
 def test_the_formats_can_be_set() -> None:
-    stream = log_to_text(worker_log_format="%(levelname)s %(message)s", worker_task_log_format="%(task_id)s %(message)s")
+    stream = log_to_text(
+        worker_log_format="%(levelname)s %(message)s", worker_task_log_format="%(task_id)s %(message)s"
+    )
     logging.getLogger("fastq.worker").error("one")
     logging.getLogger("fastq.task.mine").error("two")
     assert stream.getvalue().splitlines() == ["ERROR one", "??? two"]
@@ -191,7 +193,9 @@ def test_a_log_file_that_cannot_be_written_is_named_with_the_remedy(tmp_path: Pa
 
 def stream_to(text: io.StringIO, original: io.StringIO | None = None) -> StreamToLog:
     logger = logging.getLogger("fastq.redirected")
-    setup_logging(logging.StreamHandler(text), "INFO", Settings({"worker_log_format": "%(levelname)s|%(message)s"}), False)
+    setup_logging(
+        logging.StreamHandler(text), "INFO", Settings({"worker_log_format": "%(levelname)s|%(message)s"}), False
+    )
     return StreamToLog(logger, logging.WARNING, original)
 
 

@@ -6,7 +6,6 @@ import os
 
 from celery import Celery
 
-from bench.peers import client
 from bench.peers.counter import open_counter
 
 BACKEND = os.environ.get("BENCH_BACKEND", "disabled")
@@ -34,7 +33,3 @@ def send() -> None:
 
 def call() -> None:
     noop.delay(1).get(timeout=30)
-
-
-if __name__ == "__main__":
-    client.main(send, call)

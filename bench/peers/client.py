@@ -1,13 +1,16 @@
 """The producer's half of each measurement, the same loop for every system. It prints one line of JSON per answer.
 
-python -m bench.peers.NAME_app fill COUNT        send COUNT tasks, print {"filled": COUNT}, wait for the end of input
-python -m bench.peers.NAME_app publish COUNT     print the CPU of sending COUNT tasks one by one
-python -m bench.peers.NAME_app batch COUNT       the same, all in one batch, where the system has such a thing
-python -m bench.peers.NAME_app roundtrip COUNT   print the times of COUNT calls, each waiting for its result
+python -m bench.peers.client APP fill COUNT       send COUNT tasks, print {"filled": COUNT}, wait for the end of input
+python -m bench.peers.client APP publish COUNT    print the CPU of sending COUNT tasks one by one
+python -m bench.peers.client APP batch COUNT      the same, all in one batch, where the system has such a thing
+python -m bench.peers.client APP roundtrip COUNT  print the times of COUNT calls, each waiting for its result
+
+APP is a module of this folder with send() for one task, call() for one with its result and, perhaps, send_batch(count).
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -16,20 +19,18 @@ from collections.abc import Callable
 WARM_UP = 50
 
 
-def main(
-    send: Callable[[], object], call: Callable[[], object], send_batch: Callable[[int], object] | None = None
-) -> None:
-    """Run the command of sys.argv with one system's functions: send one task, call one and wait, send many at once."""
-    command, count = sys.argv[1], int(sys.argv[2])
+def main() -> None:
+    """Run the command of sys.argv with the functions of one system."""
+    app, command, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    system = importlib.import_module(f"bench.peers.{app}")
     if command == "fill":
-        fill(send, send_batch, count)
+        fill(system.send, getattr(system, "send_batch", None), count)
     elif command == "publish":
-        publish(send, count)
+        publish(system.send, count)
     elif command == "batch":
-        assert send_batch is not None, "this system has no batch"
-        batch(send_batch, count)
+        batch(system.send_batch, count)
     else:
-        round_trips(call, count)
+        round_trips(system.call, count)
 
 
 def fill(send: Callable[[], object], send_batch: Callable[[int], object] | None, count: int) -> None:
@@ -79,3 +80,7 @@ def round_trips(call: Callable[[], object], count: int) -> None:
 def answer(value: dict[str, float]) -> None:
     """Print one line of JSON for the benchmark."""
     print(json.dumps(value), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,6 @@ import time
 import dramatiq
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
-from bench.peers import client
 from bench.peers.counter import open_counter
 
 broker = RabbitmqBroker(url=os.environ["BENCH_BROKER"])
@@ -36,7 +35,3 @@ def call() -> None:
         if time.monotonic() > deadline:
             raise TimeoutError("the task did not run")
         time.sleep(0.0001)
-
-
-if __name__ == "__main__":
-    client.main(send, call)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from bench.peers import client
 from bench.peers.counter import open_counter
 from fastq import FastQ
 
@@ -31,7 +30,3 @@ def send_batch(count: int) -> None:
     with app.batch():
         for _ in range(count):
             noop.delay(1)
-
-
-if __name__ == "__main__":
-    client.main(send, call, send_batch)

@@ -1,6 +1,7 @@
 """huey's side of the benchmark, on SQLite.
 
-huey's defaults are kept: WAL, and no fsync other than SQLite's default for it. Its consumer and its results are polled.
+Without BENCH_HUEY_FSYNC=1 SQLite never waits for the disk (fsync=False, huey's fastest setting): a power cut loses tasks.
+With it each commit is on the disk, as fastq's publishes are. huey's consumer and its results are polled.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ import os
 
 from huey import SqliteHuey
 
-from bench.peers import client
 from bench.peers.counter import open_counter
 
 RESULTS = os.environ.get("BENCH_BACKEND", "disabled") != "disabled"
-huey = SqliteHuey("bench", filename=os.environ["BENCH_BROKER"].removeprefix("sqlite:///"), results=RESULTS)
+huey = SqliteHuey(
+    "bench",
+    filename=os.environ["BENCH_BROKER"].removeprefix("sqlite:///"),
+    results=RESULTS,
+    fsync=os.environ.get("BENCH_HUEY_FSYNC") == "1",
+)
 counter = open_counter()
 
 
@@ -29,7 +34,3 @@ def send() -> None:
 
 def call() -> None:
     noop(1).get(blocking=True, timeout=30, max_delay=0.0005)
-
-
-if __name__ == "__main__":
-    client.main(send, call)

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from fastq.cli import Globals
+from fastq.cli.errors import Misuse
 from fastq.cli.options import json_array, json_object, misplaced_globals, moment, moment_or_seconds
 
 
@@ -34,7 +35,11 @@ def command(
     """Send the task NAME and print its id."""
     timeout_s = _seconds(wait)
     app = settings.load_app()
-    result = app.send_task(name, args, kwargs, **{key: value for key, value in routing.items() if value is not None})
+    given = {option: value for option, value in routing.items() if value is not None}
+    try:
+        result = app.send_task(name, args, kwargs, **given)
+    except (TypeError, ValueError) as error:
+        raise Misuse(str(error)) from error
     click.echo(result.id)
     if wait is None:
         return 0

@@ -53,11 +53,11 @@ def run_guarded(command: Callable[[], int | None]) -> int:
     except FastqError as error:
         return _report(error, str(error) or type(error).__name__, exit_code_of(error))
     except OSError as error:
-        return _report(error, _describe(error), EX_FAILURE)
+        return _report(error, describe(error), EX_FAILURE)
     except Exception as error:
         # Not foreseen: this one is ours, so its traceback is always shown.
         traceback.print_exc()
-        return _report(error, f"internal error, please report it: {_describe(error)}", EX_SOFTWARE, shown=True)
+        return _report(error, f"internal error, please report it: {describe(error)}", EX_SOFTWARE, shown=True)
 
 
 def _report(error: BaseException, text: str, code: int, shown: bool = False) -> int:
@@ -77,5 +77,6 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+    """Return the error's class and text."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

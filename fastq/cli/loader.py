@@ -9,13 +9,13 @@ import traceback
 from types import ModuleType
 
 from fastq.app import FastQ
-from fastq.cli.errors import Failure, Misuse, one_line
+from fastq.cli.errors import Failure, Misuse, describe
 from fastq.errors import FastqError
 from fastq.worker.exitcodes import EX_FAILURE, exit_code_of
 
 
 def find_app(spec: str) -> FastQ:
-    """Return the application: the attribute named, else ``app``, ``fastq`` or any FastQ of the module or its ``.fastq``.
+    """Return the application: the attribute named, else ``app``, ``fastq`` or a FastQ of the module or its ``.fastq``.
 
     Raises Misuse when there is none of that name, Failure when a module does not import.
     """
@@ -43,9 +43,17 @@ def import_module(name: str, option: str) -> ModuleType:
                 f"module {name!r} was not found ({option}); looked in {os.getcwd()} and on the Python path. "
                 "Check the name, start in the project's folder, or give --workdir"
             ) from error
-        raise _import_failure(name, option, error) from error
+        raise _import_failure(f"module {name!r} does not import ({option})", error) from error
     except (Exception, SystemExit) as error:
-        raise _import_failure(name, option, error) from error
+        raise _import_failure(f"module {name!r} does not import ({option})", error) from error
+
+
+def load_tasks(app: FastQ) -> None:
+    """Import the modules that the application's settings name. Raises Failure when one does not import."""
+    try:
+        app.load_tasks()
+    except (Exception, SystemExit) as error:
+        raise _import_failure("a module of include, imports or autodiscover_tasks does not import", error) from error
 
 
 def add_working_directory() -> None:
@@ -117,12 +125,9 @@ def _checked(found: object, spec: str) -> FastQ:
     raise Misuse(f"{spec!r} is a {kind.__name__}, not a FastQ application. Name the FastQ object with -A")
 
 
-def _import_failure(name: str, option: str, error: BaseException) -> Failure:
-    reason = one_line(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+def _import_failure(what: str, error: BaseException) -> Failure:
     code = exit_code_of(error) if isinstance(error, FastqError) else EX_FAILURE
-    return Failure(
-        f"module {name!r} does not import ({option}): {reason}, at {_place_of(error)}. Correct it and start again", code
-    )
+    return Failure(f"{what}: {describe(error)}, at {_place_of(error)}. Correct it and start again", code)
 
 
 def _place_of(error: BaseException) -> str:

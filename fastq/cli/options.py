@@ -14,7 +14,7 @@ from fastq.cli.errors import Misuse
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def names(text: str) -> tuple[str, ...]:
+def name_list(text: str) -> tuple[str, ...]:
     """Return the names between commas, without the blanks around them."""
     return tuple(filter(None, map(str.strip, text.split(","))))
 

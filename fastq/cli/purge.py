@@ -5,15 +5,20 @@ from __future__ import annotations
 import click
 
 from fastq.cli import Globals
-from fastq.cli.options import misplaced_globals, names, plural
+from fastq.cli.options import misplaced_globals, name_list, plural
 
 
 @click.command("purge")
 @click.option("-f", "--force", is_flag=True, help="Do not ask.")
 @click.option(
-    "-Q", "--queues", type=names, default="", metavar="A,B", help="Queues to empty. Default: those of the application."
+    "-Q",
+    "--queues",
+    type=name_list,
+    default="",
+    metavar="A,B",
+    help="Queues to empty. Default: all of the app.",
 )
-@click.option("-X", "--exclude-queues", type=names, default="", metavar="A,B", help="Queues to leave alone.")
+@click.option("-X", "--exclude-queues", type=name_list, default="", metavar="A,B", help="Queues to leave alone.")
 @misplaced_globals
 @click.pass_obj
 def command(settings: Globals, /, force: bool, queues: tuple[str, ...], exclude_queues: tuple[str, ...]) -> int:

@@ -13,7 +13,7 @@ import click
 
 from fastq.cli import Globals
 from fastq.cli.errors import Failure, Misuse
-from fastq.cli.options import misplaced_globals, names, plural
+from fastq.cli.options import misplaced_globals, name_list, plural
 from fastq.worker.exitcodes import EX_OK, EX_UNAVAILABLE
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.command("status")
 @click.option("-t", "--timeout", type=float, default=1.0, show_default=True, help="Seconds to wait for replies.")
-@click.option("-d", "--destination", type=names, default="", metavar="A,B", help="Ask these nodes only.")
+@click.option("-d", "--destination", type=name_list, default="", metavar="A,B", help="Ask these nodes only.")
 @click.option("-j", "--json", "as_json", is_flag=True, help="Print JSON.")
 @misplaced_globals
 @click.pass_obj
@@ -52,7 +52,8 @@ def ask(settings: Settings, timeout_s: float, destination: Sequence[str]) -> Ite
     if url.startswith("sqlite:"):
         from fastq.transport.sqlite import live_workers
 
-        yield from ((node, {"ok": "pong"}) for node in live_workers(url) if not destination or node in destination)
+        names = [worker.name for worker in live_workers(url)]
+        yield from ((name, {"ok": "pong"}) for name in names if not destination or name in destination)
         return
     from fastq.cli.broadcast import broadcast
 

@@ -7,6 +7,7 @@ background.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ import click
 from fastq import __version__
 from fastq.amqp.url import mask_url
 from fastq.cli import Globals
-from fastq.cli.errors import Misuse, run_guarded
-from fastq.cli.options import accepted, misplaced_globals, names, refused
+from fastq.cli.errors import Misuse, one_line, run_guarded
+from fastq.cli.options import accepted, misplaced_globals, name_list, refused
+from fastq.errors import FastqError
 from fastq.worker.banner import Banner
 from fastq.worker.daemon import (
     Daemon,
@@ -35,6 +37,8 @@ from fastq.worker.pidfile import Pidfile
 if TYPE_CHECKING:
     from fastq.app import FastQ
 
+logger = logging.getLogger("fastq.worker")
+
 POOLS = click.Choice(["prefork", "processes", "threads", "solo", "gevent", "eventlet", "custom"])
 
 
@@ -51,15 +55,15 @@ def _concurrency(ctx: click.Context, param: click.Parameter, value: str | None) 
 
 def _pool(ctx: click.Context, param: click.Parameter, value: str) -> None:
     if value not in ("prefork", "processes"):
-        raise Misuse(f"option -P {value} is not carried by this version of fastq; remove it to use prefork")
+        raise Misuse(f"option -P/--pool {value} is not carried by this version of fastq; remove it to use prefork")
 
 
 @click.command("worker")
 @click.option("-n", "--hostname", default="", metavar="NAME", help="Node name; expands %h %n %d. Default fastq@%h.")
 @click.option("-c", "--concurrency", metavar="N", callback=_concurrency, help="Child processes; 'auto': by CPU quota.")
-@click.option("-Q", "--queues", type=names, default="", metavar="A,B", help="Queues to consume.")
-@click.option("-X", "--exclude-queues", type=names, default="", metavar="A,B", help="Queues to leave out.")
-@click.option("-I", "--include", type=names, default="", metavar="A,B", help="More modules to import.")
+@click.option("-Q", "--queues", type=name_list, default="", metavar="A,B", help="Queues to consume.")
+@click.option("-X", "--exclude-queues", type=name_list, default="", metavar="A,B", help="Queues to leave out.")
+@click.option("-I", "--include", type=name_list, default="", metavar="A,B", help="More modules to import.")
 @click.option("-l", "--loglevel", type=click.Choice(LEVELS, case_sensitive=False), default="WARNING", show_default=True)
 @click.option("-f", "--logfile", default="", help="Log file; expands %n %h %d %p %i %I. Default: standard error.")
 @click.option("--pidfile", default="", help="Pid file; expands the same. Empty: none.")
@@ -138,30 +142,40 @@ class Start:
         """Open the files, drop privileges, load the application, and run the worker until it ends."""
         handler = open_handler(self.options.logfile, self.options.hostname)
         with Pidfile(expand_path(self.options.pidfile, self.options.hostname)):
-            drop_privileges(self.uid, self.gid)
+            drop_privileges(self.uid, self.gid, handler.stream)
             app = self._load_app()
+            full = self.options.resolved(app.conf)
             setup_logging(handler, self.options.loglevel, app.conf, self.options.color)
             warn_root(app.conf.accept_content)
-            full = self.options.resolved(app.conf)
             if not self.options.quiet:
                 show_banner(app, full)
             if full.purge:
                 purge(app, full.queues)
             if self.daemon is not None:
                 self.daemon.started()
-            # Only now, and not at the top: this import brings the event loop, and forking comes before loops.
-            from fastq.worker.worker import Worker
+            return self._work(app, full)
 
-            return Worker(app, full).run()
+    def _work(self, app: FastQ, options: WorkerOptions) -> int:
+        # Imported only now: it brings the event loop, which a start that fails has no use for.
+        from fastq.worker.worker import Worker
+
+        try:
+            return Worker(app, options).run()
+        except FastqError as error:
+            if options.logfile:
+                # Standard error, where it is said as well, may be nowhere by now.
+                logger.critical("%s", one_line(str(error)))
+            raise
 
     def _load_app(self) -> FastQ:
-        from fastq.cli.loader import import_module
+        from fastq.cli.loader import import_module, load_tasks
 
         app = self.settings.load_app()
         if self.options.reliable is not None:
             app.conf.fastq_reliable = self.options.reliable
         for name in self.options.include:
             import_module(name, f"-I {name}")
+        load_tasks(app)
         app.finalize()
         return app
 
@@ -171,9 +185,9 @@ def show_banner(app: FastQ, options: WorkerOptions) -> None:
     banner = Banner(
         hostname=options.hostname,
         version=__version__,
-        app=app.main,
-        transport=mask_url(app.conf.broker_url),
-        results=mask_url(app.conf.result_backend),
+        app=app.main or "unnamed",
+        transport=mask_url(str(app.conf.broker_url)),
+        results=mask_url(str(app.conf.result_backend)),
         concurrency=options.concurrency or 1,
         queues=options.queues,
         tasks=app.tasks,

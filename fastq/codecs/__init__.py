@@ -45,7 +45,7 @@ def accepted(names: Iterable[str]) -> frozenset[str]:
 
 
 def decode(data: bytes, content_type: str, content_encoding: str | None, accept: frozenset[str]) -> Any:
-    """Return the value in a message body. Raises ContentDisallowed for a type that is not in ``accept``, else DecodeError."""
+    """Return the value in a message body. Raises ContentDisallowed for a type not in ``accept``, else DecodeError."""
     if content_type not in accept:
         raise ContentDisallowed(
             f"content type {content_type[:80]!r} is not accepted (accepted: {', '.join(sorted(accept))}); "

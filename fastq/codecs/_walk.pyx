@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """Walks over values and over JSON text that decide which way is safe; they convert nothing themselves.
 
-``is_plain`` says whether orjson writes a value exactly, ``survey`` whether it reads a text exactly, ``short_repr`` shows a value
-within bounds. Only exact built-in types are entered, so that no code of the user runs inside the first two.
+``is_plain`` says whether orjson writes a value exactly, ``survey`` whether it reads a text exactly, ``short_repr`` shows
+a value within bounds. Only exact built-in types are entered, so that no code of the user runs inside the first two.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
@@ -68,7 +68,7 @@ cdef bint plain(object value, int depth) except -1:
 
 
 def is_plain(value) -> bool:
-    """Return whether orjson writes the value as the json module would: exact built-in types, 64-bit integers, finite floats."""
+    """Return whether orjson writes the value as json does: exact built-in types, 64-bit integers, finite floats."""
     return plain(value, 0)
 
 
@@ -236,7 +236,7 @@ cdef bint is_short(tuple values) noexcept:
 
 
 def short_repr(value, Py_ssize_t limit=1024) -> str:
-    """Return ``repr(value)`` cut to about ``limit`` characters and three levels; never raises, never renders what is cut off."""
+    """Return ``repr(value)`` cut to about ``limit`` characters and three levels; never raises."""
     cdef Excerpt excerpt
     if limit >= 1024 and type(value) is tuple and is_short(<tuple> value):
         # 8 x 64 characters stay below the limit unless each needs an escape of ten: then cut.

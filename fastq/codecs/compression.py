@@ -1,4 +1,4 @@
-"""Compression of message bodies: by name when sending, by content type when receiving, with a bound on what may come out.
+"""Compression of message bodies: by name when sending, by content type when receiving, within a bound.
 
 Streams are read in pieces and dropped as soon as they pass the bound, so a bomb costs no more memory than the bound.
 Source of the names and content types: kombu; "gzip" and "zlib" both mean a zlib stream there, and a real gzip file is
@@ -53,11 +53,13 @@ def compress(data: bytes, name: str) -> bytes:
     return _method(name, EncodeError).compress(data)
 
 
-def decompress(data: bytes, name: str, max_bytes: int = MAX_BYTES, max_ratio: int = MAX_RATIO) -> bytes:
+def decompress(data: bytes, name: object, max_bytes: int = MAX_BYTES, max_ratio: int = MAX_RATIO) -> bytes:
     """Return the data decompressed by a method's name or content type.
 
     Raises DecodeError for a stream that is broken, cut off, followed by other bytes, or that grows past the bound.
     """
+    if not isinstance(name, str):
+        raise DecodeError(f"the compression header is {name!r:.80}; expected text")
     method = _method(name, DecodeError)
     bound = min(max_bytes, max(RATIO_FROM_BYTES, max_ratio * len(data)))
     pieces: list[bytes] = []
@@ -97,10 +99,9 @@ class _Incremental:
             self._data = b""
             if piece:
                 return piece
-            if self._decompressor.needs_input and not self._decompressor.eof:
-                raise EOFError
-        if self._decompressor.unused_data:
-            raise DecodeError("other bytes follow the compressed stream")
+            if self._decompressor.needs_input:
+                break
+        _check_end(self._decompressor)
         return b""
 
 
@@ -118,11 +119,17 @@ class _Zlib:
             self._data = self._decompressor.unconsumed_tail
             if piece:
                 return piece
-            if not self._decompressor.eof and (not self._data or len(self._data) == before):
-                raise EOFError
-        if self._decompressor.unused_data:
-            raise DecodeError("other bytes follow the compressed stream")
+            if not self._data or len(self._data) == before:
+                break
+        _check_end(self._decompressor)
         return b""
+
+
+def _check_end(decompressor: Any) -> None:
+    if not decompressor.eof:
+        raise EOFError
+    if decompressor.unused_data:
+        raise DecodeError("other bytes follow the compressed stream")
 
 
 def _method(name: str, error: type[EncodeError | DecodeError]) -> Method:
@@ -164,8 +171,10 @@ class _Brotli:
             self._data = b""
             if piece:
                 return piece
-            if self._decompressor.can_accept_more_data() and not self._decompressor.is_finished():
-                raise EOFError
+            if self._decompressor.can_accept_more_data():
+                break
+        if not self._decompressor.is_finished():
+            raise EOFError
         return b""
 
 

@@ -33,7 +33,7 @@ def encode_meta(
     parent_id: str | None = None,
     extended: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """Return what stores keep of a task: a JSON object. ``children`` are ids, ``extended`` the fields of ``result_extended``.
+    """Return what stores keep of a task, as JSON. ``children`` are ids, ``extended`` the fields of ``result_extended``.
 
     An exception as the result of FAILURE, RETRY or REVOKED becomes its class name, module and arguments, whatever they
     are; any other value without a JSON form raises EncodeError.
@@ -42,6 +42,7 @@ def encode_meta(
         value = encode_exception(result)
     else:
         value = json.encode(result)
+    opening = _OPENING.get(state) or b'{"status":%b,"result":' % json.encode(state)
     rest: dict[str, Any] = {
         "traceback": traceback,
         "children": [[[child, None], None] for child in children],
@@ -54,7 +55,6 @@ def encode_meta(
         rest["parent_id"] = parent_id
     if extended:
         rest.update(extended)
-    opening = _OPENING.get(state) or b'{"status":%b,"result":' % json.encode(state)
     return b"%b%b,%b" % (opening, value, json.encode(rest)[1:])
 
 

@@ -7,6 +7,7 @@ what it is about: receivers read the file once more before they sleep, and sende
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import secrets
@@ -305,4 +306,10 @@ def _abandon_all() -> None:
         folder.abandon()
 
 
+def _close_all() -> None:
+    for folder in list(_open_folders):
+        folder.close()
+
+
 os.register_at_fork(after_in_child=_abandon_all)
+atexit.register(_close_all)

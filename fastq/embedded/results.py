@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 from fastq.embedded.bells import CLIENT, NAME, BellFolder, pack_results
 from fastq.states import READY_STATES
 
+#: A result to save: task id, state, meta, reply address, token for the confirmation (0: none).
+SaveItem: TypeAlias = tuple[str, str, bytes, str, int]
 #: For each client's bell: the finished results to send there, meta by task id.
 Notices: TypeAlias = dict[str, dict[str, bytes]]
 
+_READY: Final = json.dumps(sorted(READY_STATES))
 _SWEEP_SLICE: Final = 1000
 _FIRST_REPEAT_S: Final = 0.001
 #: Chosen: together about a quarter of a second. A client that hears none of these reads nothing at present, and will
@@ -24,20 +27,20 @@ _FIRST_REPEAT_S: Final = 0.001
 _REPEATS: Final = 8
 
 
-def write_results(cursor: sqlite3.Cursor, rows: Sequence[tuple[str, str, bytes]]) -> None:
-    """Store (task id, state, meta), replacing what was there."""
+def write_results(cursor: sqlite3.Cursor, results: Iterable[SaveItem]) -> None:
+    """Store results, each in the place of an earlier one of its task."""
     now = time.time()
     cursor.executemany(
         "INSERT OR REPLACE INTO results (id, state, meta, saved) VALUES (?, ?, ?, ?)",
-        [(task_id, state, meta, now) for task_id, state, meta in rows],
+        [(task_id, state, meta, now) for task_id, state, meta, _, _ in results],
     )
 
 
-def collect_notices(cursor: sqlite3.Cursor, results: Iterable[tuple[str, str, bytes, str]]) -> Notices:
-    """Return who is to hear of which (task id, state, meta, reply address); takes the waiters found out of the file."""
+def collect_notices(cursor: sqlite3.Cursor, results: Iterable[SaveItem]) -> Notices:
+    """Return who is to hear of which results; takes the waiters that it finds out of the file."""
     notices: Notices = {}
     finished: dict[str, bytes] = {}
-    for task_id, state, meta, reply_to in results:
+    for task_id, state, meta, reply_to, _ in results:
         if state in READY_STATES:
             finished[task_id] = meta
             if is_client_bell(reply_to):
@@ -51,6 +54,27 @@ def collect_notices(cursor: sqlite3.Cursor, results: Iterable[tuple[str, str, by
             if task_id in finished and is_client_bell(bell):
                 notices.setdefault(bell, {})[task_id] = finished[task_id]
     return notices
+
+
+def find_results(cursor: sqlite3.Cursor, task_ids: Iterable[str]) -> dict[str, bytes]:
+    """Return the final metas by task id, of those tasks that have one."""
+    found = cursor.execute(
+        "SELECT id, meta FROM results WHERE id IN (SELECT value FROM json_each(?1)) "
+        "AND state IN (SELECT value FROM json_each(?2))",
+        (json.dumps(list(task_ids)), _READY),
+    )
+    return dict(found.fetchall())
+
+
+def put_waiters(cursor: sqlite3.Cursor, task_ids: Iterable[str], bell: str) -> None:
+    """Have the results of these tasks announced to a bell, whatever reply address their messages carry."""
+    ids = json.dumps(list(task_ids))
+    cursor.execute("INSERT OR IGNORE INTO waiters SELECT value, ?2 FROM json_each(?1)", (ids, bell))
+
+
+def forget_waiter(cursor: sqlite3.Cursor, task_id: str, bell: str) -> None:
+    """Announce a result to a bell no longer."""
+    cursor.execute("DELETE FROM waiters WHERE id = ? AND bell = ?", (task_id, bell))
 
 
 def is_client_bell(name: str) -> bool:

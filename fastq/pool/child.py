@@ -23,13 +23,13 @@ from fastq.app import FastQ
 from fastq.codecs import accepted, compression
 from fastq.codecs import decode as decode_content
 from fastq.codecs.json import decode as decode_json
+from fastq.codecs.json import encode as encode_json
 from fastq.codecs.meta import encode_meta
 from fastq.errors import (
     ContentDisallowed,
     DecodeError,
     EncodeError,
     Ignore,
-    MaxRetriesExceeded,
     NotRegistered,
     PublishError,
     Reject,
@@ -39,8 +39,9 @@ from fastq.errors import (
 from fastq.interfaces import Meta, ResultStore
 from fastq.states import FAILURE, REJECTED, RETRY, STARTED, SUCCESS
 from fastq.request import Request, pop_request, push_request
+from fastq.results import open_store
 from fastq.steps.retry import on_exception
-from fastq.task import Task
+from fastq.task import HANDLERS, ExceptionInfo, Task
 from fastq.wire.message import Call, Message
 from fastq.wire.pipe import OUTCOME_NAMES, ChildPipe
 from fastq.worker.messages import TaskLog, retry_reason
@@ -196,13 +197,12 @@ class Plan:
     def __init__(self, task: Task[..., Any], track_started: bool) -> None:
         kind = type(task)
         self.task = task
-        self.throws = tuple(task.throws or ())
+        self.throws = task.throws
         # An overridden __call__ is the user's way to wrap the run; otherwise it would only cost a frame.
         self.function: Callable[..., Any] = task.run if kind.__call__ is Task.__call__ else task
         self.track_started = track_started if task.track_started is None else task.track_started
-        for name in ("before_start", "on_success", "on_failure", "on_retry", "after_return"):
-            is_own = getattr(kind, name) is not getattr(Task, name)
-            setattr(self, name, getattr(task, name) if is_own else None)
+        for name in HANDLERS:
+            setattr(self, name, getattr(task, name) if name in task.handlers else None)
 
 
 class Runner:
@@ -243,7 +243,12 @@ class Runner:
                     value = self._run_limited(plan, call, args, kwargs)
                 else:
                     value = plan.function(*args, **kwargs)
-                meta = self._meta(call, request, SUCCESS, value) if call.wants_result else None
+                meta = None
+                if call.wants_result:
+                    if request.spawned is None and not self._extended:
+                        meta = call.success_meta(encode_json(value))
+                    if meta is None:
+                        meta = self._meta(call, request, SUCCESS, value)
             except BaseException as error:  # noqa: BLE001  user code: whatever it raises is this call's outcome
                 self._raised(plan, call, request, error)
                 return
@@ -253,20 +258,18 @@ class Runner:
                 self._handler(plan.after_return, SUCCESS, value, call.id, args, kwargs, None)
             if self._logs_info:
                 self._log.succeeded(call.name, call.id, self._runtime(call), _bounded_repr(value))
-            self._pipe.finish(call, _SUCCESS, meta, None, self._flags())
+            self._pipe.finish(call, _SUCCESS, meta, None, self._flags() if self._max_memory_kib else 0)
         finally:
             pop_request()
 
     # --- outcomes other than success
 
     def _raised(self, plan: Plan, call: Call, request: Request, error: BaseException) -> None:
-        if isinstance(error, Exception) and not isinstance(error, (Retry, Ignore, Reject)):
+        if plan.task.autoretry is not None:
             try:
-                decision = on_exception(plan.task, error)
-            except Exception as other:  # the last retry re-raises, or the follow-up could not be published
+                error = on_exception(plan.task, error) or error
+            except Exception as other:  # the next run could not be sent
                 error = other
-            else:
-                error = decision if decision is not None else error
         if isinstance(error, Retry):
             self._retried(plan, call, request, error)
         elif isinstance(error, Ignore):
@@ -274,19 +277,17 @@ class Runner:
             self._pipe.finish(call, _IGNORED, None, None, self._flags())
         elif isinstance(error, Reject):
             self._rejected(call, request, error)
-        elif isinstance(error, (SystemExit, KeyboardInterrupt)):
-            # Celery counts these as a lost worker; the process stays, so the call fails with their name.
-            self._failed(plan, call, request, error)
         else:
             self._failed(plan, call, request, error)
 
     def _retried(self, plan: Plan, call: Call, request: Request, error: Retry) -> None:
         reason = error.exc if error.exc is not None else error
         text = _format(error)
+        info = ExceptionInfo(reason)
         if plan.on_retry is not None:
-            self._handler(plan.on_retry, reason, call.id, request.args, request.kwargs, text)
+            self._handler(plan.on_retry, reason, call.id, request.args, request.kwargs, info)
         if plan.after_return is not None:
-            self._handler(plan.after_return, RETRY, reason, call.id, request.args, request.kwargs, text)
+            self._handler(plan.after_return, RETRY, reason, call.id, request.args, request.kwargs, info)
         delay = None if error.when is None else max(0.0, round(error.when - time.time(), 1))
         self._log.retry(call.name, call.id, retry_reason(delay, None if error.exc is None else _bounded_repr(error.exc)))
         meta = self._meta(call, request, RETRY, reason, text) if call.wants_result else None
@@ -302,10 +303,11 @@ class Runner:
 
     def _failed(self, plan: Plan, call: Call, request: Request, error: BaseException) -> None:
         text = _format(error)
+        info = ExceptionInfo(error)
         if plan.on_failure is not None:
-            self._handler(plan.on_failure, error, call.id, request.args, request.kwargs, text)
+            self._handler(plan.on_failure, error, call.id, request.args, request.kwargs, info)
         if plan.after_return is not None:
-            self._handler(plan.after_return, FAILURE, error, call.id, request.args, request.kwargs, text)
+            self._handler(plan.after_return, FAILURE, error, call.id, request.args, request.kwargs, info)
         if isinstance(error, SoftTimeLimitExceeded):
             self._log.soft_limit(call.name, call.id, call.soft_time_limit)
         if plan.throws and isinstance(error, plan.throws):
@@ -389,9 +391,9 @@ def child_main(app: FastQ, options: ChildOptions, sock: int, shared: int, slot: 
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2, all_threads=True, chain=False)
     if options.setup is not None:
         options.setup(slot + 1 if slot >= 0 else os.getpid())
-    open_store = app.open_store
-    app.publisher = PipePublisher(pipe)
-    app.store = PipeStore(pipe, open_store)
+    app.publisher = publisher = PipePublisher(pipe)
+    if app.stores_results:
+        app.store = PipeStore(pipe, lambda: open_store(app.conf.result_backend or "", app.conf, publisher))
     runner = Runner(app, pipe, options)
     signal.signal(signal.SIGALRM, runner.on_alarm)
     gc.enable()

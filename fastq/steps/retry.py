@@ -1,4 +1,4 @@
-"""Automatic retries: which exceptions run a task again, and after how long. Decides only; ``Task.retry`` sends the message."""
+"""Automatic retries: which exceptions run a task again, and after how long. Sends nothing: ``Task.send_retry`` does."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def exception_classes(option: str, classes: ExceptionClasses) -> tuple[type[Base
 
 
 def on_exception(task: Retryable, error: BaseException) -> Retry | None:
-    """Send the next run's message if the task retries for this exception and return what to store; None: it is a failure.
+    """Have the next run sent if the task retries for this exception, and return its Retry; None: a failure.
 
     Call it while the request of the failed call is still the running one. Tasks without ``autoretry`` need no call at
     all.

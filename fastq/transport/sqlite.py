@@ -7,24 +7,25 @@ the file itself in ``fastq.embedded``. A message's queue is its routing key; exc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import sqlite3
-import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from fastq.embedded import database
 from fastq.embedded.bells import BellFolder
+from fastq.embedded.client import FileClient, OpenFile
 from fastq.embedded.database import patiently
+from fastq.embedded.results import SaveItem
 from fastq.errors import ConnectionLost, PublishError, SettingsError
 from fastq.link import BatchSource
 from fastq.transport import sqlite_tables as tables
 from fastq.transport.sqlite_tables import QueueIds, WorkerInfo
-from fastq.transport.sqlite_thread import Outcome, SaveItem, SqliteThread, Work
+from fastq.transport.sqlite_thread import UNSTORABLE, Outcome, SqliteThread, Work
 
 if TYPE_CHECKING:
     from fastq._core import Core
@@ -33,145 +34,76 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-STALE_S = 1.0
-LOST_TURN_S = 0.001
-
-
 class SqlitePublisher:
     """Publishes from any thread. A publish returns when its transaction is on the disk."""
 
     def __init__(self, url: str, settings: Settings) -> None:
-        self._location = database.parse_url(url)
-        self._timeout_s = settings.fastq_publish_timeout
+        location = database.parse_url(url)
+        self._client = FileClient(location, location.synchronous, settings.fastq_publish_timeout)
         self._max_message_bytes = settings.fastq_max_message_bytes
-        self._lock = threading.Lock()
-        self._file: _OpenFile | None = None
-        _publishers.add(self)
+        self._queue_ids = QueueIds()
+        self._file: OpenFile | None = None
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Store the messages in one transaction and wake the workers."""
         for message in messages:
             if len(message.body) + len(message.props) > self._max_message_bytes:
                 raise PublishError(
-                    f"message {message.id} has {len(message.body)} bytes, the limit is {self._max_message_bytes}: raise "
-                    "fastq_max_message_bytes, or pass a reference to the data instead"
+                    f"message {message.id} has {len(message.body)} bytes, the limit is {self._max_message_bytes}: "
+                    "raise fastq_max_message_bytes, or pass a reference to the data instead"
                 )
-        with self._lock:
-            self._use(lambda file: file.insert(messages, self._timeout_s))
+        self._use(partial(self._insert, messages))
 
     def declare(self, queue: str) -> None:
         """Create the queue if it is missing."""
-        with self._lock:
-            self._use(lambda file: file.transaction(partial(file.queue_ids.declare, queue), self._timeout_s))
+        self._use(lambda file: file.transaction(partial(self._queue_ids.declare, file.cursor, queue)))
 
     def purge(self, queue: str) -> int:
         """Drop the messages that wait in a queue, delayed ones too, and return how many there were."""
-
-        def purge(file: _OpenFile) -> int:
-            return file.transaction(lambda: tables.purge(file.cursor, file.queue_ids.declare(queue)), self._timeout_s)
-
-        with self._lock:
-            return self._use(purge)
+        return self._use(lambda file: file.transaction(partial(tables.purge, file.cursor, queue)))
 
     def depth(self, queue: str) -> int:
         """Return how many messages wait in a queue, delayed ones too."""
-        with self._lock:
-            return self._use(lambda file: patiently(partial(tables.depth_of, file.cursor, queue), self._timeout_s))
+        return self._use(lambda file: file.transaction(partial(tables.depth, file.cursor, queue)))
 
     def close(self) -> None:
         """Close the file; a later call opens it again."""
-        with self._lock:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+        self._client.close()
 
-    def _use(self, action: Callable[[_OpenFile], T]) -> T:
-        """Return what the action returns on the open file; every failure becomes a PublishError with the remedy."""
-        path = self._location.path
+    def _insert(self, messages: Sequence[Message], file: OpenFile) -> None:
+        queue = self._queue_ids.get(messages[0].routing_key) if len(messages) == 1 else None
+        if queue is not None:
+            file.execute(tables.INSERT_MESSAGE, tables.message_row(queue, messages[0]))
+        else:
+            file.transaction(partial(self._insert_all, messages, file))
+        file.folder.ring_workers()
+
+    def _insert_all(self, messages: Sequence[Message], file: OpenFile) -> None:
+        declare = partial(self._queue_ids.declare, file.cursor)
+        rows = [tables.message_row(declare(message.routing_key), message) for message in messages]
+        file.cursor.executemany(tables.INSERT_MESSAGE, rows)
+
+    def _use(self, action: Callable[[OpenFile], T]) -> T:
+        """Return what the action returns; every failure becomes a PublishError with the remedy."""
         try:
-            file = self._file
-            if file is None or file.is_stale():
-                if file is not None:
-                    file.close()
-                    self._file = None
-                file = self._file = _OpenFile(self._location, self._timeout_s)
-            return action(file)
-        except sqlite3.OperationalError as error:
-            if not database.is_busy(error) and self._file is not None:
-                self._file.close()
-                self._file = None
-            raise PublishError(f"not published: {database.explain(path, error)}") from error
-        except sqlite3.DatabaseError as error:
-            raise PublishError(f"not published: {database.explain(path, error)}") from error
+            return self._client.use(partial(self._with_queue_ids, action))
+        except sqlite3.Error as error:
+            raise PublishError(f"not published: {database.explain(self._client.path, error)}") from error
+        except UNSTORABLE as error:
+            raise PublishError(f"not published: the message cannot be stored ({error})") from error
         except (ConnectionLost, SettingsError) as error:
             raise PublishError(f"not published: {error}") from error
 
-    def _after_fork(self) -> None:
-        # Neither used nor closed: SQLite forbids both with a connection that came over a fork.
-        self._lock = threading.Lock()
-        if self._file is not None:
-            _kept_from_parents.append(self._file)
-            self._file = None
-
-
-class _OpenFile:
-    """A publisher's connection, its queue numbers and its bells."""
-
-    def __init__(self, location: database.Location, timeout_s: float) -> None:
-        self._path = location.path
-        self._identity = (0, 0)
-        self._checked_at = time.monotonic()
-        self._connection = database.connect(location.path, location.synchronous, timeout_s)
+    def _with_queue_ids(self, action: Callable[[OpenFile], T], file: OpenFile) -> T:
+        """Return what the action returns; queue numbers hold for one file, and a rollback may have undone a new one."""
+        if file is not self._file:
+            self._file = file
+            self._queue_ids.forget()
         try:
-            self._folder = BellFolder(location.path)
+            return action(file)
         except BaseException:
-            self._connection.close()
+            self._queue_ids.forget()
             raise
-        self._identity = database.identity(location.path)
-        self.cursor = self._connection.cursor()
-        self.queue_ids = QueueIds(self.cursor)
-
-    def is_stale(self) -> bool:
-        """Return whether the file at our path is another one than the one we have open; looked at once a second."""
-        now = time.monotonic()
-        if now - self._checked_at < STALE_S:
-            return False
-        self._checked_at = now
-        return database.identity(self._path) != self._identity
-
-    def insert(self, messages: Sequence[Message], timeout_s: float) -> None:
-        """Store messages and ring."""
-        known = [self.queue_ids.get(message.routing_key) for message in messages]
-        if len(messages) == 1 and known[0] is not None:
-            # One statement is a transaction by itself.
-            row = tables.message_row(known[0], messages[0])
-            patiently(partial(self.cursor.execute, tables.INSERT_MESSAGE, row), timeout_s)
-        else:
-            self.transaction(partial(self._insert_all, messages), timeout_s)
-        self._folder.ring_workers()
-
-    def _insert_all(self, messages: Sequence[Message]) -> None:
-        declare = self.queue_ids.declare
-        rows = [tables.message_row(declare(message.routing_key), message) for message in messages]
-        self.cursor.executemany(tables.INSERT_MESSAGE, rows)
-
-    def transaction(self, write: Callable[[], T], timeout_s: float) -> T:
-        """Write, commit and return what ``write`` returns; nothing of it remains when anything is raised."""
-        patiently(partial(self.cursor.execute, "BEGIN IMMEDIATE"), timeout_s)
-        try:
-            result = write()
-            self.cursor.execute("COMMIT")
-        except BaseException:
-            self.queue_ids.forget()
-            if self._connection.in_transaction:
-                self.cursor.execute("ROLLBACK")
-            raise
-        return result
-
-    def close(self) -> None:
-        """Close everything."""
-        self._folder.close()
-        self._connection.close()
 
 
 class SqliteSource(BatchSource):
@@ -261,8 +193,7 @@ class SqliteConsumer:
     async def close(self) -> None:
         """Settle what was handed over, give back the rest, close the file."""
         self._thread.stop()
-        while self._thread.is_alive():
-            await asyncio.sleep(LOST_TURN_S)
+        await asyncio.wrap_future(self._thread.ended)
 
 
 def live_workers(url: str) -> list[WorkerInfo]:
@@ -285,24 +216,10 @@ def live_workers(url: str) -> list[WorkerInfo]:
 
 
 def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object) -> None:
-    try:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
         loop.call_soon_threadsafe(callback, *args)
-    except RuntimeError:
-        pass  # the loop is closed: nobody is left to hear it
 
 
 def _set(future: asyncio.Future[Exception], error: Exception) -> None:
     if not future.done():
         future.set_result(error)
-
-
-_publishers: weakref.WeakSet[SqlitePublisher] = weakref.WeakSet()
-_kept_from_parents: list[_OpenFile] = []
-
-
-def _after_fork() -> None:
-    for publisher in list(_publishers):
-        publisher._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -26,7 +26,6 @@ INSERT_MESSAGE: Final = "INSERT INTO messages (queue, priority, due, props, body
 #: Messages whose time has come are made ready in slices, so that a million of them do not hold the lock for seconds.
 _DUE_SLICE: Final = 1000
 
-_IDS: Final = "(SELECT value FROM json_each(?1))"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,24 +42,22 @@ class WorkerInfo:
 
 
 class QueueIds:
-    """The numbers that stand for queue names in one file; ``forget`` after a rollback, which may have undone a new one."""
+    """The numbers that stand for queue names in one file; ``forget`` them after a rollback, which may have undone one."""
 
-    def __init__(self, cursor: sqlite3.Cursor) -> None:
-        self._cursor = cursor
+    def __init__(self) -> None:
         self._ids: dict[str, int] = {}
 
     def get(self, name: str) -> int | None:
         """Return a queue's number if it was asked for before."""
         return self._ids.get(name)
 
-    def declare(self, name: str) -> int:
+    def declare(self, cursor: sqlite3.Cursor, name: str) -> int:
         """Return a queue's number, creating the queue when it is missing."""
-        known = self._ids.get(name)
-        if known is not None:
-            return known
-        self._cursor.execute("INSERT OR IGNORE INTO queues (name) VALUES (?)", (name,))
-        (found,) = self._cursor.execute("SELECT id FROM queues WHERE name = ?", (name,)).fetchone()
-        self._ids[name] = int(found)
+        found = self._ids.get(name)
+        if found is None:
+            cursor.execute("INSERT OR IGNORE INTO queues (name) VALUES (?)", (name,))
+            (found,) = cursor.execute("SELECT id FROM queues WHERE name = ?", (name,)).fetchone()
+            self._ids[name] = int(found)
         return int(found)
 
     def forget(self) -> None:
@@ -127,8 +124,10 @@ def claim_fairly(cursor: sqlite3.Cursor, owner: int, queues: Sequence[tuple[int,
 def has_ready(cursor: sqlite3.Cursor, queues: Sequence[tuple[int, bytes]]) -> bool:
     """Return whether any of the queues has a ready message."""
     ids = _json(queue for queue, _ in queues)
-    found = cursor.execute(f"SELECT EXISTS (SELECT 1 FROM ready WHERE queue IN {_IDS})", (ids,))
-    return bool(found.fetchone()[0])
+    found = cursor.execute(
+        "SELECT EXISTS (SELECT 1 FROM ready WHERE queue IN (SELECT value FROM json_each(?)))", (ids,)
+    ).fetchone()
+    return bool(found[0])
 
 
 def next_due(cursor: sqlite3.Cursor) -> float | None:
@@ -157,40 +156,46 @@ def make_due_ready(cursor: sqlite3.Cursor, now: float) -> None:
 
 def delete(cursor: sqlite3.Cursor, owner: int, tags: Iterable[int]) -> None:
     """Delete messages that are done. Only the owner's: one that was given to somebody else meanwhile stays."""
-    ids = _json(tags)
-    cursor.execute(f"DELETE FROM messages WHERE id IN (SELECT id FROM claimed WHERE owner = ?2 AND id IN {_IDS})", (ids, owner))
-    cursor.execute(f"DELETE FROM claimed WHERE owner = ?2 AND id IN {_IDS}", (ids, owner))
+    parameters = (_json(tags), owner)
+    cursor.execute(
+        "DELETE FROM messages WHERE id IN "
+        "(SELECT id FROM claimed WHERE id IN (SELECT value FROM json_each(?1)) AND owner = ?2)",
+        parameters,
+    )
+    cursor.execute("DELETE FROM claimed WHERE id IN (SELECT value FROM json_each(?1)) AND owner = ?2", parameters)
 
 
-def bury(cursor: sqlite3.Cursor, owner: int, tags: Iterable[int], reason: str) -> None:
+def bury(cursor: sqlite3.Cursor, owner: int, tags: Sequence[int], reason: str) -> None:
     """Move messages to the dead letters."""
-    ids = _json(tags)
     cursor.execute(
         "INSERT INTO dead (queue, priority, deliveries, reason, died, props, body) "
-        "SELECT m.queue, m.priority, c.deliveries, ?3, ?4, m.props, m.body FROM claimed c JOIN messages m ON m.id = c.id "
-        f"WHERE c.owner = ?2 AND c.id IN {_IDS} ORDER BY c.id",
-        (ids, owner, reason, time.time()),
+        "SELECT m.queue, m.priority, c.deliveries, ?3, ?4, m.props, m.body "
+        "FROM claimed c JOIN messages m ON m.id = c.id "
+        "WHERE c.id IN (SELECT value FROM json_each(?1)) AND c.owner = ?2 ORDER BY c.id",
+        (_json(tags), owner, reason, time.time()),
     )
     delete(cursor, owner, tags)
 
 
 def give_back(cursor: sqlite3.Cursor, owner: int, tags: Iterable[int]) -> None:
     """Put messages back to their old places; how often they were handed out stays counted."""
-    _to_ready(cursor, f"owner = ?1 AND id IN {_IDS.replace('?1', '?2')}", (owner, _json(tags)))
+    parameters = (_json(tags), owner)
+    cursor.execute(
+        "INSERT INTO ready SELECT m.queue, -m.priority, m.id, c.deliveries FROM claimed c JOIN messages m ON m.id = c.id "
+        "WHERE c.id IN (SELECT value FROM json_each(?1)) AND c.owner = ?2",
+        parameters,
+    )
+    cursor.execute("DELETE FROM claimed WHERE id IN (SELECT value FROM json_each(?1)) AND owner = ?2", parameters)
 
 
 def give_back_all(cursor: sqlite3.Cursor, owner: int) -> int:
     """Put everything that a worker holds back and return how much it was."""
-    return _to_ready(cursor, "owner = ?1", (owner,))
-
-
-def _to_ready(cursor: sqlite3.Cursor, which: str, parameters: tuple[object, ...]) -> int:
     cursor.execute(
-        "INSERT INTO ready SELECT m.queue, -m.priority, m.id, c.deliveries "
-        f"FROM (SELECT id, deliveries FROM claimed WHERE {which}) c JOIN messages m ON m.id = c.id",
-        parameters,
+        "INSERT INTO ready SELECT m.queue, -m.priority, m.id, c.deliveries FROM claimed c JOIN messages m ON m.id = c.id "
+        "WHERE c.owner = ?",
+        (owner,),
     )
-    cursor.execute(f"DELETE FROM claimed WHERE {which}", parameters)
+    cursor.execute("DELETE FROM claimed WHERE owner = ?", (owner,))
     return cursor.rowcount
 
 
@@ -201,22 +206,29 @@ def _json(numbers: Iterable[int]) -> str:
 # --- queues and workers -----------------------------------------------------------------------------------------------
 
 
-def depth(cursor: sqlite3.Cursor, queue: int) -> int:
-    """Return how many messages wait in a queue, those that wait for their time included."""
-    (ready,) = cursor.execute("SELECT count(*) FROM ready WHERE queue = ?", (queue,)).fetchone()
+def depth(cursor: sqlite3.Cursor, queue: str) -> int:
+    """Return how many messages wait in a queue, those that wait for their time included; 0 without such a queue."""
+    number = _queue_id(cursor, queue)
+    (ready,) = cursor.execute("SELECT count(*) FROM ready WHERE queue = ?", (number,)).fetchone()
     (delayed,) = cursor.execute(
-        "SELECT count(*) FROM delayed d JOIN messages m ON m.id = d.id WHERE m.queue = ?", (queue,)
+        "SELECT count(*) FROM delayed d JOIN messages m ON m.id = d.id WHERE m.queue = ?", (number,)
     ).fetchone()
     return int(ready + delayed)
 
 
-def purge(cursor: sqlite3.Cursor, queue: int) -> int:
+def purge(cursor: sqlite3.Cursor, queue: str) -> int:
     """Delete the messages that wait in a queue and return how many there were; claimed ones stay."""
-    cursor.execute("DELETE FROM messages WHERE queue = ? AND id NOT IN (SELECT id FROM claimed)", (queue,))
+    number = _queue_id(cursor, queue)
+    cursor.execute("DELETE FROM messages WHERE queue = ? AND id NOT IN (SELECT id FROM claimed)", (number,))
     count = cursor.rowcount
-    cursor.execute("DELETE FROM ready WHERE queue = ?", (queue,))
+    cursor.execute("DELETE FROM ready WHERE queue = ?", (number,))
     cursor.execute("DELETE FROM delayed WHERE id NOT IN (SELECT id FROM messages)")
     return count
+
+
+def _queue_id(cursor: sqlite3.Cursor, name: str) -> int | None:
+    found = cursor.execute("SELECT id FROM queues WHERE name = ?", (name,)).fetchone()
+    return None if found is None else int(found[0])
 
 
 def put_worker(cursor: sqlite3.Cursor, worker: int, info: WorkerInfo) -> int:
@@ -243,4 +255,4 @@ def is_worker(cursor: sqlite3.Cursor, worker: int) -> bool:
 def all_workers(cursor: sqlite3.Cursor) -> list[WorkerInfo]:
     """Return the workers in the file, dead ones included."""
     rows = cursor.execute("SELECT id, name, host, pid, bell, queues, started FROM workers ORDER BY id").fetchall()
-    return [WorkerInfo(id_, name, host, pid, bell, tuple(orjson.loads(queues)), started) for id_, name, host, pid, bell, queues, started in rows]
+    return [WorkerInfo(*row[:5], tuple(orjson.loads(row[5])), row[6]) for row in rows]

@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from fastq.embedded import database
 from fastq.embedded.bells import WORKER, Bell, BellFolder
 from fastq.embedded.database import Location, patiently
-from fastq.embedded.results import Announcer, Notices, collect_notices, sweep, write_results
+from fastq.embedded.results import Announcer, Notices, SaveItem, collect_notices, sweep, write_results
 from fastq.errors import ConnectionLost, FastqError, SettingsError
 from fastq.transport import sqlite_tables as tables
 from fastq.transport.sqlite_tables import QueueIds, Row, WorkerInfo
@@ -50,9 +50,6 @@ LEAVE_S: Final = 3.0
 #: What a value can be refused for by itself, whatever the state of the file.
 UNSTORABLE = (UnicodeError, OverflowError, TypeError, sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError,
               sqlite3.ProgrammingError)  # fmt: skip
-
-#: A result to save: task id, state, meta, reply address, token to confirm (0: none).
-SaveItem: TypeAlias = tuple[str, str, bytes, str, int]
 
 
 @dataclass(slots=True)
@@ -100,6 +97,8 @@ class SqliteThread(threading.Thread):
         self._fail = fail
         #: Done when the file is open; raises SettingsError or ConnectionLost.
         self.opened: Future[None] = Future()
+        #: Done when the thread has let go of everything.
+        self.ended: Future[None] = Future()
 
         # Shared with the loop's thread: single references and deques, so the interpreter's lock is enough.
         self._inbox: deque[Work] = deque()
@@ -112,7 +111,7 @@ class SqliteThread(threading.Thread):
         # This thread's own.
         self._connection: sqlite3.Connection
         self._cursor: sqlite3.Cursor
-        self._queue_ids: QueueIds
+        self._queue_ids = QueueIds()
         self._folder: BellFolder
         self._announcer: Announcer
         self._bell: Bell | None = None
@@ -154,7 +153,7 @@ class SqliteThread(threading.Thread):
         answer: Future[None] = Future()
         self._questions.append((action, answer))
         self._waker.wake()
-        if not self.is_alive():
+        if self.ended.done():
             self._refuse_questions()
         return answer
 
@@ -171,8 +170,13 @@ class SqliteThread(threading.Thread):
             self._open()
         except BaseException as error:
             self.opened.set_exception(error)
-            return
-        self.opened.set_result(None)
+        else:
+            self.opened.set_result(None)
+            self._serve()
+        self.ended.set_result(None)
+        self._refuse_questions()
+
+    def _serve(self) -> None:
         try:
             while not self._stopping:
                 self._sleep()
@@ -195,7 +199,7 @@ class SqliteThread(threading.Thread):
         info = replace(info, bell=self._bell.name, queues=tuple(queues))
 
         def write() -> None:
-            self._queues = [(self._queue_ids.declare(name), name.encode()) for name in queues]
+            self._queues = [(self._queue_ids.declare(self._cursor, name), name.encode()) for name in queues]
             self._me = tables.put_worker(self._cursor, self._me, info)
 
         try:
@@ -213,7 +217,6 @@ class SqliteThread(threading.Thread):
         path = self._location.path
         self._connection = database.connect(path, "NORMAL", LOCK_WAIT_S)
         self._cursor = self._connection.cursor()
-        self._queue_ids = QueueIds(self._cursor)
         self._identity = database.identity(path)
         try:
             self._folder = BellFolder(path)
@@ -335,13 +338,13 @@ class SqliteThread(threading.Thread):
     def _save(self, saves: list[SaveItem], outcome: Outcome) -> None:
         if self._one_by_one:
             saves = [item for item in saves if self._is_storable(item)]
-        write_results(self._cursor, [item[:3] for item in saves])
+        write_results(self._cursor, saves)
         outcome.notices = collect_notices(self._cursor, saves)
         outcome.stored += [item[4] for item in saves if item[4]]
 
     def _is_storable(self, item: SaveItem) -> bool:
         try:
-            write_results(self._cursor, [item[:3]])
+            write_results(self._cursor, [item])
             item[0].encode()
         except UNSTORABLE as error:
             logger.error("the result of task %r cannot be stored: %s", item[0], error)
@@ -349,7 +352,7 @@ class SqliteThread(threading.Thread):
         return True
 
     def _publish(self, messages: list[tuple[int, Message]], outcome: Outcome) -> None:
-        declare = self._queue_ids.declare
+        declare = partial(self._queue_ids.declare, self._cursor)
         outcome.rings = True
         if not self._one_by_one:
             rows = [tables.message_row(declare(message.routing_key), message) for _, message in messages]
@@ -506,11 +509,11 @@ class SqliteThread(threading.Thread):
     def _close(self) -> None:
         self._folder.close()
         self._connection.close()
-        self._refuse_questions()
 
     def _refuse_questions(self) -> None:
         while self._questions:
-            self._questions.popleft()[1].set_exception(ConnectionLost(f"{self._location.path} is closed"))
+            _, answer = self._questions.popleft()
+            answer.set_exception(ConnectionLost(f"{self._location.path} is closed"))
 
 
 class Waker:

@@ -5,11 +5,14 @@ Nothing here may import user code or start threads: ``detach_process`` forks.
 
 from __future__ import annotations
 
+import grp
 import logging
 import os
+import pwd
+import stat
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import IO, Final
 
 from fastq.errors import SettingsError
 from fastq.worker.exitcodes import EX_FAILURE, EX_OK
@@ -97,34 +100,49 @@ def set_umask(text: str) -> None:
     os.umask(mask)
 
 
-def drop_privileges(user: str, group: str) -> None:
-    """Become that user and group for good; empty means: stay (the group is the user's own by default).
+def drop_privileges(user: str, group: str, log: IO[str]) -> None:
+    """Become that user and group for good, and give them the log file; empty means: stay (the group is the user's).
 
     Raises SettingsError when a name is unknown, when we may not change, or when root could be had back.
     """
     if not user and not group:
         return
-    import grp
-    import pwd
-
+    account = _account(user) if user else None
+    gid = _group_id(group) if group else account.pw_gid if account else os.getgid()
     try:
-        account = (pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)) if user else None
-        gid = (int(group) if group.isdigit() else grp.getgrnam(group).gr_gid) if group else None
-    except KeyError as error:
-        raise SettingsError(f"{error.args[0]}; give --uid and --gid a user and group of this machine") from error
-    if account is not None and gid is None:
-        gid = account.pw_gid
-    try:
-        if account is not None and gid is not None and os.geteuid() == 0:
+        _give(log, account.pw_uid if account else -1, gid)
+        if account and os.geteuid() == 0:
             os.initgroups(account.pw_name, gid)
-        if gid is not None and gid != os.getgid():
+        if gid != os.getgid():
             os.setgid(gid)
-        if account is not None and account.pw_uid != os.getuid():
+        if account and account.pw_uid != os.getuid():
             os.setuid(account.pw_uid)
     except PermissionError as error:
         raise SettingsError("only root may change user and group; leave out --uid and --gid") from error
-    if account is not None and account.pw_uid and _can_become_root():
+    if account and account.pw_uid and _can_become_root():
         raise SettingsError(f"--uid {user} left a way back to root; start the worker without saved privileges")
+
+
+def _account(user: str) -> pwd.struct_passwd:
+    try:
+        return pwd.getpwuid(int(user)) if user.isdigit() else pwd.getpwnam(user)
+    except KeyError:
+        raise SettingsError(f"--uid {user!r} is no user of this machine; give a name or number that is") from None
+
+
+def _group_id(group: str) -> int:
+    try:
+        return int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise SettingsError(f"--gid {group!r} is no group of this machine; give a name or number that is") from None
+
+
+def _give(log: IO[str], uid: int, gid: int) -> None:
+    """Make a log file that root has opened the worker's own, so that it can be opened again after a restart."""
+    facts = os.fstat(log.fileno())
+    # Not a terminal or pipe, and not a file that somebody has linked here from elsewhere.
+    if os.geteuid() == 0 and facts.st_uid == 0 and stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1:
+        os.fchown(log.fileno(), uid, gid)
 
 
 def _can_become_root() -> bool:

@@ -49,7 +49,13 @@ class Pidfile:
 
     def _try_acquire(self) -> bool:
         """Write our pid and return True; False when the file was removed between opening and locking it."""
-        descriptor = _open(self.path)
+        try:
+            descriptor = _open(self.path)
+        except PermissionError:
+            # Written by root before --uid; after a restart by exec it still says the truth.
+            if _read_pid(self.path) == os.getpid():
+                return True
+            raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if not _is_same_file(descriptor, self.path):
@@ -125,8 +131,12 @@ def _is_same_file(descriptor: int, path: str) -> bool:
 
 
 def _read_pid(path: str) -> int | None:
-    with open(path, "rb") as file:
-        return _parse_pid(file.read(64))
+    """Return the pid in the file; None when there is none, or no such file that may be read."""
+    try:
+        with open(path, "rb") as file:
+            return _parse_pid(file.read(64))
+    except OSError:
+        return None
 
 
 def _parse_pid(text: bytes) -> int | None:

@@ -1,48 +1,24 @@
-"""The worker: puts the zygote, the pool, the message loop and the broker together, and runs until it is told to stop.
+"""The worker as those who start one see it. It forks the zygote and hands over to ``worker.life``.
 
-Start-up order, and why: the zygote is forked before the event loop exists; children are ready before the first message is
-received; on a stop everything ends in the reverse order.
+The order matters: the zygote is forked before the event loop is even imported, so that children share little and no
+process with a loop or a thread ever forks.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
-import uvloop
-
-from fastq._core import Core, TaskOptions
-from fastq.amqp.url import mask_url
 from fastq.app import FastQ
-from fastq.errors import ConnectionLost, FastqError
-from fastq.interfaces import Consumer
-from fastq.link import BatchSource
 from fastq.pool.child import ChildOptions, child_main
-from fastq.pool.supervisor import Pool
 from fastq.pool.zygote import Zygote, start_zygote
-from fastq.settings import Settings
-from fastq.transport import open_consumer
-from fastq.worker import messages
-from fastq.worker.exitcodes import EX_FAILURE, EX_OK
-from fastq.worker.hooks import Hooks
 from fastq.worker.log import ChildLogging
 from fastq.worker.options import WorkerOptions
-from fastq.worker.signals import dump_stacks, install, restart
 
-logger = logging.getLogger("fastq.worker")
-
-FIRST_RETRY_S = 0.1  # reliability rules, section 6.2: 0.1 s to 30 s with full jitter
-LAST_RETRY_S = 30.0
-CANCEL_S = 5.0
-COLD_S = 2.0
-UNBOUNDED_WINDOW = 4096  # what "no prefetch limit" means for brokers that are asked for messages
-MAX_WINDOW = 1024
-ADAPT_EVERY_S = 0.2
-#: Work to hold in advance while tasks are short: hides the acks' way to the broker and back many times over.
-WINDOW_NS = 20e6
+if TYPE_CHECKING:
+    from fastq.worker.life import Life
 
 
 class Worker:
@@ -51,305 +27,34 @@ class Worker:
     def __init__(self, app: FastQ, options: WorkerOptions) -> None:
         self.app = app
         self.options = options
-        self.settings: Settings = app.conf
-        self.core: Core
-        self.pool: Pool
-        self._was_connected = False
-        self._consumer: Consumer | None = None
-        self._stop = Stop()
-
-    # --- public
+        self.life: Life | None = None
 
     def run(self, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
         """Run until stopped and return the exit code. Call it before the process has threads or an event loop."""
         return self.run_with(self.start_zygote(), on_ready, handle_signals)
-
-    def run_with(self, zygote: Zygote, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
-        """Run with a zygote that was forked already; the loop may then be on another thread."""
-        loop = uvloop.new_event_loop()
-        try:
-            return loop.run_until_complete(self._main(loop, zygote, on_ready, handle_signals))
-        finally:
-            loop.close()
-            if self._stop.restarts:
-                restart()
 
     def start_zygote(self) -> Zygote:
         """Fork the zygote for ``run_with``."""
         self.app.finalize()
         return start_zygote(partial(child_main, self.app, self._child_options()))
 
+    def run_with(self, zygote: Zygote, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
+        """Run with a zygote that was forked already; this may be another thread than the one that forked it."""
+        from fastq.worker.life import Life
+
+        self.life = Life(self.app, self.options, zygote)
+        return self.life.run(on_ready, handle_signals)
+
     def stop_soon(self) -> None:
         """Ask for a warm stop, from any thread."""
-        self._stop.loop.call_soon_threadsafe(self._stop.ask, "warm")
-
-    # --- the life of a worker
-
-    async def _main(
-        self, loop: asyncio.AbstractEventLoop, zygote: Zygote, on_ready: Callable[[], None] | None, handle_signals: bool
-    ) -> int:
-        options = self.options
-        hooks = Hooks(loop)
-        self._stop.start(loop)
-        self.core = self._make_core(loop, hooks)
-        self.pool = hooks.pool = Pool(
-            loop, self.core, zygote, options.concurrency or 1,
-            keeps_spare=bool(options.max_tasks_per_child or options.max_memory_per_child),
-            on_lost=hooks.child_lost, on_fatal=self._on_fatal,
-        )
-        uninstall = install(loop, self._actions()) if handle_signals else lambda: None
-        serving: asyncio.Task[None] | None = None
-        try:
-            await self._stop.unless(self.pool.start())
-            if not self._stop.asked:
-                serving = loop.create_task(self._serve(on_ready))
-                await asyncio.wait([serving, loop.create_task(self._stop.wait())], return_when=asyncio.FIRST_COMPLETED)
-                if serving.done():
-                    serving.result()
-            await self._shut_down(serving)
-            return EX_FAILURE if self._stop.how == "cold" else EX_OK
-        finally:
-            self.pool.kill()
-            self.pool.close()
-            uninstall()
-
-    async def _serve(self, on_ready: Callable[[], None] | None) -> None:
-        """Stay connected: connect, consume, and start again when the connection is lost."""
-        attempt = 0
-        while True:
-            try:
-                await self._connect()
-            except ConnectionLost as error:
-                attempt += 1
-                await self._before_retry(attempt, error)
-                continue
-            attempt = 0
-            self._was_connected = True
-            logger.info(messages.CONNECTED, mask_url(self.settings.broker_url))
-            logger.info(messages.READY, {"hostname": self.options.hostname})
-            if on_ready is not None:
-                on_ready()
-                on_ready = None
-            consumer = self._consumer
-            assert consumer is not None
-            adapting = asyncio.ensure_future(self._adapt(consumer))
-            try:
-                reason = await consumer.lost
-            finally:
-                adapting.cancel()
-            logger.warning(messages.CONNECTION_LOST, reason)
-            await self._disconnect()
-
-    async def _connect(self) -> None:
-        settings, options = self.settings, self.options
-        consumer = open_consumer(settings.broker_url, settings, self.core)
-        await consumer.open()
-        self._consumer = consumer
-        consumer.source.window = self._window()
-        if isinstance(consumer.source, BatchSource) and not self.core.rpc_results and self._results_with_broker():
-            self.core.set_store(consumer.source)
-        self.core.add_source(consumer.source)
-        self.core.set_outlet(consumer.outlet)
-        try:
-            await consumer.consume(options.queues, self._window())
-        except BaseException:
-            await self._disconnect()
-            raise
-
-    async def _disconnect(self) -> None:
-        consumer, self._consumer = self._consumer, None
-        if consumer is None:
-            return
-        self.core.drop_source(consumer.source)
-        self.core.set_outlet(None)
-        await consumer.close()
-
-    async def _before_retry(self, attempt: int, error: Exception) -> None:
-        """Log and wait before the next attempt to connect; raises when there is to be none."""
-        settings = self.settings
-        limit = settings.broker_connection_max_retries
-        retries = settings.broker_connection_retry
-        if settings.broker_connection_retry_on_startup is not None and not self._was_connected:
-            retries = settings.broker_connection_retry_on_startup
-        if not retries or (limit and attempt > limit):
-            raise ConnectionLost(f"{error}. Start the broker, or set broker_url to one that runs")
-        delay = random.uniform(FIRST_RETRY_S, min(LAST_RETRY_S, FIRST_RETRY_S * 2**attempt))
-        logger.error(messages.CANNOT_CONNECT, mask_url(settings.broker_url), error, delay, attempt, limit or "no limit")
-        await asyncio.sleep(delay)
-
-    # --- prefetch
-
-    def _window(self) -> int:
-        multiplier = self.options.prefetch_multiplier
-        if multiplier == 0:
-            return UNBOUNDED_WINDOW
-        return (multiplier or 4) * (self.options.concurrency or 1)
-
-    async def _adapt(self, consumer: Consumer) -> None:
-        """Widen the window while tasks are short, or while waiting ETA tasks fill it; narrow it again when they are long."""
-        base = current = self._window()
-        held_for_eta = 0
-        while True:
-            await asyncio.sleep(ADAPT_EVERY_S)
-            scheduled = self.core.stats()["scheduled"]
-            wanted = base
-            if self.core.reliable and self.options.adapts_prefetch and self.core.run_ns >= 0:
-                per_child = min(MAX_WINDOW, WINDOW_NS / max(self.core.run_ns, 1.0))
-                wanted = max(base, min(MAX_WINDOW, int(per_child * (self.options.concurrency or 1))))
-            grown = scheduled - held_for_eta >= current // 2 > 0
-            if grown or wanted >= 2 * current or wanted * 4 <= current:
-                # A new consumer's window counts from zero: what waits for its time does not fill it.
-                current, held_for_eta = wanted, scheduled
-                consumer.source.window = wanted + scheduled
-                await consumer.set_prefetch(wanted)
-
-    # --- stopping
-
-    def _actions(self) -> dict[str, Callable[[], None]]:
-        def warm() -> None:
-            logger.warning(messages.WARM_SHUTDOWN)
-            self._stop.ask("warm")
-
-        def cold() -> None:
-            logger.warning(messages.COLD_SHUTDOWN)
-            self._stop.ask("cold")
-
-        def again() -> None:
-            logger.warning(messages.RESTART, "SIGHUP")
-            self._stop.restarts = True
-            self._stop.ask("warm")
-
-        return {
-            "warm": warm, "cold": cold, "restart": again, "dump": lambda: dump_stacks(self.pool.pids),
-            "grow": self.pool.grow, "shrink": self.pool.shrink,
-        }
-
-    def _on_fatal(self, text: str) -> None:
-        logger.critical("%s", text)
-        self._stop.fail(FastqError(text))
-
-    async def _shut_down(self, serving: asyncio.Task[None] | None) -> None:
-        """Receive nothing more, let running calls end (warm) or give them back (cold), settle, disconnect."""
-        if serving is not None:
-            serving.cancel()
-            await asyncio.wait([serving])
-        if self._consumer is not None and not self._consumer.lost.done():
-            try:
-                await asyncio.wait_for(self._consumer.cancel(), CANCEL_S)
-            except (ConnectionLost, TimeoutError, asyncio.TimeoutError) as error:
-                logger.warning("could not cancel the consumer: %s", error)
-        self.core.quiet()
-        if self._stop.how == "warm" and not await self._until_idle(self.options.grace_s):
-            logger.warning(
-                "running tasks did not end within %s s; they are given back: %s", self.options.grace_s, self._running_names())
-        if not self.core.is_idle:
-            self.pool.kill()
-            self.core.give_back_running()
-        await self.pool.stop(COLD_S)
-        self.core.tick()
-        await self._disconnect()
-        self._stop.check()
-
-    async def _until_idle(self, deadline_s: float | None) -> bool:
-        """Wait until nothing runs and everything is settled; False at the deadline or when the stop became a cold one."""
-        idle = asyncio.Event()
-        self.core.on_idle = idle.set
-        if self.core.is_idle:
-            return True
-        cold = asyncio.ensure_future(self._stop.cold.wait())
-        waiting = asyncio.ensure_future(idle.wait())
-        await asyncio.wait([cold, waiting], timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
-        cold.cancel()
-        waiting.cancel()
-        return idle.is_set()
-
-    def _running_names(self) -> str:
-        running = [child.running_task for child in self.core.children]
-        return ", ".join(f"{task[0]}[{task[1]}]" for task in running if task is not None) or "none"
-
-    # --- parts
-
-    def _make_core(self, loop: asyncio.AbstractEventLoop, hooks: Hooks) -> Core:
-        options, settings = self.options, self.settings
-        reliable = bool(options.reliable)
-        core = Core(
-            loop, [self._task_options(name) for name in self.app.tasks], hooks, reliable=reliable,
-            max_deliveries=settings.fastq_max_deliveries, max_child_deaths=settings.fastq_max_child_deaths,
-            max_tasks_per_child=options.max_tasks_per_child or 0, time_limit=options.time_limit or 0,
-            soft_time_limit=options.soft_time_limit or 0,
-            rpc_results=(settings.result_backend or "").startswith("rpc"),
-        )
-        core.log_received = logger.isEnabledFor(logging.INFO)
-        return core
-
-    def _task_options(self, name: str) -> TaskOptions:
-        task, reliable = self.app.tasks[name], bool(self.options.reliable)
-        late = self.settings.task_acks_late if task.acks_late is None else task.acks_late
-        return TaskOptions(
-            name, acks_late=reliable if late is None else late, requeue_lost=reliable,
-            ignore_result=bool(self.settings.task_ignore_result if task.ignore_result is None else task.ignore_result),
-            time_limit=task.time_limit or 0, soft_time_limit=task.soft_time_limit or 0,
-        )
-
-    def _results_with_broker(self) -> bool:
-        backend = self.settings.result_backend
-        return backend is None or backend == self.settings.broker_url
+        if self.life is not None:
+            self.life.stop_soon()
 
     def _child_options(self) -> ChildOptions:
-        options, settings = self.options, self.settings
+        options, settings = self.options, self.app.conf
         handler = next((each for each in logging.getLogger().handlers if isinstance(each, logging.StreamHandler)), None)
         setup = None
         if handler is not None:
             level = settings.worker_redirect_stdouts_level if settings.worker_redirect_stdouts else ""
             setup = ChildLogging(handler, options.logfile, options.hostname, level)
         return ChildOptions(options.hostname, options.max_memory_per_child or 0, settings.task_track_started, setup)
-
-
-class Stop:
-    """Whether and how the worker is to stop; the last wish counts if it is the harder one."""
-
-    def __init__(self) -> None:
-        self.how = ""
-        self.restarts = False
-        self.loop: asyncio.AbstractEventLoop
-        self.cold: asyncio.Event
-        self._asked: asyncio.Event
-        self._error: Exception | None = None
-
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self.cold = asyncio.Event()
-        self._asked = asyncio.Event()
-
-    @property
-    def asked(self) -> bool:
-        return self._asked.is_set()
-
-    def ask(self, how: str) -> None:
-        if self.how != "cold":
-            self.how = how
-        self._asked.set()
-        if how == "cold":
-            self.cold.set()
-
-    def fail(self, error: Exception) -> None:
-        """Stop at once because of an error, which ``check`` raises at the end."""
-        self._error = error
-        self.ask("cold")
-
-    def check(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    async def wait(self) -> None:
-        await self._asked.wait()
-
-    async def unless(self, work: Coroutine[None, None, None]) -> None:
-        """Do the work, or stop doing it when a stop is asked for."""
-        task, asked = asyncio.ensure_future(work), asyncio.ensure_future(self._asked.wait())
-        await asyncio.wait([task, asked], return_when=asyncio.FIRST_COMPLETED)
-        asked.cancel()
-        if task.done():
-            task.result()
-        else:
-            task.cancel()

@@ -1,4 +1,4 @@
-"""The options with which a task is declared, sent and retried: their names, types and checks. Does nothing with them."""
+"""The options of declaring, sending and retrying a task: names, types and checks. Does nothing with them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TaskOptions(TypedDict, total=False):
 
 
 class SendOptions(TypedDict, total=False):
-    """The options of ``apply_async`` and ``send_task``; what is left out or None comes from the task, its route or the settings."""
+    """The options of ``apply_async`` and ``send_task``; None: as the task, its route or the settings say."""
 
     task_id: str | None
     countdown: float | None  # seconds from now

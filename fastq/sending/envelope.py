@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone, tzinfo
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -19,9 +19,9 @@ from fastq import codecs
 from fastq.codecs import compression
 from fastq.codecs._walk import short_repr
 from fastq.errors import SettingsError
-from fastq.options import CHECKS, RetryOptions, SendOptions, custom_headers, seconds, text_option
 from fastq.request import BROKER_HEADERS, Request
-from fastq.routing import NO_ROUTE, Router
+from fastq.sending.options import CHECKS, RetryOptions, SendOptions, custom_headers, seconds, text_option
+from fastq.sending.routing import NO_ROUTE, Router
 from fastq.wire.message import Message, encode_task, iso8601_to_unix
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ ONE_ATTEMPT = PublishRetry(max_retries=0)
 
 @dataclass(slots=True)
 class Envelope:
-    """What the messages of a task have in common. ``eta`` and ``expires`` are unix times, ``lifetime_s`` is from the sending on."""
+    """What the messages of a task have in common. ``eta`` and ``expires`` are unix times, ``lifetime_s`` is a span."""
 
     name: str
     codec: Codec
@@ -72,33 +72,25 @@ class Envelope:
     shadow: str | None = None
     headers: dict[str, Any] | None = None
 
+    #: Arguments of ``encode_task`` that follow from the above; None until the first message.
+    fixed: dict[str, Any] | None = field(default=None, init=False)
+
     def message(self, task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any], parent: Request | None) -> Message:
         """Return the message of one call, sent by the running call ``parent``. Raises EncodeError."""
-        body = self.codec.encode((args, kwargs, EMBED))
+        fixed = self.fixed
+        if fixed is None:
+            fixed = self.fixed = self._fix()
+        if parent is not None:
+            fixed = {**fixed, "root_id": parent.root_id or parent.id, "parent_id": parent.id}
+        if self.lifetime_s is not None:
+            fixed = {**fixed, "expires": time.time() + self.lifetime_s}
         return encode_task(
             self.name,
             task_id,
-            body if self.compression is None else compression.compress(body, self.compression),
-            exchange=self.exchange,
-            routing_key=self.routing_key,
-            content_type=self.codec.content_type,
-            content_encoding=self.codec.content_encoding,
+            self._body((args, kwargs, EMBED)),
             argsrepr=short_repr(args),
             kwargsrepr=short_repr(kwargs) if kwargs else "{}",
-            eta=self.eta,
-            expires=self.expires if self.lifetime_s is None else time.time() + self.lifetime_s,
-            time_limit=self.time_limit,
-            soft_time_limit=self.soft_time_limit,
-            root_id=None if parent is None else parent.root_id or parent.id,
-            parent_id=None if parent is None else parent.id,
-            shadow=self.shadow,
-            ignore_result=self.ignore_result,
-            reply_to=self.reply_to,
-            priority=self.priority,
-            delivery_mode=self.delivery_mode,
-            compression=None if self.compression is None else compression.content_type(self.compression),
-            origin=self.origin,
-            headers=self.headers,
+            **fixed,
         )
 
     def next_run(self, request: Request, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Message:
@@ -108,45 +100,43 @@ class Envelope:
         """
         call = request.call
         assert call is not None, "only a call that came in a message has a next run"
-        same = args is request.args and kwargs is request.kwargs
-        if (
-            same
-            and self.codec.content_type == request.properties.get("content_type")
-            and self.compression == request.compression
-        ):
+        fixed = self._fix()
+        same_call = args is request.args and kwargs is request.kwargs
+        same_form = fixed["content_type"] == request.properties.get("content_type")
+        if same_call and same_form and fixed.get("compression") == request.compression:
             body = call.body
         else:
-            embed = {name: getattr(request, name) for name in EMBED}
-            body = self.codec.encode((args, kwargs, embed))
-            body = body if self.compression is None else compression.compress(body, self.compression)
+            body = self._body((args, kwargs, {name: getattr(request, name) for name in EMBED}))
         return encode_task(
             self.name,
             call.id,
             body,
-            exchange=self.exchange,
-            routing_key=self.routing_key,
-            content_type=self.codec.content_type,
-            content_encoding=self.codec.content_encoding,
-            argsrepr=request.argsrepr or "()" if same else short_repr(args),
-            kwargsrepr=request.kwargsrepr or "{}" if same else short_repr(kwargs),
-            eta=self.eta,
-            expires=self.expires,
+            argsrepr=(request.argsrepr if same_call else None) or short_repr(args),
+            kwargsrepr=(request.kwargsrepr if same_call else None) or short_repr(kwargs),
             retries=request.retries + 1,
-            time_limit=self.time_limit,
-            soft_time_limit=self.soft_time_limit,
             root_id=request.root_id,
             parent_id=request.parent_id,
             group=request.group,
             group_index=request.group_index,
-            shadow=self.shadow,
-            ignore_result=self.ignore_result,
-            reply_to=self.reply_to,
-            priority=self.priority,
-            delivery_mode=self.delivery_mode,
-            compression=None if self.compression is None else compression.content_type(self.compression),
-            origin=self.origin,
-            headers=self.headers,
+            **fixed,
         )
+
+    def _body(self, parts: tuple[Any, ...]) -> bytes:
+        body = self.codec.encode(parts)
+        return body if self.compression is None else compression.compress(body, self.compression)
+
+    def _fix(self) -> dict[str, Any]:
+        fixed = {name: getattr(self, name) for name in _FIXED if getattr(self, name) is not None}
+        fixed |= {"content_type": self.codec.content_type, "content_encoding": self.codec.content_encoding}
+        if self.compression is not None:
+            fixed["compression"] = compression.content_type(self.compression)
+        return fixed
+
+
+_FIXED = (
+    *("exchange", "routing_key", "eta", "expires", "time_limit", "soft_time_limit", "shadow", "ignore_result"),
+    *("reply_to", "priority", "delivery_mode", "origin", "headers"),
+)
 
 
 class Addressed(Protocol):
@@ -260,7 +250,7 @@ class Envelopes:
         )
 
     def known_queue(self, queue: str) -> str:
-        """Return the queue's name. Raises SettingsError when queues are fixed by ``task_queues`` and this is none of them."""
+        """Return the queue's name. Raises SettingsError when ``task_queues`` lists all there are, without it."""
         settings = self._settings
         if not settings.task_create_missing_queues:
             known = {settings.task_default_queue, *(settings.task_queues or ())}
@@ -332,6 +322,6 @@ def _zone(name: str | None) -> tzinfo:
 
 
 _TASK_OPTIONS = (
-    "queue", "exchange", "routing_key", "priority", "expires", "serializer", "compression", "ignore_result",
-    "time_limit", "soft_time_limit",
-)  # fmt: skip
+    *("queue", "exchange", "routing_key", "priority", "expires", "serializer", "compression", "ignore_result"),
+    *("time_limit", "soft_time_limit"),
+)

@@ -1,0 +1,47 @@
+"""Brokers: how messages get from producers to workers. Finds the one that a URL names; imports no other."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+from fastq.errors import SettingsError
+
+if TYPE_CHECKING:
+    from fastq._core import Core
+    from fastq.interfaces import Consumer, Publisher
+    from fastq.settings import Settings
+
+_AMQP: Final = ("fastq.transport.amqp:AmqpPublisher", "fastq.transport.amqp:AmqpConsumer")
+
+#: What makes a publisher and a consumer, by the scheme of the URL.
+BROKERS: Final = {
+    "sqlite": ("fastq.transport.sqlite:SqlitePublisher", "fastq.transport.sqlite:SqliteConsumer"),
+    "memory": ("fastq.transport.memory:MemoryPublisher", "fastq.transport.memory:MemoryConsumer"),
+    "amqp": _AMQP,
+    "amqps": _AMQP,
+    "pyamqp": _AMQP,
+    "librabbitmq": _AMQP,
+}
+
+
+def open_publisher(url: str, settings: Settings) -> Publisher:
+    """Return a publisher to the broker that ``broker_url`` names; it connects at its first use. Raises SettingsError."""
+    publisher: Publisher = _find(url, 0)(url, settings)
+    return publisher
+
+
+def open_consumer(url: str, settings: Settings, core: Core | None) -> Consumer:
+    """Return a consumer for a worker; it connects when it is opened. Raises SettingsError."""
+    consumer: Consumer = _find(url, 1)(url, settings, core)
+    return consumer
+
+
+def _find(url: str, side: int) -> Any:
+    scheme = url.partition(":")[0].lower()
+    found = BROKERS.get(scheme)
+    if found is None:
+        known = ", ".join(f"{name}://" for name in BROKERS)
+        raise SettingsError(f"no broker is known for {scheme}://; set broker_url to one of {known}")
+    module, _, name = found[side].partition(":")
+    return getattr(import_module(module), name)

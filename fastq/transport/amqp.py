@@ -1,0 +1,370 @@
+"""RabbitMQ for the worker, the cold half: connect, declare, subscribe, heartbeats, and what to do when something ends.
+
+Deliveries, acknowledgements and confirms pass through ``fastq.link.AmqpLink`` and never reach this file. Runs on uvloop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import socket
+import ssl
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastq.amqp.handshake import Handshake, closed_early, frame
+from fastq.amqp.refusal import refusal
+from fastq.amqp.tcp import tls_failed, tune_socket, unreachable
+from fastq.amqp.topology import QueueSpec, Topology
+from fastq.amqp.url import AmqpUrl, Endpoints, tls_context
+from fastq.errors import ConnectionLost, FastqError, RemoteProtocolError, SettingsError
+from fastq.link import AmqpLink
+from fastq.wire.amqp import METHODS, decode_method
+from fastq.wire.frames import HEARTBEAT, PROTOCOL_HEADER
+
+if TYPE_CHECKING:
+    from fastq._core import Core
+    from fastq.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+CHANNEL = 1  # of either connection: deliveries and acknowledgements on the one, publishing on the other
+ADMIN_CHANNEL = 2  # for declaring: a refusal closes this channel and leaves the other one alone
+CLOSE_TIMEOUT_S = 1.0
+MAX_PREFETCH = 65535  # a 16-bit field; 0 is no limit
+RPC_TIMEOUT_S = 10.0  # chosen: a broker that takes longer to answer is as good as gone
+
+
+class AmqpConnection:
+    """One connection on the event loop: methods and their answers, heartbeats. ``lost`` is done when it has ended."""
+
+    def __init__(self, url: AmqpUrl, link: AmqpLink, heartbeat_s: float, purpose: str) -> None:
+        self.url = url
+        self.link = link
+        self.blocked: str | None = None
+        self.on_cancelled: Callable[[str], None] = lambda tag: None
+        self._loop = asyncio.get_running_loop()
+        self.lost: asyncio.Future[Exception] = self._loop.create_future()
+        self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._waiting: defaultdict[tuple[int, int], deque[asyncio.Future[dict[str, Any]]]] = defaultdict(deque)
+        self._open_channels: set[int] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._heartbeat_s = heartbeat_s
+        self._name = f"fastq {purpose} {os.getpid()}@{socket.gethostname()}"
+        self._handshake = Handshake(url, heartbeat_s, self._name)
+
+    async def open(self, timeout_s: float) -> None:
+        """Connect and log in. Raises ConnectionLost (try again) or SettingsError (do not)."""
+        self.link.on_method = self._on_method
+        self.link.on_lost = self._on_lost
+        try:
+            await asyncio.wait_for(self._connect(), timeout_s)
+        except asyncio.TimeoutError:
+            self.link.abort()
+            raise unreachable(self.url, TimeoutError()) from None
+        except BaseException:
+            self.link.abort()
+            raise
+        self._beat(self._loop.time())
+
+    async def _connect(self) -> None:
+        tls = self.url.tls
+        try:
+            await self._loop.create_connection(
+                lambda: self.link,
+                self.url.host,
+                self.url.port,
+                ssl=tls_context(tls) if tls else None,
+                server_hostname=(tls.server_name or self.url.host) if tls else None,
+            )
+        except ssl.SSLError as error:
+            raise tls_failed(self.url, error) from None
+        except OSError as error:
+            raise (tls_failed if tls and isinstance(error, ConnectionError) else unreachable)(self.url, error) from None
+        tune_transport(self.link.transport)
+        self.link.write(PROTOCOL_HEADER)
+        await self._opened
+
+    # --- methods
+
+    def send(self, method: str, channel: int, /, **fields: Any) -> None:
+        """Send a method that has no answer."""
+        self.link.write(frame(method, channel, **fields))
+
+    async def rpc(self, channel: int, method: str, /, **fields: Any) -> dict[str, Any]:
+        """Send a method and return the fields of its ``-ok`` answer. Raises ConnectionLost, or what a close means."""
+        if channel not in self._open_channels and method != "channel.open":
+            await self.open_channel(channel)
+        if self.lost.done():
+            raise ConnectionLost(str(self.lost.result()))
+        answer: asyncio.Future[dict[str, Any]] = self._loop.create_future()
+        self._waiting[channel, METHODS[f"{method}-ok"]].append(answer)
+        self.send(method, channel, **fields)
+        try:
+            return await asyncio.wait_for(answer, RPC_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            error = ConnectionLost(f"RabbitMQ at {self.url} did not answer {method} within {RPC_TIMEOUT_S:g} s")
+            self._fail(error)
+            raise error from None
+
+    async def open_channel(self, channel: int) -> None:
+        """Open a channel; ``rpc`` does so by itself."""
+        await self.rpc(channel, "channel.open")
+        self._open_channels.add(channel)
+
+    async def declare(self, spec: QueueSpec) -> None:
+        """Create a queue and its binding if they are missing. Raises SettingsError when they exist but differ."""
+        for method, fields in spec.steps():
+            await self.rpc(ADMIN_CHANNEL, method, **fields)
+
+    def _on_method(self, channel: int, method_id: int, arguments: bytes) -> None:
+        try:
+            if not self._handshake.is_open:
+                self._shake_hands(method_id, arguments)
+            elif channel == 0:
+                self._on_connection_method(*decode_method(method_id, arguments))
+            else:
+                self._on_channel_method(channel, method_id, *decode_method(method_id, arguments))
+        except FastqError as error:
+            self._fail(error)
+
+    def _shake_hands(self, method_id: int, arguments: bytes) -> None:
+        if answer := self._handshake.answer(method_id, arguments):
+            self.link.write(answer)
+        if self._handshake.is_open:
+            self.link.frame_max = self._handshake.frame_max
+            if not self._opened.done():
+                self._opened.set_result(None)
+
+    def _on_connection_method(self, name: str, fields: dict[str, Any]) -> None:
+        if name == "connection.close":
+            self.send("connection.close-ok", 0)
+            raise refusal(self.url, fields)
+        if name == "connection.blocked":
+            self.blocked = str(fields["reason"])
+            logger.warning("RabbitMQ at %s blocks publishers: %s. What tasks send waits", self.url, self.blocked)
+        elif name == "connection.unblocked":
+            self.blocked = None
+            logger.warning("RabbitMQ at %s takes messages again", self.url)
+
+    def _on_channel_method(self, channel: int, method_id: int, name: str, fields: dict[str, Any]) -> None:
+        if name == "channel.close":
+            self._on_channel_close(channel, fields)
+        elif name == "basic.cancel":
+            self.on_cancelled(fields["consumer_tag"])
+        elif self._waiting[channel, method_id]:
+            answer = self._waiting[channel, method_id].popleft()
+            if not answer.done():
+                answer.set_result(fields)
+
+    def _on_channel_close(self, channel: int, fields: dict[str, Any]) -> None:
+        """The broker closed a channel: whoever waits for an answer on it hears why; if nobody does, the connection ends."""
+        self.send("channel.close-ok", channel)
+        self._open_channels.discard(channel)
+        error = refusal(self.url, fields)
+        if channel == CHANNEL:
+            raise error
+        self._fail_waiting(error, channel)
+
+    # --- the end
+
+    def _on_lost(self, reason: Exception | None) -> None:
+        if not self._handshake.is_open:
+            error: Exception = closed_early(self.url)
+            if isinstance(reason, RemoteProtocolError):
+                error = SettingsError(f"{self.url} does not speak AMQP 0-9-1: {reason}")
+        elif isinstance(reason, FastqError):
+            error = reason
+        else:
+            error = ConnectionLost(f"RabbitMQ at {self.url} closed the connection{f': {reason}' if reason else ''}")
+        self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """End the connection; everybody who waits for something on it gets ``error``."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.link.on_lost = None
+        self.link.abort()
+        if not self._opened.done():
+            self._opened.set_exception(error)
+        if not self.lost.done():
+            self.lost.set_result(error)
+        self._fail_waiting(error, None)
+
+    def _fail_waiting(self, error: Exception, channel: int | None) -> None:
+        for (each, _), answers in self._waiting.items():
+            if channel is None or each == channel:
+                for answer in answers:
+                    if not answer.done():
+                        answer.set_exception(error)
+                answers.clear()
+
+    async def close(self) -> None:
+        """Say goodbye, wait a moment for the answer, and close."""
+        if not self.lost.done() and self._handshake.is_open:
+            self.send("connection.close", 0, reply_code=200, reply_text="bye")
+            await asyncio.wait([self.lost], timeout=CLOSE_TIMEOUT_S)
+        self._fail(ConnectionLost(f"the connection to {self.url} was closed"))
+
+    # --- heartbeats
+
+    def _beat(self, due: float) -> None:
+        """Send a heartbeat when nothing else was sent for half an interval; end when nothing came for two."""
+        if not self._heartbeat_s or self.lost.done():
+            return
+        now = self._loop.time()
+        silence_s = time.monotonic() - self.link.received_at
+        # After a pause of this process (stopped, suspended) the broker's bytes are still waiting to be read.
+        was_paused = now - due > self._heartbeat_s
+        if silence_s > 2 * self._heartbeat_s and not was_paused:
+            self._fail(ConnectionLost(f"RabbitMQ at {self.url} was silent for {silence_s:.0f} s (broker_heartbeat)"))
+            return
+        if time.monotonic() - self.link.sent_at >= self._heartbeat_s / 2:
+            self.link.write(HEARTBEAT)
+        due = now + self._heartbeat_s / 4
+        self._timer = self._loop.call_at(due, self._beat, due)
+
+
+class AmqpConsumer:
+    """Consumer for amqp:// and amqps:// (the protocol is ``interfaces.Consumer``).
+
+    Two connections, because the broker stops reading from a connection that publishes while its memory is low: ``source``
+    consumes and acknowledges, ``outlet`` publishes with confirms. The prefetch limit holds for each queue.
+    """
+
+    source: AmqpLink
+    outlet: AmqpLink
+    lost: asyncio.Future[Exception]
+
+    def __init__(self, url: str | Sequence[str], settings: Settings, core: Core | None = None) -> None:
+        self._endpoints = Endpoints(url, settings)
+        self._topology = Topology(settings)
+        self._settings = settings
+        self._core = core
+        self._consuming: AmqpConnection
+        self._publishing: AmqpConnection
+        self._queues: dict[str, str] = {}  # consumer tag -> queue
+        self._tags = itertools.count(1)
+        self._prefetch = 0
+        self._changing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Connect to the first broker that takes us. Raises ConnectionLost (try again) or SettingsError (do not)."""
+        self.lost = asyncio.get_running_loop().create_future()
+        failures: list[ConnectionLost] = []
+        for url in self._endpoints:
+            try:
+                return await self._open(url)
+            except ConnectionLost as error:
+                failures.append(error)
+        if len(failures) == 1:
+            raise failures[0]
+        raise ConnectionLost("no broker can be reached: " + "; ".join(str(error) for error in failures))
+
+    async def _open(self, url: AmqpUrl) -> None:
+        self.source, self.outlet = AmqpLink(self._core), AmqpLink(self._core)
+        heartbeat_s = self._settings.broker_heartbeat if url.heartbeat_s is None else url.heartbeat_s
+        self._consuming = AmqpConnection(url, self.source, heartbeat_s, "worker")
+        self._publishing = AmqpConnection(url, self.outlet, heartbeat_s, "worker publisher")
+        self._consuming.on_cancelled = self._on_cancelled
+        self.outlet.on_returned = self._on_returned
+        try:
+            for connection in (self._consuming, self._publishing):
+                connection.link.max_message_bytes = self._settings.fastq_max_message_bytes
+                await connection.open(self._settings.broker_connection_timeout)
+                await connection.open_channel(CHANNEL)
+            await self._publishing.rpc(CHANNEL, "confirm.select")
+        except BaseException:
+            await self.close()
+            raise
+        self.outlet.start_confirms(CHANNEL)
+        for connection in (self._consuming, self._publishing):
+            connection.lost.add_done_callback(lambda lost: self._lose(lost.result()))
+
+    async def consume(self, queues: Sequence[str], prefetch: int) -> None:
+        """Declare the queues and start to receive, at most ``prefetch`` unsettled messages of each (0: no limit)."""
+        self._prefetch = min(prefetch, MAX_PREFETCH)
+        for queue in dict.fromkeys(queues):
+            await self._start(queue)
+
+    async def set_prefetch(self, prefetch: int) -> None:
+        """Start anew with another limit; what is here unsettled does not count towards it."""
+        async with self._changing:
+            self._prefetch = min(prefetch, MAX_PREFETCH)
+            for tag, queue in list(self._queues.items()):
+                await self._stop(tag)
+                await self._subscribe(queue)
+
+    async def cancel(self) -> None:
+        """Stop receiving; nothing new arrives after it returns. Settling goes on."""
+        async with self._changing:
+            for tag in list(self._queues):
+                await self._stop(tag)
+
+    async def close(self) -> None:
+        """Close both connections; what is not settled goes back to the broker."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(self._consuming.close(), self._publishing.close())
+
+    async def _start(self, queue: str) -> None:
+        if self._topology.may_create(queue):
+            await self._consuming.declare(self._topology.spec(queue))
+        await self._subscribe(queue)
+
+    async def _subscribe(self, queue: str) -> None:
+        # Never global: a quorum queue refuses that by closing the connection.
+        await self._consuming.rpc(CHANNEL, "basic.qos", prefetch_count=self._prefetch, global_=False)
+        tag = f"fastq-{next(self._tags)}"
+        self._queues[tag] = queue
+        await self._consuming.rpc(CHANNEL, "basic.consume", queue=queue, consumer_tag=tag)
+
+    async def _stop(self, tag: str) -> None:
+        del self._queues[tag]
+        await self._consuming.rpc(CHANNEL, "basic.cancel", consumer_tag=tag)
+
+    def _on_cancelled(self, tag: str) -> None:
+        """The broker ended a subscription: its queue was deleted or has moved. Make it again."""
+        queue = self._queues.pop(tag, None)
+        if queue is not None:
+            logger.warning(
+                "RabbitMQ at %s cancelled the consumer of %r; declaring it again", self._consuming.url, queue
+            )
+            self._run(self._restore(queue))
+
+    async def _restore(self, queue: str) -> None:
+        async with self._changing:
+            await self._start(queue)
+
+    def _on_returned(self, returned: dict[str, Any]) -> None:
+        """A message that a task sent has no queue: the core runs the task again, and then there is to be one."""
+        _, fields = decode_method(METHODS["basic.return"], returned["arguments"])
+        exchange, queue = fields["exchange"], fields["routing_key"]
+        logger.warning("RabbitMQ at %s has no queue for a message to %r", self._publishing.url, f"{exchange}/{queue}")
+        if not exchange and self._topology.may_create(queue):
+            self._run(self._publishing.declare(self._topology.spec(queue)))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._lose(error if isinstance(error, FastqError) else ConnectionLost(repr(error)))
+
+    def _lose(self, error: Exception) -> None:
+        if not self.lost.done():
+            self.lost.set_result(error)
+
+
+def tune_transport(transport: asyncio.Transport) -> None:
+    """Set the socket options of a connection that the loop has made."""
+    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as copy:
+        tune_socket(copy)

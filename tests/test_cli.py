@@ -1,0 +1,498 @@
+"""The command line: what it accepts, what it refuses and how, and the exit code that tells a supervisor why."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from fastq import __version__
+from fastq.cli import COMMANDS
+from fastq.cli.errors import DEBUG_VARIABLE, Failure, run_guarded
+from fastq.errors import ConnectionLost, FastqError, LocalProtocolError, PublishError, ResultTimeout, SettingsError
+from fastq.worker.exitcodes import MEANINGS, CannotCreate
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SHOP = """
+from fastq import FastQ
+app = FastQ("shop", broker="sqlite:///shop.db")
+
+@app.task
+def add(x, y):
+    return x + y
+
+@app.task
+def fail():
+    raise KeyError("no such thing")
+"""
+
+
+class Done(NamedTuple):
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line on standard error; fails when there is more than one, or a traceback."""
+        assert self.err.count("\n") == 1, self.err
+        assert "Traceback" not in self.err
+        return self.err.rstrip("\n")
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with an application in the module ``shop``."""
+    (tmp_path / "shop.py").write_text(SHOP)
+    return tmp_path
+
+
+@pytest.fixture
+def fastq(project: Path) -> Run:
+    """A function that runs ``fastq`` in the project and returns what came of it."""
+
+    def run(*arguments: str, stdin: str = "", timeout_s: float = 60, **environ: str) -> Done:
+        clean = {
+            name: value for name, value in os.environ.items() if not name.startswith(("FASTQ", "CELERY", "C_FORCE"))
+        }
+        for name in ("APP", "BROKER_URL", "RESULT_BACKEND", "CONFIG_MODULE", "NO_COLOR"):
+            clean.pop(name, None)
+        done = subprocess.run(
+            [sys.executable, "-m", "fastq", *arguments],
+            cwd=project,
+            env={**clean, "PYTHONPATH": str(ROOT), **environ},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+
+
+# -- the group
+
+
+def test_version_imports_neither_the_loop_nor_the_compiled_core() -> None:
+    code = (
+        "import sys; from fastq.cli import run; code = run(['--version']); "
+        "print(code, sorted({'uvloop', 'asyncio', 'orjson', 'fastq._core', 'fastq.app'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [__version__, "0 []"]
+
+
+@pytest.mark.smoke
+def test_help_names_every_command(fastq: Run) -> None:
+    done = fastq("--help")
+    assert done.code == 0
+    assert all(f"  {name} " in done.out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help(fastq: Run, name: str) -> None:
+    done = fastq(name, "--help")
+    assert done.code == 0
+    assert done.out.startswith(f"Usage: fastq {name}")
+
+
+def test_an_unknown_option_is_a_usage_error(fastq: Run) -> None:
+    done = fastq("-A", "shop", "worker", "--bogus")
+    assert done.code == 2
+    assert "No such option" in done.err
+    assert "--bogus" in done.err
+
+
+def test_a_mistyped_command_names_the_right_one(fastq: Run) -> None:
+    done = fastq("wroker")
+    assert done.code == 2
+    assert "'worker'" in done.err
+
+
+def test_a_command_of_celery_s_that_is_not_carried_says_so(fastq: Run) -> None:
+    done = fastq("-A", "shop", "beat")
+    assert (done.code, done.error) == (
+        2,
+        "Error: command 'beat' is not carried by this version of fastq; it has worker, call, result, purge, status "
+        "[exit 2: wrong usage]",
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-E"],
+        ["--task-events"],
+        ["--autoscale=10,3"],
+        ["-B"],
+        ["-s", "beat.db"],
+        ["--scheduler", "x:Y"],
+        ["-S", "state.db"],
+        ["--statedb=state.db"],
+        ["--pool", "solo"],
+        ["-P", "gevent"],
+        ["--disable-prefetch"],
+        ["--heartbeat-interval", "3"],
+        ["--pool-start-method", "spawn"],
+        ["--executable", "/usr/bin/python3"],
+    ],
+    ids=" ".join,
+)
+def test_an_option_of_celery_s_that_is_not_carried_says_so_in_one_line(fastq: Run, options: list[str]) -> None:
+    done = fastq("-A", "shop", "worker", *options)
+    assert done.code == 2
+    assert options[0].split("=")[0] in done.error
+    assert "is not carried by this version of fastq; " in done.error
+    assert "remove it" in done.error or "give a fixed number" in done.error
+
+
+def test_an_application_after_the_command_is_told_its_place(fastq: Run) -> None:
+    done = fastq("worker", "-A", "shop")
+    assert (done.code, done.error) == (
+        2,
+        "Error: option -A stands before the command: fastq -A shop worker ... [exit 2: wrong usage]",
+    )
+
+
+# -- finding the application
+
+
+def send_through(fastq: Run, app: str) -> Done:
+    """Use an application in the cheapest way that loads it: ask it for the result of a task nobody has sent."""
+    return fastq("-A", app, "result", "no-such-id")
+
+
+@pytest.mark.parametrize("spec", ["shop", "shop:app", "shop.app", "pack", "pack.inner:holder.queue", "odd", "sub"])
+def test_an_application_is_found(fastq: Run, project: Path, spec: str) -> None:
+    write(project, "pack/__init__.py", "")
+    write(project, "pack/fastq.py", SHOP)
+    write(project, "pack/inner.py", SHOP + "class holder: queue = app\n")
+    write(project, "odd.py", SHOP.replace("app", "application"))
+    write(project, "sub.py", SHOP.replace("app", "fastq").replace("from fastq import", "from fastq import"))
+    done = send_through(fastq, spec)
+    assert done.error == (
+        "Error: task no-such-id is not ready (PENDING); give it time with --wait <seconds> "
+        "[exit 75: temporary failure, try again]"
+    )
+
+
+def test_no_application_is_a_usage_error_with_the_remedy(fastq: Run) -> None:
+    done = fastq("worker")
+    assert done.code == 2
+    assert "fastq -A <module>[:attribute]" in done.error
+
+
+@pytest.mark.parametrize("spec", ["nope", "nope.deeper", "nope:app"])
+def test_a_module_that_is_not_found_names_itself_and_where_we_looked(fastq: Run, project: Path, spec: str) -> None:
+    done = send_through(fastq, spec)
+    assert done.code == 2
+    assert "was not found" in done.error
+    assert str(project) in done.error
+    assert "--workdir" in done.error
+
+
+def test_an_attribute_that_does_not_exist_names_the_one_that_does(fastq: Run) -> None:
+    done = send_through(fastq, "shop:queue")
+    assert done.code == 2
+    assert "has no attribute 'queue' (-A shop:queue); it holds app" in done.error
+
+
+def test_a_module_without_an_application_says_so(fastq: Run, project: Path) -> None:
+    write(project, "empty.py", "x = 1\n")
+    assert "holds no FastQ application" in send_through(fastq, "empty").error
+    assert "is a int, not a FastQ application" in send_through(fastq, "empty:x").error
+
+
+def test_a_celery_application_is_told_apart(fastq: Run, project: Path) -> None:
+    write(project, "celery/__init__.py", "class Celery: pass\n")
+    write(project, "old.py", "from celery import Celery\napp = Celery()\n")
+    done = send_through(fastq, "old:app")
+    assert done.code == 2
+    assert "is a Celery application, which this version of fastq cannot run" in done.error
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "line"),
+    [
+        ("import fastq\n\n1 / 0\n", "ZeroDivisionError: division by zero", 3),
+        ("x = 1\ndef f(:\n", "SyntaxError: invalid syntax", 2),
+        ("import not_installed_here\n", "ModuleNotFoundError: No module named 'not_installed_here'", 1),
+        ("from fastq import nothing\n", "ImportError: cannot import name 'nothing' from 'fastq'", 1),
+        ("import sys\nsys.exit('no thanks')\n", "SystemExit: no thanks", 2),
+        ("raise ValueError('two\\nlines')\n", "ValueError: two lines", 1),
+    ],
+    ids=["raises", "syntax", "missing module", "missing name", "exits", "two lines"],
+)
+def test_a_module_that_does_not_import_names_error_and_place(
+    fastq: Run, project: Path, text: str, what: str, line: int
+) -> None:
+    write(project, "broken.py", text)
+    done = send_through(fastq, "broken")
+    assert done.code == 1
+    assert done.error.startswith(f"Error: module 'broken' does not import (-A broken): {what}")
+    assert f", at {project / 'broken.py'}:{line}. " in done.error
+
+
+def test_the_place_is_in_the_project_even_when_a_library_raised(fastq: Run, project: Path) -> None:
+    write(project, "broken.py", "import json\n\nsettings = json.loads('{')\n")
+    assert f"{project / 'broken.py'}:3. " in send_through(fastq, "broken").error
+
+
+def test_a_wrong_setting_in_a_module_is_bad_configuration(fastq: Run, project: Path) -> None:
+    write(project, "broken.py", "from fastq import FastQ\napp = FastQ('x', task_default_queu='y')\n")
+    done = send_through(fastq, "broken")
+    assert done.code == 78
+    assert "unknown setting 'task_default_queu'; did you mean 'task_default_queue'?" in done.error
+    assert "broken.py:2" in done.error
+
+
+@pytest.mark.parametrize(("flag", "environ"), [(["--debug"], {}), ([], {DEBUG_VARIABLE: "1"})])
+def test_the_traceback_is_shown_when_asked_for(
+    fastq: Run, project: Path, flag: list[str], environ: dict[str, str]
+) -> None:
+    write(project, "broken.py", "1 / 0\n")
+    done = fastq(*flag, "-A", "broken", "worker", **environ)
+    assert done.code == 1
+    assert "Traceback (most recent call last)" in done.err
+    assert done.err.splitlines()[-1].startswith("Error: module 'broken' does not import")
+
+
+def test_another_working_directory_is_where_modules_are_found(fastq: Run, project: Path) -> None:
+    write(project, "deep/far.py", SHOP)
+    assert "not ready" in fastq("--workdir", "deep", "-A", "far", "result", "x").error
+    done = fastq("--workdir", "deeper", "-A", "far", "result", "x")
+    assert done.code == 78
+    assert "--workdir 'deeper': No such file or directory" in done.error
+
+
+# -- options from the environment and configuration
+
+
+def test_options_come_from_the_environment_as_well(fastq: Run) -> None:
+    assert "not ready" in fastq("result", "x", FASTQ_APP="shop").error
+    assert "not ready" in fastq("result", "x", APP="shop").error
+    done = fastq("worker", FASTQ_APP="shop", FASTQ_WORKER_POOL="solo")
+    assert "option -P/--pool solo is not carried" in done.error
+
+
+def test_a_broker_alone_is_enough_to_send_and_ask(fastq: Run) -> None:
+    sent = fastq("-b", "sqlite:///other.db", "call", "any.name")
+    assert sent.code == 0, sent.err
+    done = fastq("result", sent.out.strip(), BROKER_URL="sqlite:///other.db")
+    assert "not ready (PENDING)" in done.error
+
+
+def test_a_configuration_module_is_read(fastq: Run, project: Path) -> None:
+    write(project, "conf.py", "task_default_queue = 'parcels'\n")
+    write(project, "plain.py", SHOP)
+    done = fastq("--config", "conf", "-A", "plain", "purge", "-f")
+    assert done.code == 0, done.err
+    assert "Purged no messages from 1 known task queue." in done.out
+    write(project, "conf.py", "task_default_queue = 7\n")
+    assert fastq("--config", "conf", "-A", "plain", "purge", "-f").code == 78
+    assert fastq("--config", "nope", "-A", "plain", "purge", "-f").code == 2
+
+
+# -- sending, reading, purging
+
+
+def test_call_prints_the_id_and_the_queue_holds_the_message(fastq: Run) -> None:
+    done = fastq("-A", "shop", "call", "shop.add", "-a", "[1, 2]", "-k", '{"z": null}', "--countdown", "60")
+    assert done.code == 0, done.err
+    assert len(done.out.strip()) == 36
+    assert fastq("-A", "shop", "purge", "-f").out == "Purged 1 message from 1 known task queue.\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["-a", "{}"], "'{}' is not a JSON array"),
+        (["-a", "[1,"], "'[1,' is not JSON"),
+        (["-k", "[]"], "'[]' is not a JSON object"),
+        (["--eta", "tomorrow"], "'tomorrow' is not a moment such as"),
+        (["--expires", "later"], "'later' is not a moment such as"),
+        (["--wait", "long"], "'long' is not a number of seconds"),
+        (["--countdown", "x"], "'x' is not a valid float"),
+    ],
+)
+def test_a_wrong_value_for_call_is_a_usage_error(fastq: Run, options: list[str], complaint: str) -> None:
+    done = fastq("-A", "shop", "call", "shop.add", *options)
+    assert done.code == 2
+    assert complaint in done.err
+
+
+def test_an_unknown_serializer_names_the_known_ones(fastq: Run) -> None:
+    done = fastq("-A", "shop", "call", "shop.add", "--serializer", "xml")
+    assert done.code != 0
+    assert "json" in done.error
+
+
+def test_call_waits_no_longer_than_it_was_told_to(fastq: Run) -> None:
+    done = fastq("-A", "shop", "call", "shop.add", "-a", "[1, 2]", "--wait", "0.2")
+    assert done.code == 75
+    assert len(done.out.strip()) == 36
+
+
+@pytest.mark.parametrize(("answer", "code"), [("yes\n", 0), ("y\n", 1), ("\n", 1), ("", 1)])
+def test_purge_asks_for_a_typed_yes(fastq: Run, answer: str, code: int) -> None:
+    fastq("-A", "shop", "call", "shop.add")
+    done = fastq("-A", "shop", "purge", stdin=answer)
+    assert done.code == code
+    assert "every task that waits in celery" in done.err
+    left = fastq("-A", "shop", "purge", "-f").out
+    assert left == f"Purged {'no messages' if code == 0 else '1 message'} from 1 known task queue.\n"
+
+
+def test_purge_takes_the_queues_it_is_given(fastq: Run) -> None:
+    fastq("-A", "shop", "call", "shop.add", "--queue", "a")
+    fastq("-A", "shop", "call", "shop.add", "--queue", "b")
+    assert "Purged 1 message from 1 " in fastq("-A", "shop", "purge", "-f", "-Q", "a,b", "-X", "b").out
+    assert "Purged 1 message from 2 known task queues." in fastq("-A", "shop", "purge", "-f", "-Q", "a, b").out
+    done = fastq("-A", "shop", "purge", "-f", "-Q", "a", "-X", "a")
+    assert (done.code, "no queue is left" in done.error) == (78, True)
+
+
+# -- a broker that is not there
+
+
+def test_a_broker_that_is_down_is_a_temporary_failure(fastq: Run) -> None:
+    for command in (["status"], ["purge", "-f"]):
+        done = fastq("-b", "amqp://user:secret@127.0.0.1:1//", *command)
+        assert done.code == 75, done.err
+        assert "amqp://user:**@127.0.0.1:1/" in done.error
+        assert "secret" not in done.err
+
+
+def test_an_unknown_kind_of_broker_names_the_known_ones(fastq: Run) -> None:
+    done = fastq("-b", "carrier-pigeon://coop", "purge", "-f")
+    assert done.code == 78
+    assert "amqp" in done.error
+
+
+# -- status
+
+
+def test_status_without_workers_says_so_with_celery_s_exit_code(fastq: Run) -> None:
+    done = fastq("-A", "shop", "status")
+    assert done.code == 69
+    assert done.error.startswith("Error: No nodes replied within time constraint")
+
+
+def test_status_of_a_memory_broker_cannot_be_asked(fastq: Run) -> None:
+    assert "memory://" in fastq("-b", "memory://", "status").error
+
+
+# -- files and users
+
+
+def test_a_pid_file_that_cannot_be_written_ends_with_73(fastq: Run) -> None:
+    done = fastq("-A", "shop", "worker", "--pidfile", "none/worker.pid")
+    assert (done.code, "cannot write pid file 'none/worker.pid'" in done.error) == (73, True)
+
+
+def test_a_log_file_that_cannot_be_written_ends_with_73(fastq: Run) -> None:
+    done = fastq("-A", "shop", "worker", "--logfile", "none/worker.log")
+    assert (done.code, "cannot write log file" in done.error) == (73, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--umask", "9"], "--umask is '9'; it must be an octal number"),
+        (["--uid", "nobody-at-all"], "--uid 'nobody-at-all' is no user of this machine"),
+        (["--gid", "no-such-group"], "--gid 'no-such-group' is no group of this machine"),
+        (["-c", "0"], "--concurrency is 0; it must be 1 or more"),
+        (["--time-limit", "-1"], "--time-limit is -1.0; it must be 0 or more"),
+        (["-X", "celery"], "no queue is left: -X excludes celery"),
+    ],
+)
+def test_a_wrong_option_is_bad_configuration_in_one_line(fastq: Run, options: list[str], complaint: str) -> None:
+    done = fastq("-A", "shop", "worker", *options)
+    assert done.code == 78
+    assert complaint in done.error
+
+
+def test_an_unknown_queue_is_refused_where_queues_are_not_to_be_created(fastq: Run, project: Path) -> None:
+    write(project, "strict.py", SHOP + "app.conf.update(task_create_missing_queues=False, task_queues=['a', 'b'])\n")
+    done = fastq("-A", "strict", "worker", "-Q", "a,c")
+    assert done.code == 78
+    assert "unknown queue 'c'; declared: a, b. Add it to task_queues" in done.err
+
+
+def test_a_module_to_include_that_is_not_there_is_named(fastq: Run, project: Path) -> None:
+    done = fastq("-A", "shop", "worker", "-I", "shop,nope")
+    assert (done.code, "module 'nope' was not found (-I nope)" in done.error) == (2, True)
+    write(project, "inc.py", SHOP + "app.conf.include = ['nope']\n")
+    done = fastq("-A", "inc", "worker")
+    assert done.code == 1
+    assert "a module of include, imports or autodiscover_tasks does not import: ModuleNotFoundError" in done.error
+
+
+# -- how errors end
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (SettingsError("x"), 78),
+        (CannotCreate("x"), 73),
+        (ConnectionLost("x"), 75),
+        (PublishError("x"), 75),
+        (ResultTimeout("x"), 75),
+        (LocalProtocolError("x"), 70),
+        (FastqError("x"), 1),
+        (PermissionError(13, "Permission denied", "file"), 1),
+        (Failure("x", 69), 69),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
+)
+def test_every_kind_of_error_has_its_exit_code(
+    error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise error
+
+    assert run_guarded(fail) == code
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    if code != 130:
+        assert printed.endswith(f"[exit {code}: {MEANINGS[code]}]\n")
+
+
+def test_an_error_that_was_not_foreseen_shows_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_guarded(lambda: 1 // 0) == 70
+    printed = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in printed
+    assert printed.endswith("Error: internal error, please report it: ZeroDivisionError: integer division or modulo by zero "
+                            "[exit 70: internal error]\n")  # fmt: skip
+
+
+def test_a_reader_that_goes_away_is_no_error(fastq: Run) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m fastq --help | head -c 1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "U"
+    assert done.stderr == ""

@@ -1,0 +1,156 @@
+"""The pipe between main process and child: calls in any pieces, records through the ring, and memory that a child has damaged."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from fastq.errors import LocalProtocolError
+from fastq.wire.message import Message, encode_task
+from fastq.wire.pipe import SHARED_SIZE, ChildPipe, RingReader, call_record
+
+TASK = encode_task("tasks.add", "id-1", b"[[1],{},{}]")
+OUTCOME = struct.Struct("=IBBHIIq")
+HEAD_OFFSET, RING_OFFSET = 0, 4096
+
+
+class Ends(NamedTuple):
+    ours: socket.socket
+    child: ChildPipe
+    ring: RingReader
+    shared: int
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    ours, theirs = socket.socketpair()
+    shared = os.memfd_create("test")
+    os.ftruncate(shared, SHARED_SIZE)
+    ours.settimeout(5)
+    ring = RingReader(shared)
+    yield Ends(ours, ChildPipe(theirs.fileno(), shared), ring, shared)
+    ours.close()
+    theirs.close()
+    os.close(shared)
+
+
+def record(seq: int, body: bytes = TASK.body) -> bytes:
+    return call_record(seq, "exchange", "queue", TASK.props, body, wants_result=True, soft_time_limit=1.5, deliveries=2, redelivered=True)
+
+
+def test_a_call_arrives_as_it_was_sent(ends: Ends) -> None:
+    ends.ours.sendall(record(1))
+    call = ends.child.next()
+    assert call is not None
+    assert (call.name, call.id, call.exchange, call.routing_key) == ("tasks.add", "id-1", "exchange", "queue")
+    assert (call.props, call.body, call.wants_result, call.redelivered, call.deliveries) == (TASK.props, TASK.body, True, True, 2)
+    assert (call.soft_time_limit, call.time_limit, call.json_body) == (1.5, 0, True)
+    assert call.headers()["task"] == "tasks.add"
+    assert ends.ring.started[0] == 1
+
+
+def test_calls_arrive_byte_by_byte_and_many_at_once(ends: Ends) -> None:
+    data = b"".join(record(seq) for seq in range(1, 4))
+
+    def drip() -> None:
+        for at in range(len(data)):
+            ends.ours.sendall(data[at : at + 1])
+        ends.ours.sendall(b"".join(record(seq) for seq in range(4, 500)))
+        ends.ours.shutdown(socket.SHUT_WR)
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    count = 0
+    while ends.child.next() is not None:
+        count += 1
+    thread.join(5)
+    assert count == 499 and ends.child.stopped
+
+
+@pytest.mark.parametrize("size", [0, 70_000, 5_000_000])
+def test_a_body_of_any_size_arrives(ends: Ends, size: int) -> None:
+    thread = threading.Thread(target=lambda: ends.ours.sendall(record(1, b"x" * size) + record(2)))
+    thread.start()
+    first, second = ends.child.next(), ends.child.next()
+    thread.join(5)
+    assert first is not None and first.body == b"x" * size
+    assert second is not None and second.body == TASK.body
+
+
+def test_an_outcome_carries_result_and_reason(ends: Ends) -> None:
+    ends.ours.sendall(record(7))
+    call = ends.child.next()
+    assert call is not None
+    ends.child.finish(call, 1, b'{"a":1}', "why")
+    data = ends.ring.take()
+    assert data is not None
+    size, kind, state, flags, seq, meta_size, runtime_ns = OUTCOME.unpack_from(data)
+    assert (size, kind, state, flags, seq, meta_size) == (len(data), 3, 1, 0, 7, 7)
+    assert data[OUTCOME.size :] == b'{"a":1}why' and runtime_ns > 0
+    assert ends.ring.take() is None
+
+
+def test_the_ring_wraps_with_records_of_every_length(ends: Ends) -> None:
+    ends.ours.sendall(record(1))
+    call = ends.child.next()
+    assert call is not None
+    for size in [*range(0, 3000, 7), 40_000, 100_000, 131_000]:
+        meta = os.urandom(size)
+        ends.child.finish(call, 0, meta)
+        data = ends.ring.take()
+        assert data is not None and data[OUTCOME.size :] == meta
+
+
+@pytest.mark.parametrize("size", [131_072, 262_144, 3_000_000])
+def test_a_record_larger_than_the_ring_is_put_together(ends: Ends, size: int) -> None:
+    ends.ours.sendall(record(1))
+    call = ends.child.next()
+    assert call is not None
+    meta = os.urandom(size)
+    thread = threading.Thread(target=ends.child.finish, args=(call, 0, meta))
+    thread.start()
+    data = None
+    while data is None:
+        data = ends.ring.take()
+        thread.join(0.0001)
+    thread.join(5)
+    assert data[OUTCOME.size :] == meta
+
+
+def test_the_doorbell_rings_when_the_child_has_nothing_more_to_do(ends: Ends) -> None:
+    ends.ours.sendall(record(1))
+    call = ends.child.next()
+    assert call is not None
+    ends.child.finish(call, 0)
+    ends.ours.shutdown(socket.SHUT_WR)
+    assert ends.child.next() is None
+    assert ends.ours.recv(10) == b"!"
+
+
+def test_published_messages_and_states_ring_at_once(ends: Ends) -> None:
+    ends.child.publish(Message("e", "q", TASK.props, TASK.body))
+    assert ends.ours.recv(10) == b"!"
+    ends.child.state("id-1", "PROGRESS", b"{}")
+    first, second = ends.ring.take(), ends.ring.take()
+    assert first is not None and first.endswith(b"eq" + TASK.props + TASK.body)
+    assert second is not None and second.endswith(b"id-1PROGRESS{}")
+
+
+@pytest.mark.parametrize("size", [0, 5, 11, 0xFFFFFFFF])
+def test_a_damaged_record_size_is_an_error_not_a_crash(ends: Ends, size: int) -> None:
+    os.pwrite(ends.shared, struct.pack("=I", size), RING_OFFSET)
+    os.pwrite(ends.shared, struct.pack("=Q", 4096), HEAD_OFFSET)
+    with pytest.raises(LocalProtocolError):
+        ends.ring.take()
+
+
+def test_a_damaged_head_is_an_error_not_a_crash(ends: Ends) -> None:
+    os.pwrite(ends.shared, struct.pack("=Q", 2**60), HEAD_OFFSET)
+    with pytest.raises(LocalProtocolError):
+        ends.ring.take()
