@@ -65,7 +65,7 @@ class Metric:
     title: str
     broker: Broker
     entrants: tuple[Entrant, ...]
-    baselines: tuple[str, ...]  # the others are given as ratios to these
+    baselines: tuple[tuple[str, str], ...] = ()  # (entrant, figure): the others are given as ratios to these
 
 
 # -- measuring
@@ -268,14 +268,14 @@ METRICS: tuple[Metric, ...] = (
             drain(DRAMATIQ, "amqp", results=False),
             Entrant("floor", floor_drain),
         ),
-        ("celery", "dramatiq", "floor"),
+        (("celery", "worker_us"), ("dramatiq", "worker_us"), ("floor", "worker_us"), ("floor", "tasks_s")),
     ),
     Metric(
         "drain-results",
         "The same with results over RabbitMQ (rpc)",
         "amqp",
         (drain(FASTQ, "amqp", results=True), drain(CELERY, "amqp", results=True)),
-        ("celery",),
+        (("celery", "worker_us"),),
     ),
     Metric(
         "drain-sqlite",
@@ -286,7 +286,7 @@ METRICS: tuple[Metric, ...] = (
             drain(HUEY, "sqlite", results=False),
             drain(HUEY_FSYNC, "sqlite", results=False),
         ),
-        ("huey",),
+        (("huey", "worker_us"),),
     ),
     Metric(
         "drain-sqlite-results",
@@ -297,7 +297,7 @@ METRICS: tuple[Metric, ...] = (
             drain(HUEY, "sqlite", results=True),
             drain(HUEY_FSYNC, "sqlite", results=True),
         ),
-        ("huey",),
+        (("huey", "worker_us"),),
     ),
     Metric(
         "roundtrip",
@@ -309,14 +309,14 @@ METRICS: tuple[Metric, ...] = (
             round_trip(DRAMATIQ, "amqp"),
             Entrant("floor", floor_round_trip),
         ),
-        ("celery", "dramatiq", "floor"),
+        (("celery", "p50_ms"), ("dramatiq", "p50_ms"), ("floor", "p50_ms")),
     ),
     Metric(
         "roundtrip-sqlite",
         "Call and result, one by one, SQLite (huey polls each 0.5 ms)",
         "sqlite",
         (round_trip(FASTQ, "sqlite"), round_trip(HUEY, "sqlite"), round_trip(HUEY_FSYNC, "sqlite")),
-        ("huey",),
+        (("huey", "p50_ms"),),
     ),
     Metric(
         "publish",
@@ -330,7 +330,7 @@ METRICS: tuple[Metric, ...] = (
             Entrant("floor", floor_publish),
             Entrant("floor, confirmed", floor_confirm),
         ),
-        ("celery", "dramatiq", "floor"),
+        (("celery", "producer_us"), ("dramatiq", "producer_us"), ("floor", "producer_us")),
     ),
     Metric(
         "publish-sqlite",
@@ -342,49 +342,53 @@ METRICS: tuple[Metric, ...] = (
             publish(HUEY, "sqlite"),
             publish(HUEY_FSYNC, "sqlite"),
         ),
-        ("huey",),
+        (("huey", "producer_us"),),
     ),
     Metric(
         "memory",
         "Memory, RabbitMQ",
         "amqp",
         (memory(FASTQ, "amqp"), memory(CELERY, "amqp"), memory(DRAMATIQ, "amqp")),
-        ("celery",),
+        (("celery", "pss_mb"),),
     ),
-    Metric("memory-sqlite", "Memory, SQLite", "sqlite", (memory(FASTQ, "sqlite"), memory(HUEY, "sqlite")), ("huey",)),
+    Metric(
+        "memory-sqlite",
+        "Memory, SQLite",
+        "sqlite",
+        (memory(FASTQ, "sqlite"), memory(HUEY, "sqlite")),
+        (("huey", "pss_mb"),),
+    ),
     Metric(
         "start",
         "Start to first task done, RabbitMQ",
         "amqp",
         (start(FASTQ, "amqp"), start(CELERY, "amqp"), start(DRAMATIQ, "amqp")),
-        ("celery",),
+        (("celery", "start_s"),),
     ),
     Metric(
         "start-sqlite",
         "Start to first task done, SQLite",
         "sqlite",
         (start(FASTQ, "sqlite"), start(HUEY, "sqlite")),
-        ("huey",),
+        (("huey", "start_s"),),
     ),
     Metric(
         "syscalls",
         "System calls under load, RabbitMQ",
         "amqp",
         (system_calls(FASTQ, "amqp"), system_calls(CELERY, "amqp"), system_calls(DRAMATIQ, "amqp")),
-        ("celery",),
+        (("celery", "syscalls"),),
     ),
     Metric(
         "children",
         "More children than cores, RabbitMQ",
         "amqp",
         (more_children(FASTQ, "amqp"), more_children(CELERY, "amqp"), more_children(DRAMATIQ, "amqp")),
-        (),
     ),
     Metric(
         "recycle",
         f"A new child every {RECYCLE_AFTER} tasks, RabbitMQ",
         "amqp",
         (recycling(FASTQ, "amqp"), recycling(CELERY, "amqp")),
-        (),
     ),
 )

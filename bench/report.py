@@ -12,8 +12,15 @@ from bench.machine import Machine
 from bench.metrics import UNITS, Metric
 from bench.run import Figures
 
-# The first figure of a metric is the one that ratios are made of; "more is better" turns them round.
 MORE_IS_BETTER = {"tasks_s"}
+SHORT = {
+    "worker_us": "CPU",
+    "producer_us": "CPU",
+    "tasks_s": "rate",
+    "p50_ms": "p50",
+    "pss_mb": "PSS",
+    "start_s": "time",
+}
 OURS, THEIRS = "#c2410c", "#94a3b8"
 PICTURE = (
     ("drain", "worker_us"),
@@ -69,7 +76,7 @@ def figures_of(samples: Iterable[Sample], metric: str, entrant: str) -> dict[str
 
 
 def ratio(samples: Iterable[Sample], metric: str, entrant: str, baseline: str, figure: str) -> float | None:
-    """Return how many times less the entrant needs than the baseline (more, for a rate), as the median over rounds."""
+    """Return how many times better the entrant is than the baseline: needs less, or has the higher rate."""
     by_round: dict[int, dict[str, float]] = {}
     for sample in samples:
         if sample.metric == metric and figure in sample.figures:
@@ -90,16 +97,17 @@ def table(metric: Metric, samples: Sequence[Sample]) -> str:
         return ""
     names = list(measured[0][1])
     present = {name for name, _ in measured}
-    baselines = [name for name in metric.baselines if name in present]
-    header = [metric.title, *(UNITS[name] for name in names), *(f"× {baseline}" for baseline in baselines)]
+    baselines = [(entrant, figure) for entrant, figure in metric.baselines if entrant in present]
+    against = [f"{SHORT.get(figure, 'ratio')} against {entrant}" for entrant, figure in baselines]
+    header = [metric.title, *(UNITS[name] for name in names), *against]
     rows = [header, ["---", *["---:"] * (len(header) - 1)]]
     for name, figures in measured:
-        ratios = [ratio(samples, metric.name, name, baseline, names[0]) for baseline in baselines]
+        ratios = [ratio(samples, metric.name, name, entrant, figure) for entrant, figure in baselines]
         rows.append(
             [
                 name,
                 *(str(figures[figure]) if figure in figures else "–" for figure in names),
-                *("–" if value is None else number(value) for value in ratios),
+                *("–" if value is None else f"{number(value)} ×" for value in ratios),
             ]
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -81,14 +81,3 @@ def grow(number: int, mebibytes: int) -> int:
     _kept.append(bytearray(b"x") * (mebibytes << 20))
     record_done(LEDGER, number)
     return os.getpid()
-
-
-@app.task(name="fork_a_grandchild")
-def fork_a_grandchild(number: int) -> int:
-    """Start a program and return its process: signals of the worker must not be ignored in it."""
-    import subprocess
-
-    record_start(LEDGER, number)
-    process = subprocess.Popen(["sleep", "60"])
-    record_done(LEDGER, number)
-    return process.pid

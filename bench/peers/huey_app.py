@@ -1,7 +1,7 @@
 """huey's side of the benchmark, on SQLite.
 
-Without BENCH_HUEY_FSYNC=1 SQLite never waits for the disk (fsync=False, huey's fastest setting): a power cut loses tasks.
-With it each commit is on the disk, as fastq's publishes are. huey's consumer and its results are polled.
+By default SQLite never waits for the disk here (fsync=False, huey's fastest setting): a power cut loses tasks.
+With BENCH_HUEY_FSYNC=1 each commit reaches the disk, as fastq's publishes do. Consumer and results are polled.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One AMQP connection over a plain blocking socket, for one thread at a time. What is sent over it is not decided here.
 
-Every wait has a deadline. Heartbeats are off (nobody could send them while the program does something else): dead peers are
-found by TCP keepalive and TCP_USER_TIMEOUT.
+Every wait has a deadline. Heartbeats are off (nobody could send them while the program does something else): dead
+peers are found by TCP keepalive and TCP_USER_TIMEOUT.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastq.amqp.handshake import Handshake, closed_early, frame
 from fastq.amqp.refusal import refusal
-from fastq.amqp.tcp import connect_socket, lost
+from fastq.amqp.tcp import connect_socket, lost, none_reachable
 from fastq.amqp.topology import QueueSpec
 from fastq.amqp.url import AmqpUrl, Endpoints
 from fastq.errors import ConnectionLost, RemoteProtocolError, SettingsError
@@ -45,7 +45,7 @@ class Event(NamedTuple):
 
 
 class BlockingConnection:
-    """An open connection. ``send`` and ``recv`` are the socket's own, for hot paths; a time-out ends them with OSError."""
+    """An open connection. ``send`` and ``recv`` are the socket's own, for hot paths; their time-out is an OSError."""
 
     def __init__(
         self, url: AmqpUrl, name: str, connect_timeout_s: float, io_timeout_s: float, max_message_bytes: int
@@ -187,7 +187,7 @@ class BlockingConnection:
         self._parts_left = int.from_bytes(payload[4:12], "big")
         if self._parts_left > self._max_message_bytes:
             raise RemoteProtocolError(
-                f"a message of {self._parts_left} bytes is larger than fastq_max_message_bytes ({self._max_message_bytes})"
+                f"a message of {self._parts_left} bytes is over fastq_max_message_bytes ({self._max_message_bytes})"
             )
         self._finish_content()
 
@@ -220,7 +220,7 @@ class BlockingConnection:
         return events
 
     def rpc(self, channel: int, method: str, /, **fields: Any) -> dict[str, Any]:
-        """Send a method and return the fields of its ``-ok`` answer; other methods that come meanwhile stay in the inbox.
+        """Send a method and return the fields of its ``-ok`` answer; what else comes meanwhile stays in the inbox.
 
         Raises what a channel.close means, ConnectionLost when no answer comes in time.
         """
@@ -253,7 +253,7 @@ class BlockingConnection:
         raise refusal(self.url, decode_method(event.method_id, event.arguments)[1])
 
     def refresh(self) -> None:
-        """Take in what came while nobody read, such as the news that the connection is closed. Raises ConnectionLost."""
+        """Take in what came while nobody read, such as a close of the broker. Raises ConnectionLost."""
         while data := self.receive(0):
             self.feed(data)
 
@@ -299,6 +299,4 @@ def connect_any(endpoints: Endpoints, settings: Settings, purpose: str, io_timeo
             return BlockingConnection(url, name, connect_timeout_s, io_timeout_s, max_bytes)
         except ConnectionLost as error:
             failures.append(error)
-    if len(failures) == 1:
-        raise failures[0]
-    raise ConnectionLost("no broker can be reached: " + "; ".join(str(error) for error in failures))
+    raise none_reachable(failures)

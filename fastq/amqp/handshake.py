@@ -1,4 +1,4 @@
-"""The start of an AMQP connection, connection.start to connection.open-ok: what to answer to what. No sockets, no clock.
+"""The start of an AMQP connection, connection.start to connection.open-ok: what to answer to what. No I/O.
 
 Source: AMQP 0-9-1 specification 1.4, RabbitMQ's authentication and capability pages.
 """
@@ -45,7 +45,7 @@ class Handshake:
     def answer(self, method_id: int, arguments: bytes) -> bytes:
         """Return the frames to send for a method of the broker.
 
-        Raises SettingsError or ConnectionLost where the broker refuses, RemoteProtocolError for a method that is not due.
+        Raises SettingsError or ConnectionLost where the broker refuses, RemoteProtocolError when it is not due.
         """
         name, fields = decode_method(method_id, arguments)
         if name == "connection.start":
@@ -122,5 +122,6 @@ def frame(method: str, channel: int = 0, /, **fields: Any) -> bytes:
 def closed_early(url: AmqpUrl) -> ConnectionLost:
     """Return the error for a peer that hangs up before the connection is open."""
     return ConnectionLost(
-        f"{url} closed the connection during the handshake: it is no RabbitMQ, or expects TLS (amqps://), or is just starting"
+        f"{url} closed the connection during the handshake: "
+        "it is no RabbitMQ, or expects TLS (amqps://), or is just starting"
     )

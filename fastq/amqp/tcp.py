@@ -1,6 +1,6 @@
 """TCP sockets to a broker, with TLS where its URL says so; failures as one clear error each. No AMQP.
 
-Blocking callers use ``connect_socket``; an event loop makes its own socket and takes ``tune_socket`` and the errors from here.
+Blocking callers use ``connect_socket``; an event loop makes its own socket, and takes the rest from here.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import ssl
 import time
+from collections.abc import Sequence
 
 from fastq.amqp.url import AmqpUrl, tls_context
 from fastq.errors import ConnectionLost, FastqError, SettingsError
@@ -56,7 +57,14 @@ def tls_failed(url: AmqpUrl, error: OSError) -> FastqError:
         )
     if isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
         return SettingsError(f"TLS with {url} failed: {error.reason or error}. Does that port speak TLS 1.2 or later?")
-    return ConnectionLost(f"TLS with {url} failed: {error or type(error).__name__}")
+    return ConnectionLost(f"TLS with {url} failed: {error}")
+
+
+def none_reachable(failures: Sequence[ConnectionLost]) -> ConnectionLost:
+    """Return the only error, or one that names them all."""
+    if len(failures) == 1:
+        return failures[0]
+    return ConnectionLost("no broker can be reached: " + "; ".join(str(error) for error in failures))
 
 
 def lost(url: AmqpUrl, error: Exception, doing: str) -> ConnectionLost:

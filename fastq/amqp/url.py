@@ -1,7 +1,7 @@
 """Broker URLs: where a RabbitMQ is and how to talk to it, and any URL without its secrets for logs. No sockets.
 
-Source: RabbitMQ's URI specification and query parameters; Celery's ``broker_url`` (several URLs: ``;`` between, or a list)
-and ``broker_use_ssl``.
+Source: RabbitMQ's URI specification and query parameters; Celery's ``broker_url`` (several URLs as a list or with ``;``
+between) and ``broker_use_ssl``.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class AmqpUrl:
 
 
 def parse_amqp_url(text: str, use_ssl: bool | Mapping[str, Any] | None = None) -> AmqpUrl:
-    """Return the broker that a URL names; missing parts are amqp://guest:guest@localhost:5672//. Raises SettingsError."""
+    """Return the broker that a URL names; the default is amqp://guest:guest@localhost:5672//. Raises SettingsError."""
     try:
         parts = urlsplit(text)
         port = parts.port
@@ -162,7 +162,7 @@ def parse_seconds(text: str, value: str | None) -> float | None:
 
 
 def parse_tls(text: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the TLS options among ``options`` under the names of TlsOptions. Raises SettingsError for an unknown one."""
+    """Return the TLS options among ``options`` by TlsOptions' names. Raises SettingsError for an unknown one."""
     found: dict[str, Any] = {}
     for name, value in options.items():
         short = name.removeprefix("ssl_")

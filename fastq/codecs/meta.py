@@ -54,7 +54,7 @@ def encode_meta(
     if parent_id is not None:
         rest["parent_id"] = parent_id
     if extended:
-        rest.update(extended)
+        rest.update({name: _storable(field) for name, field in extended.items()})
     return b"%b%b,%b" % (opening, value, json.encode(rest)[1:])
 
 

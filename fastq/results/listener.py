@@ -172,14 +172,14 @@ class Listener:
 
     def _listen(self, timeout_s: float) -> None:
         poll = select.poll()
-        poll.register(self._bell, select.POLLIN)
+        poll.register(self._bell.fileno(), select.POLLIN)
         if not poll.poll(timeout_s * 1000):
             return
         datagrams = self._bell.hear()
         looks_again = len(datagrams) >= MAYBE_LOST
         found: dict[str, bytes] = {}
         for datagram in datagrams:
-            looks_again = looks_again or not datagram
+            looks_again |= not datagram
             for task_id, meta in unpack_results(datagram):
                 if meta is None:
                     looks_again = True

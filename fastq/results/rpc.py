@@ -163,7 +163,7 @@ class RpcStore:
         return None if reply is None else reply.decode(self._accept)
 
     def wait(self, task_id: str, timeout_s: float | None) -> Meta:
-        """Block until a final state has arrived. Raises ResultTimeout, DecodeError, ConnectionLost when it cannot come."""
+        """Block until a final state has come. Raises ResultTimeout, DecodeError, ConnectionLost when it cannot come."""
         deadline = time.monotonic() + (FOREVER_S if timeout_s is None else timeout_s)
         losses = self._losses
         while True:
@@ -331,23 +331,28 @@ class RpcStore:
             # There was none to lose: this very call was to make it, and its caller shall hear why there is none.
             raise error
         connection.close()
-        give_up_at = min(time.monotonic() + self._timeout_s, deadline)
-        pause_s = 0.05
-        while True:
-            try:
-                survived = self._reconnect()
-                break
-            except ConnectionLost as failure:
-                if time.monotonic() + pause_s > give_up_at:
-                    return self._lose(f"{failure}; results that were due are lost")
-                time.sleep(pause_s)
-                pause_s = min(pause_s * 2, 1.0)
+        try:
+            survived = self._reconnect(min(time.monotonic() + self._timeout_s, deadline))
+        except ConnectionLost as failure:
+            return self._lose(f"{failure}; results that were due are lost")
         if not survived:
             return self._lose(f"{error}; the reply queue went with it, and results that were due are lost")
         logger.warning("%s; connected again, the reply queue is still there", error)
         return None
 
-    def _reconnect(self) -> bool:
+    def _reconnect(self, give_up_at: float) -> bool:
+        """Connect and subscribe, trying again until then; return whether the queue was still there."""
+        pause_s = 0.05
+        while True:
+            try:
+                return self._resubscribe()
+            except ConnectionLost:
+                if time.monotonic() + pause_s > give_up_at:
+                    raise
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 2, 1.0)
+
+    def _resubscribe(self) -> bool:
         """Connect and subscribe; return whether the queue was still there."""
         probe = connect_any(self._endpoints, self._settings, "results", self._timeout_s)
         survived = True

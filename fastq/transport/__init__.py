@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fastq.interfaces import Consumer, Publisher
     from fastq.settings import Settings
 
-_AMQP: Final = ("fastq.transport.amqp:AmqpPublisher", "fastq.transport.amqp:AmqpConsumer")
+_AMQP: Final = ("fastq.transport.amqp_blocking:AmqpPublisher", "fastq.transport.amqp:AmqpConsumer")
 
 #: What makes a publisher and a consumer, by the scheme of the URL.
 BROKERS: Final = {

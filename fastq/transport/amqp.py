@@ -1,6 +1,6 @@
 """RabbitMQ for the worker, the cold half: connect, declare, subscribe, heartbeats, and what to do when something ends.
 
-Deliveries, acknowledgements and confirms pass through ``fastq.link.AmqpLink`` and never reach this file. Runs on uvloop.
+Deliveries, acknowledgements and confirms pass through ``fastq.link.AmqpLink`` and never come here. Runs on uvloop.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import ssl
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fastq.amqp.handshake import Handshake, closed_early, frame
 from fastq.amqp.refusal import refusal
-from fastq.amqp.tcp import tls_failed, tune_socket, unreachable
+from fastq.amqp.tcp import none_reachable, tls_failed, tune_socket, unreachable
 from fastq.amqp.topology import QueueSpec, Topology
 from fastq.amqp.url import AmqpUrl, Endpoints, tls_context
 from fastq.errors import ConnectionLost, FastqError, RemoteProtocolError, SettingsError
@@ -49,7 +49,7 @@ class AmqpConnection:
         self.on_cancelled: Callable[[str], None] = lambda tag: None
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[Exception] = self._loop.create_future()
-        self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._opened: asyncio.Future[Exception | None] = self._loop.create_future()
         self._waiting: defaultdict[tuple[int, int], deque[asyncio.Future[dict[str, Any]]]] = defaultdict(deque)
         self._open_channels: set[int] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -75,7 +75,7 @@ class AmqpConnection:
         tls = self.url.tls
         try:
             await self._loop.create_connection(
-                lambda: self.link,
+                lambda: cast("Any", self.link),
                 self.url.host,
                 self.url.port,
                 ssl=tls_context(tls) if tls else None,
@@ -87,7 +87,8 @@ class AmqpConnection:
             raise (tls_failed if tls and isinstance(error, ConnectionError) else unreachable)(self.url, error) from None
         tune_transport(self.link.transport)
         self.link.write(PROTOCOL_HEADER)
-        await self._opened
+        if (failure := await self._opened) is not None:
+            raise failure
 
     # --- methods
 
@@ -150,6 +151,8 @@ class AmqpConnection:
         elif name == "connection.unblocked":
             self.blocked = None
             logger.warning("RabbitMQ at %s takes messages again", self.url)
+        elif name == "connection.close-ok":
+            raise ConnectionLost(f"the connection to {self.url} was closed")
 
     def _on_channel_method(self, channel: int, method_id: int, name: str, fields: dict[str, Any]) -> None:
         if name == "channel.close":
@@ -162,7 +165,7 @@ class AmqpConnection:
                 answer.set_result(fields)
 
     def _on_channel_close(self, channel: int, fields: dict[str, Any]) -> None:
-        """The broker closed a channel: whoever waits for an answer on it hears why; if nobody does, the connection ends."""
+        """The broker closed a channel: who waits on it hears why. Without CHANNEL the connection is of no use."""
         self.send("channel.close-ok", channel)
         self._open_channels.discard(channel)
         error = refusal(self.url, fields)
@@ -190,7 +193,7 @@ class AmqpConnection:
         self.link.on_lost = None
         self.link.abort()
         if not self._opened.done():
-            self._opened.set_exception(error)
+            self._opened.set_result(error)
         if not self.lost.done():
             self.lost.set_result(error)
         self._fail_waiting(error, None)
@@ -232,8 +235,8 @@ class AmqpConnection:
 class AmqpConsumer:
     """Consumer for amqp:// and amqps:// (the protocol is ``interfaces.Consumer``).
 
-    Two connections, because the broker stops reading from a connection that publishes while its memory is low: ``source``
-    consumes and acknowledges, ``outlet`` publishes with confirms. The prefetch limit holds for each queue.
+    Two connections, because a broker that is low on memory stops to read from those that publish: ``source`` consumes
+    and acknowledges, ``outlet`` publishes with confirms. The prefetch limit holds for each queue.
     """
 
     source: AmqpLink
@@ -262,9 +265,7 @@ class AmqpConsumer:
                 return await self._open(url)
             except ConnectionLost as error:
                 failures.append(error)
-        if len(failures) == 1:
-            raise failures[0]
-        raise ConnectionLost("no broker can be reached: " + "; ".join(str(error) for error in failures))
+        raise none_reachable(failures)
 
     async def _open(self, url: AmqpUrl) -> None:
         self.source, self.outlet = AmqpLink(self._core), AmqpLink(self._core)

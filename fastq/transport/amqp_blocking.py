@@ -1,6 +1,6 @@
-"""Publishing to RabbitMQ from programs: confirmed, over a blocking socket, from any thread, across forks. No event loop.
+"""Publishing to RabbitMQ from programs: confirmed, over a blocking socket, from any thread, across forks. No loop.
 
-Retries are the caller's: ConnectionLost says that nothing was sent, PublishError that the message's fate is bad or unknown.
+Retries are the caller's: ConnectionLost says that nothing was sent, PublishError that the fate is bad or unknown.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from fastq.amqp.connection import ADMIN_CHANNEL, FRAME_METHOD, BlockingConnection, Event, connect_any
 from fastq.amqp.tcp import lost
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = ["AmqpPublisher", "BlockingConnection"]
 
+T = TypeVar("T")
+
 CHANNEL = 1
 BASIC_ACK, BASIC_NACK, BASIC_RETURN = METHODS["basic.ack"], METHODS["basic.nack"], METHODS["basic.return"]
 IDLE_CHECK_S = 0.1  # chosen: a connection used more recently than this is not looked at before use
-WINDOW = (
-    512  # chosen: messages under way before the oldest are waited for; their confirms (11 kB) fit any socket buffer
-)
+WINDOW = 512  # chosen: messages under way before the oldest are waited for; their confirms fit any socket buffer
 WINDOW_BYTES = 1 << 20
 
 # What RabbitMQ answers to one message, all but the delivery tag: a basic.ack frame of 21 bytes.
@@ -85,9 +85,10 @@ class Confirms:
         if self.unroutable:
             # The next try declares them again.
             self.connection.declared.difference_update(self.unroutable)
+            names = ", ".join(sorted(set(self.unroutable)))
             raise PublishError(
-                f"{where} has no queue for {len(self.unroutable)} message(s) to {', '.join(sorted(set(self.unroutable)))}."
-                " Declare the queue, start a worker for it, or set task_create_missing_queues = True"
+                f"{where} has no queue for {len(self.unroutable)} message(s) to {names}. "
+                "Declare it, start a worker for it, or set task_create_missing_queues = True"
             )
         if self.refused:
             raise PublishError(f"{where} refused {self.refused} message(s): a queue is full (x-overflow) or has failed")
@@ -214,12 +215,12 @@ class AmqpPublisher:
         if connection is not None:
             connection.close()
 
-    def _administer(self, method: str, **fields: Any) -> dict[str, Any]:
-        """Do one operation on the channel that is not for publishing; a refusal leaves the connection in order."""
+    def _administer(self, operation: Callable[[BlockingConnection], T]) -> T:
+        """Do something on the channel that is not for publishing; a refusal leaves the connection in order."""
         with self._lock:
             connection = self._ready()
             try:
-                return connection.rpc(ADMIN_CHANNEL, method, **fields)
+                return operation(connection)
             except SettingsError:
                 raise
             except BaseException:
@@ -228,16 +229,18 @@ class AmqpPublisher:
 
     def declare(self, queue: str) -> None:
         """Create the queue if it is missing. Raises SettingsError when it exists with other arguments."""
-        for method, fields in self._topology.spec(queue).steps():
-            self._administer(method, **fields)
+        self._administer(lambda connection: connection.declare(self._topology.spec(queue)))
 
     def purge(self, queue: str) -> int:
-        """Drop the waiting messages of a queue and return how many there were. Raises SettingsError without such a queue."""
-        return int(self._administer("queue.purge", queue=queue)["message_count"])
+        """Drop the waiting messages of a queue and return how many there were. Raises SettingsError without a queue."""
+        purged = self._administer(lambda connection: connection.rpc(ADMIN_CHANNEL, "queue.purge", queue=queue))
+        return int(purged["message_count"])
 
     def depth(self, queue: str) -> int:
         """Return how many messages wait in a queue. Raises SettingsError without such a queue."""
-        return int(self._administer("queue.declare", queue=queue, passive=True)["message_count"])
+        fields = {"queue": queue, "passive": True}
+        found = self._administer(lambda connection: connection.rpc(ADMIN_CHANNEL, "queue.declare", **fields))
+        return int(found["message_count"])
 
     def close(self) -> None:
         """Close the connection; a later call opens a new one."""
