@@ -81,6 +81,9 @@ cdef class AmqpLink(Source):
     cdef bytearray buffer
     cdef object view
     cdef Py_ssize_t end
+    cdef Py_ssize_t arrived     # deliveries since rate_since
+    cdef int64_t rate_since
+    cdef double rate            # deliveries a second
     cdef Writer out
     cdef AckWindow acks
     cdef uint64_t owed[64]
@@ -102,6 +105,7 @@ cdef class AmqpLink(Source):
     cdef dict unconfirmed
 
     cdef int parse(self) except -1
+    cdef int moderate(self, Py_ssize_t count) except -1
     cdef int on_frame(self, uint8_t kind, uint16_t channel, const uint8_t *p, Py_ssize_t size) except -1
     cdef int on_deliver(self, uint16_t channel, const uint8_t *p, Py_ssize_t size) except -1
     cdef int on_header(self, const uint8_t *p, Py_ssize_t size) except -1

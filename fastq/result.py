@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
@@ -13,6 +12,8 @@ from fastq.request import running_message
 from fastq.states import EXCEPTION_STATES, FAILURE, PENDING, PROPAGATE_STATES, READY_STATES, SUCCESS
 
 if TYPE_CHECKING:
+    import asyncio
+
     from fastq.interfaces import Meta, ResultStore
 
 R_co = TypeVar("R_co", covariant=True)
@@ -81,6 +82,8 @@ class AsyncResult(Generic[R_co]):
         """Do as ``get`` does without blocking the event loop."""
         self._check_wait(disable_sync_subtasks)
         if self._meta is None:
+            import asyncio  # not at the top: it would more than double what a child of a pool has to map
+
             loop = asyncio.get_running_loop()
             ended: asyncio.Future[Meta] = loop.create_future()
             self._source.store.watch(self.id, lambda meta: _hand_over(loop, ended, meta))

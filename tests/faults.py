@@ -137,6 +137,9 @@ class FaultProxy:
                 self._pump(pair, "to_server", reader, server_writer),
                 self._pump(pair, "to_client", server_reader, writer),
             )
+        except asyncio.CancelledError:
+            # The proxy is being closed; asyncio's stream server would report a cancelled handler as an error.
+            return
         finally:
             if not pair.half_open:
                 self._pairs.discard(pair)

@@ -15,7 +15,7 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -366,6 +366,7 @@ class Redis:
         with (self.folder / "redis.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command,
+                env={"PATH": os.environ.get("PATH", "/usr/bin:/bin")},  # no LD_PRELOAD of a sanitizer
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -517,15 +518,19 @@ def _accepts(port: int) -> bool:
 
 
 def main() -> None:
-    """Run a private RabbitMQ in a folder given as argument until interrupted, and print its URL: for trying things."""
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    server = RabbitMQ(folder).start()
-    print(server.url(), flush=True)
-    try:
-        signal.pause()
-    except KeyboardInterrupt:
-        server.close()
+    """Run a RabbitMQ and a Redis until interrupted, and print their URLs."""
+    with tempfile.TemporaryDirectory(prefix="fastq-services-") as name, contextlib.ExitStack() as stack:
+        folders = [Path(name, "rabbitmq"), Path(name, "redis")]
+        for folder in folders:
+            folder.mkdir()
+        rabbitmq = RabbitMQ(folders[0]).start()
+        stack.callback(rabbitmq.close)
+        redis = Redis(folders[1]).start()
+        stack.callback(redis.close)
+        print(f"{rabbitmq.url()}\n{redis.url()}\nCtrl-C ends both.", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
 
 
 if __name__ == "__main__":

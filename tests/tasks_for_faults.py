@@ -1,7 +1,7 @@
 """The application that the workers under fault tests run: tasks that write the ledger and then do as the test needs.
 
-Broker and result store come from fastq's own environment variables, other settings from FASTQ_TEST_SETTINGS (JSON), the
-ledger's path from FASTQ_TEST_LEDGER. The test may import this module too: nothing happens at import but the definitions.
+Broker and result store come from fastq's own environment variables, other settings from FASTQ_TEST_SETTINGS (JSON),
+the ledger's path from FASTQ_TEST_LEDGER.
 """
 
 from __future__ import annotations
@@ -42,10 +42,18 @@ def kill_own_child(number: int) -> None:
 
 
 @app.task(name="stuck_in_c")
-def stuck_in_c(number: int, seconds: float) -> None:
-    """Hold the interpreter's lock in C: no signal handler written in Python can run."""
+def stuck_in_c(number: int, call: str) -> None:
+    """Hold the interpreter's lock in C for a minute: no signal handler written in Python can run.
+
+    ``call``: "usleep" comes back as soon as any signal is handled, "read" is restarted by the system and never does.
+    """
     record_start(LEDGER, number)
-    ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+    c = ctypes.PyDLL(None)
+    if call == "usleep":
+        c.usleep(60_000_000)
+    else:
+        reader, _ = os.pipe()
+        c.read(reader, ctypes.create_string_buffer(1), 1)
     record_done(LEDGER, number)
 
 

@@ -107,9 +107,9 @@ JSON_VALUES = st.recursive(
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text()
     | st.binary(max_size=20)
-    | st.datetimes()
+    | st.datetimes().map(lambda moment: moment.replace(fold=0))  # ISO 8601 has no word for fold
     | st.dates()
-    | st.times()
+    | st.times().map(lambda moment: moment.replace(fold=0))
     | st.uuids()
     | st.decimals(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
@@ -181,7 +181,7 @@ def test_floats_that_look_long_are_read_as_floats() -> None:
     assert json.decode(b"[12345678901234567890.0, 1e30]") == [12345678901234567890.0, 1e30]
 
 
-@pytest.mark.parametrize("value", [10**4300, [-(10**5000)]])
+@pytest.mark.parametrize("value", [[10**4300], {"n": -(10**5000)}])
 def test_integers_of_more_than_4300_digits_are_refused(value: Any) -> None:
     with pytest.raises(EncodeError, match="4300"):
         json.encode(value)
@@ -584,7 +584,7 @@ class Explosive:
         raise RuntimeError("no")
 
 
-@pytest.mark.parametrize("argument", [object(), Explosive(), BadRepr(), {1, 2}, float("nan"), 10**5000, nested(3000)])
+@pytest.mark.parametrize("argument", [object(), Explosive(), BadRepr(), {1, 2}, float("nan"), [10**5000], nested(3000)])
 def test_any_exception_can_be_stored(argument: Any) -> None:
     stored = stdlib_json.loads(meta.encode_exception(ValueError("kept", argument)))
     assert stored["exc_message"][0] == "kept"

@@ -20,19 +20,21 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fastq"
 LEVELS: dict[int, tuple[str, ...]] = {
     6: ("cli", "celery", "testing", "web", "top", "__main__"),
     5: ("worker", "beat"),
-    4: ("__init__", "app", "task", "canvas", "result", "steps"),
-    3: ("transport", "pool", "results", "codecs", "schedule"),
-    2: ("_core", "link", "embedded"),
+    4: ("__init__", "app", "task", "canvas", "result", "request", "sending", "steps"),
+    3: ("transport", "pool", "results", "schedule"),
+    2: ("_core", "link", "amqp", "embedded", "codecs"),
     1: ("wire",),
     0: ("interfaces", "errors", "states", "settings"),
 }
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
 FRIENDS = {
     "__main__": {"cli"},
-    "__init__": {"app", "task", "canvas", "result", "steps"},
-    "app": {"task", "canvas", "result", "steps"},
-    "task": {"canvas", "result"},
-    "steps": {"canvas"},
+    "__init__": {"app", "task", "canvas", "result", "request", "sending", "steps"},
+    "app": {"task", "canvas", "result", "request", "sending", "steps"},
+    "task": {"canvas", "result", "request", "sending", "steps"},
+    "steps": {"canvas", "request"},
+    "result": {"request"},
+    "sending": {"request"},
     "_core": {"link"},
     "interfaces": {"errors", "states", "settings"},
     "settings": {"errors", "states"},
@@ -93,14 +95,11 @@ def own_part(path: Path) -> str:
 
 
 def edges() -> Iterator[tuple[Path, str, str]]:
-    """Yield (file, its part, imported part) for every import of fastq by fastq from another part."""
+    """Yield (file, its part, imported part), once each, for every import of fastq by fastq from another part."""
     for path in sources(".py", ".pyx", ".pxd"):
         here = own_part(path)
-        for name in sorted(imports(path)):
-            if name == "fastq" or name.startswith("fastq."):
-                there = part_of(name)
-                if there != here:
-                    yield path, here, there
+        named = {part_of(name) for name in imports(path) if name == "fastq" or name.startswith("fastq.")}
+        yield from ((path, here, there) for there in sorted(named - {here}))
 
 
 def is_allowed(here: str, there: str) -> bool:
@@ -161,8 +160,8 @@ def test_all_names_what_the_package_offers() -> None:
     assert len(package.__all__) == len(set(package.__all__))
     imported = {
         alias.asname or alias.name
-        for node in ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ImportFrom) and node.module != "__future__"
+        for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastq")
         for alias in node.names
     }
     public = {name for name in imported if not name.startswith("_")}

@@ -5,6 +5,7 @@ Source: AMQP 0-9-1 specification 1.4, RabbitMQ's authentication and capability p
 
 from __future__ import annotations
 
+import math
 import platform
 from typing import Any
 
@@ -38,7 +39,7 @@ class Handshake:
         self.is_open = False
         self.frame_max = FRAME_MAX
         self.channel_max = CHANNEL_MAX
-        self.heartbeat_s = int(heartbeat_s)
+        self.heartbeat_s = math.ceil(heartbeat_s)  # whole seconds on the wire
         self.server_properties: dict[str, Any] = {}
         self._name = connection_name
 

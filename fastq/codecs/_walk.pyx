@@ -136,11 +136,13 @@ def survey(bytes data) -> int:
 
 
 cdef class Excerpt:
-    """Text under construction, at most ``left`` more characters of it."""
+    """Text under construction, at most ``left`` more characters of it; -1: it has been cut off."""
     cdef list parts
     cdef Py_ssize_t left
 
     cdef int put(self, str text) except -1:
+        if self.left < 0:
+            return 0
         if len(text) > self.left:
             text = text[:self.left] + "..."
             self.left = -1
@@ -162,8 +164,7 @@ cdef class Excerpt:
                 self.put(", ")
             first = False
             self.put_value(item, depth + 1)
-        if self.left >= 0:
-            self.put(",)" if closing == ")" and len(items) == 1 else closing)
+        self.put(",)" if closing == ")" and len(items) == 1 else closing)
         return 0
 
     cdef int put_dict(self, dict value, int depth) except -1:
@@ -181,14 +182,14 @@ cdef class Excerpt:
             first = False
             self.put_value(key, depth + 1)
             self.put(": ")
-            if self.left >= 0:
-                self.put_value(item, depth + 1)
-        if self.left >= 0:
-            self.put("}")
+            self.put_value(item, depth + 1)
+        self.put("}")
         return 0
 
     cdef int put_value(self, object value, int depth) except -1:
         cdef type kind = type(value)
+        if self.left < 0:
+            return 0
         if kind is str or kind is bytes:
             # Cut before repr(): a message may carry megabytes.
             self.put(repr(value if len(value) <= self.left else value[:self.left + 1]))

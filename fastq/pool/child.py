@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import faulthandler
-import gc
 import logging
 import os
 import random
@@ -208,9 +207,8 @@ class Plan:
 class Runner:
     """Runs calls and reports their outcomes on the pipe."""
 
-    def __init__(self, app: FastQ, pipe: ChildPipe, options: ChildOptions) -> None:
-        self._app = app
-        self._pipe = pipe
+    def __init__(self, app: FastQ, options: ChildOptions) -> None:
+        self._pipe: ChildPipe
         self._hostname = options.hostname
         self._max_memory_kib = options.max_memory_kib
         self._accept = accepted(app.conf.accept_content)
@@ -219,6 +217,15 @@ class Runner:
         self._log = TaskLog(logger)
         self._logs_info = logger.isEnabledFor(logging.INFO)
         self._soft_armed = False
+
+    def serve(self, pipe: ChildPipe) -> None:
+        """Run calls until the pipe ends."""
+        self._pipe = pipe
+        signal.signal(signal.SIGALRM, self.on_alarm)
+        pipe.ready()
+        run, take = self.run, pipe.next
+        while (call := take()) is not None:
+            run(call)
 
     def run(self, call: Call) -> None:
         """Run one call and report how it ended. Raises nothing but what ends the process."""
@@ -382,26 +389,27 @@ def _format(error: BaseException) -> str:
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
-def child_main(app: FastQ, options: ChildOptions, sock: int, shared: int, slot: int) -> int:
-    """Run calls until the main process says stop or goes away; returns the exit code."""
-    pipe = ChildPipe(sock, shared)
-    os.close(shared)
-    random.seed()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2, all_threads=True, chain=False)
-    if options.setup is not None:
-        options.setup(slot + 1 if slot >= 0 else os.getpid())
-    app.publisher = publisher = PipePublisher(pipe)
-    if app.stores_results:
-        app.store = PipeStore(pipe, lambda: open_store(app.conf.result_backend or "", app.conf, publisher))
-    runner = Runner(app, pipe, options)
-    signal.signal(signal.SIGALRM, runner.on_alarm)
-    gc.enable()
-    pipe.ready()
-    run, take = runner.run, pipe.next
-    while (call := take()) is not None:
-        run(call)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    logging.shutdown()
-    return EX_RECYCLE
+class ChildMain:
+    """What the zygote calls in each child it forks. Everything that children share is prepared here, before the fork."""
+
+    def __init__(self, app: FastQ, options: ChildOptions) -> None:
+        self._app = app
+        self._options = options
+        self._runner = Runner(app, options)
+
+    def __call__(self, sock: int, shared: int, slot: int) -> int:
+        """Run calls until the main process says stop or goes away; returns the exit code."""
+        app = self._app
+        pipe = ChildPipe(sock, shared)
+        os.close(shared)
+        random.seed()
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2, all_threads=True, chain=False)
+        if self._options.setup is not None:
+            self._options.setup(slot + 1 if slot >= 0 else os.getpid())
+        app.publisher = publisher = PipePublisher(pipe)
+        if app.stores_results:
+            app.store = PipeStore(pipe, lambda: open_store(app.conf.result_backend or "", app.conf, publisher))
+        self._runner.serve(pipe)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        return EX_RECYCLE

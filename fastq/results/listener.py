@@ -57,7 +57,7 @@ class Listener:
         self._look = look
         self._unregister = unregister
         self._lock = threading.Lock()
-        self._is_closed = False
+        self._closed = threading.Event()
         self._waiting: dict[str, list[Waiter]] = {}
         # Who holds this listens. It is taken and released under the lock above, so that nobody leaves without an heir.
         self._listening = threading.Lock()
@@ -129,7 +129,7 @@ class Listener:
     def close(self) -> None:
         """Stop: waits raise ConnectionLost, watches are dropped."""
         with self._lock:
-            self._is_closed = True
+            self._closed.set()
             for signal in [*self._followers, self._poked]:
                 signal.set()
             self._folder.ring(self.address, _POKE)
@@ -143,7 +143,7 @@ class Listener:
     def _lead_or_follow(self, signal: threading.Event, until: float, is_done: Callable[[], bool]) -> None:
         """Return when there is news for the caller, when it may have to lead, or at ``until`` (monotonic)."""
         with self._lock:
-            if self._is_closed:
+            if self._closed.is_set():
                 raise ConnectionLost("the result store was closed while a result was awaited")
             if is_done():
                 return
@@ -157,7 +157,7 @@ class Listener:
             if not leads:
                 signal.wait(max(0.0, until - time.monotonic()))
                 return
-            while not is_done() and not self._is_closed and (left_s := until - time.monotonic()) > 0:
+            while not is_done() and not self._closed.is_set() and (left_s := until - time.monotonic()) > 0:
                 self._listen(left_s)
         finally:
             with self._lock:
@@ -223,7 +223,7 @@ class Listener:
             now = time.monotonic()
             with self._lock:
                 fresh, self._fresh = self._fresh, []
-                if self._is_closed or (not watched and not fresh and now >= leave_at):
+                if self._closed.is_set() or (not watched and not fresh and now >= leave_at):
                     self._thread = None
                     return
             try:
@@ -242,7 +242,7 @@ class Listener:
                     leave_at = now + LINGER_S
                 self._lead_or_follow(self._poked, min(look_at, register_at), self._has_news)
             except FastqError as error:
-                if not self._is_closed:
+                if not self._closed.is_set():
                     logger.error("cannot look for results, trying again: %s", error)
                     self._poked.wait(RETRY_S)
 

@@ -53,9 +53,8 @@ class AmqpConnection:
         self._waiting: defaultdict[tuple[int, int], deque[asyncio.Future[dict[str, Any]]]] = defaultdict(deque)
         self._open_channels: set[int] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._heartbeat_s = heartbeat_s
-        self._name = f"fastq {purpose} {os.getpid()}@{socket.gethostname()}"
-        self._handshake = Handshake(url, heartbeat_s, self._name)
+        self._handshake = Handshake(url, heartbeat_s, f"fastq {purpose} {os.getpid()}@{socket.gethostname()}")
+        self._heartbeat_s: float = self._handshake.heartbeat_s
 
     async def open(self, timeout_s: float) -> None:
         """Connect and log in. Raises ConnectionLost (try again) or SettingsError (do not)."""

@@ -146,6 +146,8 @@ class AmqpPublisher:
             raise not_confirmed(connection, 1) from None
         except (OSError, ValueError) as error:
             raise unknown_fate(lost(connection.url, error, "publishing")) from None
+        except ConnectionLost as error:
+            raise unknown_fate(error) from None
         if answer == ACK_HEAD + tag.to_bytes(8, "big") + ACK_TAIL:
             return None
         return self._read_answer(connection, tag, answer)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fastq.embedded.space import Space, find_space
 from fastq.errors import PublishError, SettingsError
 from fastq.link import BatchSource
+from fastq.transport.limits import check_sizes
 
 if TYPE_CHECKING:
     from fastq._core import Core
@@ -26,9 +27,11 @@ class MemoryPublisher:
 
     def __init__(self, url: str, settings: Settings) -> None:
         self._space = find_space(url)
+        self._max_message_bytes = settings.fastq_max_message_bytes
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Store the messages and wake the workers."""
+        check_sizes(messages, self._max_message_bytes)
         try:
             self._space.publish(messages)
         except SettingsError as error:
@@ -139,6 +142,7 @@ class MemoryConsumer:
     source: MemorySource
     outlet: MemorySource
     lost: asyncio.Future[Exception]
+    source_class = MemorySource
 
     def __init__(self, url: str, settings: Settings, core: Core | None = None) -> None:
         self._space = find_space(url)
@@ -148,11 +152,7 @@ class MemoryConsumer:
         """Connect, which always succeeds."""
         loop = asyncio.get_running_loop()
         self.lost = loop.create_future()
-        self.source = self.outlet = self.make_source(self._space, loop, self._expires_s)
-
-    def make_source(self, space: Space, loop: asyncio.AbstractEventLoop, expires_s: float | None) -> MemorySource:
-        """Return the hot half."""
-        return MemorySource(space, loop, expires_s)
+        self.source = self.outlet = self.source_class(self._space, loop, self._expires_s)
 
     async def consume(self, queues: Sequence[str], prefetch: int) -> None:
         """Receive from the queues, which are created when missing."""

@@ -24,6 +24,7 @@ from fastq.embedded.results import SaveItem
 from fastq.errors import ConnectionLost, PublishError, SettingsError
 from fastq.link import BatchSource
 from fastq.transport import sqlite_tables as tables
+from fastq.transport.limits import check_sizes
 from fastq.transport.sqlite_tables import QueueIds, WorkerInfo
 from fastq.transport.sqlite_thread import UNSTORABLE, Outcome, SqliteThread, Work
 
@@ -46,12 +47,7 @@ class SqlitePublisher:
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Store the messages in one transaction and wake the workers."""
-        for message in messages:
-            if len(message.body) + len(message.props) > self._max_message_bytes:
-                raise PublishError(
-                    f"message {message.id} has {len(message.body)} bytes, the limit is {self._max_message_bytes}: "
-                    "raise fastq_max_message_bytes, or pass a reference to the data instead"
-                )
+        check_sizes(messages, self._max_message_bytes)
         self._use(partial(self._insert, messages))
 
     def declare(self, queue: str) -> None:
@@ -64,7 +60,7 @@ class SqlitePublisher:
 
     def depth(self, queue: str) -> int:
         """Return how many messages wait in a queue, delayed ones too."""
-        return self._use(lambda file: file.transaction(partial(tables.depth, file.cursor, queue)))
+        return self._use(lambda file: tables.depth(file.cursor, queue))
 
     def close(self) -> None:
         """Close the file; a later call opens it again."""
@@ -149,11 +145,11 @@ class SqliteConsumer:
     source: SqliteSource
     outlet: SqliteSource
     lost: asyncio.Future[Exception]
+    source_class = SqliteSource
 
     def __init__(self, url: str, settings: Settings, core: Core | None = None) -> None:
         self._location = database.parse_url(url)
         self._settings = settings
-        self._core = core
         #: Under this name the worker is listed; set it before ``consume``.
         self.name = f"fastq@{socket.gethostname()}"
         self._thread: SqliteThread
@@ -167,13 +163,9 @@ class SqliteConsumer:
             report=lambda outcome: _tell(loop, self.source.take, outcome),
             fail=lambda error: _tell(loop, _set, self.lost, error),
         )  # fmt: skip
-        self.source = self.outlet = self.make_source(self._thread)
+        self.source = self.outlet = self.source_class(self._thread)
         self._thread.start()
         await asyncio.wrap_future(self._thread.opened)
-
-    def make_source(self, thread: SqliteThread) -> SqliteSource:
-        """Return the hot half."""
-        return SqliteSource(thread)
 
     async def consume(self, queues: Sequence[str], prefetch: int) -> None:
         """Join the file's workers and receive from the queues, which are created when missing."""

@@ -121,13 +121,14 @@ def claim_fairly(cursor: sqlite3.Cursor, owner: int, queues: Sequence[tuple[int,
     return rows
 
 
-def has_ready(cursor: sqlite3.Cursor, queues: Sequence[tuple[int, bytes]]) -> bool:
-    """Return whether any of the queues has a ready message."""
-    ids = _json(queue for queue, _ in queues)
-    found = cursor.execute(
-        "SELECT EXISTS (SELECT 1 FROM ready WHERE queue IN (SELECT value FROM json_each(?)))", (ids,)
+def look(cursor: sqlite3.Cursor, queues: Sequence[tuple[int, bytes]]) -> tuple[float | None, bool]:
+    """Return when the next delayed message is due (unix time), and whether any of the queues has a ready one."""
+    due, has_ready = cursor.execute(
+        "SELECT (SELECT min(due) FROM delayed), "
+        "EXISTS (SELECT 1 FROM ready WHERE queue IN (SELECT value FROM json_each(?)))",
+        (_json(queue for queue, _ in queues),),
     ).fetchone()
-    return bool(found[0])
+    return due, bool(has_ready)
 
 
 def next_due(cursor: sqlite3.Cursor) -> float | None:
@@ -247,12 +248,16 @@ def remove_worker(cursor: sqlite3.Cursor, worker: int) -> int:
     return count
 
 
-def is_worker(cursor: sqlite3.Cursor, worker: int) -> bool:
-    """Return whether a worker is still in the file: another one removes it when it takes it for dead."""
-    return cursor.execute("SELECT 1 FROM workers WHERE id = ?", (worker,)).fetchone() is not None
+def strays(cursor: sqlite3.Cursor) -> list[int]:
+    """Return owners of claimed messages that are no workers any more: taken for dead, they went on claiming for a moment."""
+    found = cursor.execute("SELECT DISTINCT owner FROM claimed WHERE owner NOT IN (SELECT id FROM workers)")
+    return [owner for (owner,) in found.fetchall()]
 
 
 def all_workers(cursor: sqlite3.Cursor) -> list[WorkerInfo]:
     """Return the workers in the file, dead ones included."""
     rows = cursor.execute("SELECT id, name, host, pid, bell, queues, started FROM workers ORDER BY id").fetchall()
-    return [WorkerInfo(*row[:5], tuple(orjson.loads(row[5])), row[6]) for row in rows]
+    return [
+        WorkerInfo(number, name, host, pid, bell, tuple(orjson.loads(queues)), started)
+        for number, name, host, pid, bell, queues, started in rows
+    ]

@@ -384,8 +384,6 @@ class SqliteThread(threading.Thread):
 
     def _claim(self, wanted: int, outcome: Outcome) -> None:
         cursor = self._cursor
-        if not tables.is_worker(cursor, self._me):
-            raise ConnectionLost(f"another worker took this one for dead and has its messages ({self._location.path})")
         self._next_due = tables.next_due(cursor)
         now = time.time()
         if self._next_due is not None and self._next_due <= now:
@@ -398,13 +396,9 @@ class SqliteThread(threading.Thread):
         """Return whether a claim would find anything: looking takes no lock, and costs other workers nothing."""
         if not self._wanted():
             return False
-        self._next_due = tables.next_due(self._cursor)
-        if self._next_due is not None and self._next_due <= time.time():
-            return True
-        if tables.has_ready(self._cursor, self._queues):
-            return True
-        self._drained = True
-        return False
+        self._next_due, has_ready = tables.look(self._cursor, self._queues)
+        self._drained = not has_ready and (self._next_due is None or self._next_due > time.time())
+        return not self._drained
 
     def _transaction(self, write: Callable[[], T]) -> T:
         """Write, commit and return what ``write`` returns; nothing of it remains when anything is raised."""
@@ -457,13 +451,19 @@ class SqliteThread(threading.Thread):
 
     def _look_after_others(self) -> None:
         """Give back what dead workers hold."""
-        dead = [worker for worker in tables.all_workers(self._cursor) if worker.id != self._me and self._is_dead(worker)]
+        workers = tables.all_workers(self._cursor)
+        if all(worker.id != self._me for worker in workers):
+            raise ConnectionLost(f"another worker took this one for dead and gave its messages back ({self._location.path})")
+        dead = [worker for worker in workers if worker.id != self._me and self._is_dead(worker)]
         for worker in dead:
             count = self._transaction(partial(tables.remove_worker, self._cursor, worker.id))
             self._folder.unlink(worker.bell)
             logger.warning("worker %s (pid %s) has died; %s messages are given back", worker.name, worker.pid, count)
+        strays = tables.strays(self._cursor)
+        for owner in strays:
+            self._transaction(partial(tables.give_back_all, self._cursor, owner))
+        if dead or strays:
             self._drained = False
-        if dead:
             self._folder.ring_workers(besides=self._bell)
 
     def _is_dead(self, worker: WorkerInfo) -> bool:

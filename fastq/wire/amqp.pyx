@@ -1,11 +1,11 @@
 # cython: language_level=3
-"""AMQP 0-9-1 methods, basic properties and field tables: bytes to values and back, by librabbitmq. No frames, no sockets.
+"""AMQP 0-9-1 methods, basic properties and field tables: bytes to values and back, by librabbitmq. No frames, no I/O.
 
-Cold path only: deliveries are scanned in place by ``wire.frames`` and task headers are written by ``wire.message``; the tests
-hold both against this module. Source: AMQP 0-9-1 specification, sections 4.2.5 and 1.3 to 1.8, and RabbitMQ's errata for field types.
+Cold path only: ``link`` scans deliveries in place, ``wire.message`` writes task headers; tests hold both against this
+module. Source: AMQP 0-9-1 specification, sections 4.2.5 and 1.3 to 1.8; RabbitMQ's errata for the types of fields.
 
-librabbitmq trusts its input's nesting (it recurses as deep as the bytes say), so every byte is walked by ``check_*`` here first:
-all sizes lie inside their container, all types are known, tables and arrays are nested at most 32 deep.
+librabbitmq trusts the nesting of its input (it recurses as deep as the bytes say), so ``check_*`` here walk every byte
+first: all sizes lie inside their container, all types are known, tables and arrays are nested at most 32 deep.
 """
 
 cimport cython
@@ -83,8 +83,8 @@ cdef extern from "amqp_framing.h":
     int amqp_decode_properties(uint16_t class_id, amqp_pool_t *pool, amqp_bytes_t encoded, void **decoded)
     int amqp_encode_properties(uint16_t class_id, void *decoded, amqp_bytes_t encoded)
 
-# One row per method: its fields in wire order, which is also librabbitmq's struct order. Kinds: 1 2 4 8 = unsigned integer of
-# that many bytes, b = bit (neighbours share an octet), s = short string, S = long string, T = table, r = reserved short.
+# A row per method: the fields in wire order, which is also the order in librabbitmq's struct. Kinds: 1 2 4 8 = unsigned
+# integer of that many bytes, b = bit (neighbours share an octet), s, S = short, long string, T = table, r = reserved.
 cdef extern from *:
     """
     #include <stddef.h>
@@ -110,7 +110,8 @@ cdef extern from *:
             FIELD(connection_secure_ok, response, 'S')),
         METHOD(CONNECTION_TUNE, connection_tune, "connection.tune", 3, FIELD(connection_tune, channel_max, '2'),
             FIELD(connection_tune, frame_max, '4'), FIELD(connection_tune, heartbeat, '2')),
-        METHOD(CONNECTION_TUNE_OK, connection_tune_ok, "connection.tune-ok", 3, FIELD(connection_tune_ok, channel_max, '2'),
+        METHOD(CONNECTION_TUNE_OK, connection_tune_ok, "connection.tune-ok", 3,
+            FIELD(connection_tune_ok, channel_max, '2'),
             FIELD(connection_tune_ok, frame_max, '4'), FIELD(connection_tune_ok, heartbeat, '2')),
         METHOD(CONNECTION_OPEN, connection_open, "connection.open", 3, FIELD(connection_open, virtual_host, 's'),
             FIELD(connection_open, capabilities, 's'), FIELD(connection_open, insist, 'b')),
@@ -128,11 +129,13 @@ cdef extern from *:
         METHOD(CHANNEL_FLOW, channel_flow, "channel.flow", 1, FIELD(channel_flow, active, 'b')),
         METHOD(CHANNEL_FLOW_OK, channel_flow_ok, "channel.flow-ok", 1, FIELD(channel_flow_ok, active, 'b')),
         METHOD(CHANNEL_CLOSE, channel_close, "channel.close", 4, FIELD(channel_close, reply_code, '2'),
-            FIELD(channel_close, reply_text, 's'), FIELD(channel_close, class_id, '2'), FIELD(channel_close, method_id, '2')),
+            FIELD(channel_close, reply_text, 's'), FIELD(channel_close, class_id, '2'),
+            FIELD(channel_close, method_id, '2')),
         EMPTY(CHANNEL_CLOSE_OK, channel_close_ok, "channel.close-ok"),
 
         METHOD(EXCHANGE_DECLARE, exchange_declare, "exchange.declare", 9, FIELD(exchange_declare, ticket, 'r'),
-            FIELD(exchange_declare, exchange, 's'), FIELD(exchange_declare, type, 's'), FIELD(exchange_declare, passive, 'b'),
+            FIELD(exchange_declare, exchange, 's'), FIELD(exchange_declare, type, 's'),
+            FIELD(exchange_declare, passive, 'b'),
             FIELD(exchange_declare, durable, 'b'), FIELD(exchange_declare, auto_delete, 'b'),
             FIELD(exchange_declare, internal, 'b'), FIELD(exchange_declare, nowait, 'b'),
             FIELD(exchange_declare, arguments, 'T')),
@@ -144,7 +147,8 @@ cdef extern from *:
 
         METHOD(QUEUE_DECLARE, queue_declare, "queue.declare", 8, FIELD(queue_declare, ticket, 'r'),
             FIELD(queue_declare, queue, 's'), FIELD(queue_declare, passive, 'b'), FIELD(queue_declare, durable, 'b'),
-            FIELD(queue_declare, exclusive, 'b'), FIELD(queue_declare, auto_delete, 'b'), FIELD(queue_declare, nowait, 'b'),
+            FIELD(queue_declare, exclusive, 'b'), FIELD(queue_declare, auto_delete, 'b'),
+            FIELD(queue_declare, nowait, 'b'),
             FIELD(queue_declare, arguments, 'T')),
         METHOD(QUEUE_DECLARE_OK, queue_declare_ok, "queue.declare-ok", 3, FIELD(queue_declare_ok, queue, 's'),
             FIELD(queue_declare_ok, message_count, '4'), FIELD(queue_declare_ok, consumer_count, '4')),
@@ -152,7 +156,8 @@ cdef extern from *:
             FIELD(queue_bind, exchange, 's'), FIELD(queue_bind, routing_key, 's'), FIELD(queue_bind, nowait, 'b'),
             FIELD(queue_bind, arguments, 'T')),
         EMPTY(QUEUE_BIND_OK, queue_bind_ok, "queue.bind-ok"),
-        METHOD(QUEUE_PURGE, queue_purge, "queue.purge", 3, FIELD(queue_purge, ticket, 'r'), FIELD(queue_purge, queue, 's'),
+        METHOD(QUEUE_PURGE, queue_purge, "queue.purge", 3, FIELD(queue_purge, ticket, 'r'),
+            FIELD(queue_purge, queue, 's'),
             FIELD(queue_purge, nowait, 'b')),
         METHOD(QUEUE_PURGE_OK, queue_purge_ok, "queue.purge-ok", 1, FIELD(queue_purge_ok, message_count, '4')),
         METHOD(QUEUE_DELETE, queue_delete, "queue.delete", 5, FIELD(queue_delete, ticket, 'r'),
@@ -164,7 +169,8 @@ cdef extern from *:
             FIELD(basic_qos, prefetch_count, '2'), NAMED(basic_qos, global, "global_", 'b')),
         EMPTY(BASIC_QOS_OK, basic_qos_ok, "basic.qos-ok"),
         METHOD(BASIC_CONSUME, basic_consume, "basic.consume", 8, FIELD(basic_consume, ticket, 'r'),
-            FIELD(basic_consume, queue, 's'), FIELD(basic_consume, consumer_tag, 's'), FIELD(basic_consume, no_local, 'b'),
+            FIELD(basic_consume, queue, 's'), FIELD(basic_consume, consumer_tag, 's'),
+            FIELD(basic_consume, no_local, 'b'),
             FIELD(basic_consume, no_ack, 'b'), FIELD(basic_consume, exclusive, 'b'), FIELD(basic_consume, nowait, 'b'),
             FIELD(basic_consume, arguments, 'T')),
         METHOD(BASIC_CONSUME_OK, basic_consume_ok, "basic.consume-ok", 1, FIELD(basic_consume_ok, consumer_tag, 's')),
@@ -175,17 +181,20 @@ cdef extern from *:
             FIELD(basic_publish, exchange, 's'), FIELD(basic_publish, routing_key, 's'),
             FIELD(basic_publish, mandatory, 'b'), FIELD(basic_publish, immediate, 'b')),
         METHOD(BASIC_RETURN, basic_return, "basic.return", 4, FIELD(basic_return, reply_code, '2'),
-            FIELD(basic_return, reply_text, 's'), FIELD(basic_return, exchange, 's'), FIELD(basic_return, routing_key, 's')),
+            FIELD(basic_return, reply_text, 's'), FIELD(basic_return, exchange, 's'),
+            FIELD(basic_return, routing_key, 's')),
         METHOD(BASIC_DELIVER, basic_deliver, "basic.deliver", 5, FIELD(basic_deliver, consumer_tag, 's'),
             FIELD(basic_deliver, delivery_tag, '8'), FIELD(basic_deliver, redelivered, 'b'),
             FIELD(basic_deliver, exchange, 's'), FIELD(basic_deliver, routing_key, 's')),
         METHOD(BASIC_GET, basic_get, "basic.get", 3, FIELD(basic_get, ticket, 'r'), FIELD(basic_get, queue, 's'),
             FIELD(basic_get, no_ack, 'b')),
         METHOD(BASIC_GET_OK, basic_get_ok, "basic.get-ok", 5, FIELD(basic_get_ok, delivery_tag, '8'),
-            FIELD(basic_get_ok, redelivered, 'b'), FIELD(basic_get_ok, exchange, 's'), FIELD(basic_get_ok, routing_key, 's'),
+            FIELD(basic_get_ok, redelivered, 'b'), FIELD(basic_get_ok, exchange, 's'),
+            FIELD(basic_get_ok, routing_key, 's'),
             FIELD(basic_get_ok, message_count, '4')),
         METHOD(BASIC_GET_EMPTY, basic_get_empty, "basic.get-empty", 1, FIELD(basic_get_empty, cluster_id, 's')),
-        METHOD(BASIC_ACK, basic_ack, "basic.ack", 2, FIELD(basic_ack, delivery_tag, '8'), FIELD(basic_ack, multiple, 'b')),
+        METHOD(BASIC_ACK, basic_ack, "basic.ack", 2, FIELD(basic_ack, delivery_tag, '8'),
+            FIELD(basic_ack, multiple, 'b')),
         METHOD(BASIC_REJECT, basic_reject, "basic.reject", 2, FIELD(basic_reject, delivery_tag, '8'),
             FIELD(basic_reject, requeue, 'b')),
         METHOD(BASIC_NACK, basic_nack, "basic.nack", 3, FIELD(basic_nack, delivery_tag, '8'),
@@ -225,7 +234,7 @@ cdef extern from *:
 
 cdef enum:
     MAX_DEPTH = 32          # chosen: Celery's own headers nest 3 deep
-    MAX_BYTES = 1 << 20     # chosen: 8 times the frame size that fastq asks for; librabbitmq needs up to 50 bytes per byte
+    MAX_BYTES = 1 << 20     # chosen: 8 of the frames that fastq agrees to; librabbitmq needs up to 50 bytes per byte
     MAX_DATETIME = 253402300799     # 9999-12-31T23:59:59Z
 
 cdef dict SHAPE_PLACES = {methods[place].id: place for place in range(METHOD_COUNT)}
@@ -654,7 +663,7 @@ cdef str reason(int status):
 
 
 def encode_method(method_id: int, /, **fields) -> bytes:
-    """Return a method's arguments, as they follow the method number in a frame; fields left out are empty, zero or false.
+    """Return a method's arguments, as they follow its number in a frame; fields left out are empty, zero or false.
     Raises LocalProtocolError for a method or field that does not exist, EncodeError for a value that does not fit."""
     cdef const Shape *shape = find_shape(method_id)
     cdef Arena arena = Arena()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from fastq.amqp.url import Endpoints
-from fastq.errors import ConnectionLost, DecodeError, FastqError
+from fastq.errors import DecodeError, FastqError
 from fastq.link import AmqpLink
 from fastq.settings import Settings
 from fastq.transport.amqp import ADMIN_CHANNEL, CHANNEL, AmqpConnection
@@ -94,7 +94,7 @@ class Control:
     def _on_message(self, connection: AmqpConnection, props: bytes, body: bytes) -> None:
         try:
             request = decode_request(props, body)
-        except (DecodeError, ConnectionLost, ValueError) as error:
+        except DecodeError as error:
             self.malformed += 1
             logger.warning("remote control: %s", error)
             return

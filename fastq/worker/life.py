@@ -6,8 +6,10 @@ Imported only after the zygote was forked, so that children do not carry an even
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
+import time
 from collections.abc import Callable, Coroutine
 
 import uvloop
@@ -32,11 +34,13 @@ logger = logging.getLogger("fastq.worker")
 
 FIRST_RETRY_S = 0.1  # reliability rules, section 6.2: 0.1 s to 30 s with full jitter
 LAST_RETRY_S = 30.0
+RESTART_RETRY_S = 2.0  # reliability goals, scenario 9: consuming again within 2 s after the broker's port opens
 CANCEL_S = 5.0
 COLD_S = 2.0
 UNBOUNDED_WINDOW = 4096  # what "no prefetch limit" means for brokers that are asked for messages
 MAX_WINDOW = 1024
 ADAPT_EVERY_S = 0.2
+AMQP_SCHEMES = ("amqp:", "amqps:", "pyamqp:", "librabbitmq:")
 #: Work to hold in advance while tasks are short: hides the acks' way to the broker and back many times over.
 WINDOW_NS = 20e6
 
@@ -58,6 +62,10 @@ class Life:
 
     def run(self, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
         """Run until stopped and return the exit code."""
+        # What is alive now stays alive: the collector need not look at it, nor at each batch of messages.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
         loop = uvloop.new_event_loop()
         try:
             return loop.run_until_complete(self._main(loop, self._zygote, on_ready, handle_signals))
@@ -86,29 +94,34 @@ class Life:
         )
         uninstall = install(loop, self._actions()) if handle_signals else lambda: None
         serving: asyncio.Task[None] | None = None
+        control: asyncio.Task[None] | None = None
         try:
             await self._stop.unless(self.pool.start())
             if not self._stop.asked:
                 serving = loop.create_task(self._serve(on_ready))
+                control = self._start_control(loop)
                 await asyncio.wait([serving, loop.create_task(self._stop.wait())], return_when=asyncio.FIRST_COMPLETED)
                 if serving.done():
                     serving.result()
             await self._shut_down(serving)
             return EX_FAILURE if self._stop.how == "cold" else EX_OK
         finally:
+            if control is not None:
+                control.cancel()
+                await asyncio.wait([control])
             self.pool.kill()
             self.pool.close()
             uninstall()
 
     async def _serve(self, on_ready: Callable[[], None] | None) -> None:
         """Stay connected: connect, consume, and start again when the connection is lost."""
-        attempt = 0
+        attempt, lost_at = 0, time.monotonic()
         while True:
             try:
                 await self._connect()
             except ConnectionLost as error:
                 attempt += 1
-                await self._before_retry(attempt, error)
+                await self._before_retry(attempt, time.monotonic() - lost_at, error)
                 continue
             attempt = 0
             self._was_connected = True
@@ -121,9 +134,11 @@ class Life:
             assert consumer is not None
             adapting = asyncio.ensure_future(self._adapt(consumer))
             try:
-                reason = await consumer.lost
+                # Shielded: stopping cancels this task, and that must not look like a lost connection.
+                reason = await asyncio.shield(consumer.lost)
             finally:
                 adapting.cancel()
+            lost_at = time.monotonic()
             logger.warning(messages.CONNECTION_LOST, reason)
             await self._disconnect()
 
@@ -167,7 +182,7 @@ class Life:
         self.core.set_outlet(None)
         await consumer.close()
 
-    async def _before_retry(self, attempt: int, error: Exception) -> None:
+    async def _before_retry(self, attempt: int, down_s: float, error: Exception) -> None:
         """Log and wait before the next attempt to connect; raises when there is to be none."""
         settings = self.settings
         limit = settings.broker_connection_max_retries
@@ -176,7 +191,9 @@ class Life:
             retries = settings.broker_connection_retry_on_startup
         if not retries or (limit and attempt > limit):
             raise ConnectionLost(f"{error}. Start the broker, or set broker_url to one that runs")
-        delay = random.uniform(FIRST_RETRY_S, min(LAST_RETRY_S, FIRST_RETRY_S * 2**attempt))
+        # A restart of the broker costs no more than its own time and a little: not half a minute after it is back.
+        longest = min(LAST_RETRY_S, FIRST_RETRY_S * 2**attempt, max(RESTART_RETRY_S, down_s / 4))
+        delay = random.uniform(FIRST_RETRY_S, longest)
         logger.error(messages.CANNOT_CONNECT, mask_url(settings.broker_url), error, delay, attempt, limit or "no limit")
         await asyncio.sleep(delay)
 
@@ -239,7 +256,7 @@ class Life:
         if self._consumer is not None and not self._consumer.lost.done():
             try:
                 await asyncio.wait_for(self._consumer.cancel(), CANCEL_S)
-            except (ConnectionLost, TimeoutError, asyncio.TimeoutError) as error:
+            except (FastqError, TimeoutError, asyncio.TimeoutError) as error:
                 logger.warning("could not cancel the consumer: %s", error)
         self.core.quiet()
         if self._stop.how == "warm" and not await self._until_idle(self.options.grace_s):
@@ -273,6 +290,14 @@ class Life:
         return ", ".join(f"{task[0]}[{task[1]}]" for task in running if task is not None) or "none"
 
     # --- parts
+
+    def _start_control(self, loop: asyncio.AbstractEventLoop) -> asyncio.Task[None] | None:
+        """Answer remote control, on brokers that have it."""
+        if not mask_url(self.settings.broker_url).startswith(AMQP_SCHEMES):
+            return None
+        from fastq.worker.control import Control
+
+        return loop.create_task(Control(self.settings, self.options.hostname).serve())
 
     def _make_core(self, loop: asyncio.AbstractEventLoop, hooks: Hooks) -> Core:
         options, settings = self.options, self.settings

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import orjson
 
-from fastq.errors import DecodeError
+from fastq.errors import DecodeError, RemoteProtocolError
 from fastq.wire.message import Message, decode_properties, encode_properties, new_id
 
 REQUEST_EXCHANGE: Final = "celery.pidbox"
@@ -146,7 +146,10 @@ def decode_reply(props: bytes, body: bytes) -> tuple[str, dict[str, Any]]:
 
 def _decode(props: bytes, body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return headers and body. Raises DecodeError unless the body is a JSON object, and said to be one."""
-    properties = decode_properties(props)
+    try:
+        properties = decode_properties(props)
+    except RemoteProtocolError as error:
+        raise DecodeError(f"a control message with properties that cannot be read: {error}") from error
     content_type = properties.get("content_type")
     if content_type != "application/json":
         raise DecodeError(f"a control message of type {content_type!r}; only application/json is read")

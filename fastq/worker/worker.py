@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 from fastq.app import FastQ
-from fastq.pool.child import ChildOptions, child_main
+from fastq.pool.child import ChildMain, ChildOptions
 from fastq.pool.zygote import Zygote, start_zygote
 from fastq.worker.log import ChildLogging
 from fastq.worker.options import WorkerOptions
@@ -36,7 +35,7 @@ class Worker:
     def start_zygote(self) -> Zygote:
         """Fork the zygote for ``run_with``."""
         self.app.finalize()
-        return start_zygote(partial(child_main, self.app, self._child_options()))
+        return start_zygote(ChildMain(self.app, self._child_options()))
 
     def run_with(self, zygote: Zygote, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
         """Run with a zygote that was forked already; this may be another thread than the one that forked it."""

@@ -1,0 +1,1 @@
+"""Small applications to start from; each also runs as a test."""

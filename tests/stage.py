@@ -1,0 +1,223 @@
+"""One broker, one ledger, and the workers and clients of a test around them: the same words for RabbitMQ and SQLite.
+
+Tasks are those of ``tests.tasks_for_faults``, each with a number. What was confirmed by the broker is in ``sent``.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from fastq import AsyncResult, FastQ
+from fastq.amqp.connection import BlockingConnection, connect_any
+from fastq.amqp.handshake import frame
+from fastq.amqp.url import Endpoints
+from fastq.wire.amqp import METHODS
+from fastq.wire.message import Message, encode_task, new_id
+from tests.oracle import Ledger, Verdict
+from tests.servers import RabbitMQ, wait_until
+from tests.workers import WorkerProcess
+
+Kind = Literal["amqp", "quorum", "sqlite"]
+
+QUEUE = "celery"
+DEAD = "dead"
+APP = "tests.tasks_for_faults"
+
+
+class Stage:
+    """See the module. ``url`` may lead workers through a proxy; the test itself talks to the broker directly."""
+
+    def __init__(self, kind: Kind, url: str, folder: Path, rabbitmq: RabbitMQ | None = None) -> None:
+        self.kind = kind
+        self.url = url
+        self.folder = folder
+        self.rabbitmq = rabbitmq
+        self.ledger = Ledger(folder / "ledger.bin")
+        self.sent: list[int] = []
+        self.settings: dict[str, Any] = {"task_default_queue_type": "quorum"} if kind == "quorum" else {}
+        self._workers: list[WorkerProcess] = []
+        self.client = FastQ("client", broker=url, backend=self.backend, **self.settings)
+        if rabbitmq is not None:
+            self._dead_letter_policy(rabbitmq)
+        self.client.publisher.declare(QUEUE)
+
+    @property
+    def backend(self) -> str:
+        return self.url if self.kind == "sqlite" else "rpc://"
+
+    def close(self) -> None:
+        """Kill what still runs and close the client's connections."""
+        for worker in self._workers:
+            worker.kill9()
+        self.client.close()
+
+    # -- workers
+
+    def environment(self, url: str | None = None, **settings: Any) -> dict[str, str]:
+        """Return what configures the application in a worker."""
+        return {
+            "FASTQ_BROKER_URL": url or self.url,
+            "FASTQ_RESULT_BACKEND": self.backend,
+            "FASTQ_TEST_SETTINGS": json.dumps({**self.settings, **settings}),
+            "FASTQ_TEST_LEDGER": str(self.ledger.path),
+        }
+
+    def start_worker(
+        self, *arguments: str, url: str | None = None, await_ready: bool = True, **settings: Any
+    ) -> WorkerProcess:
+        """Return a worker that is ready; ``url`` is its own way to the broker."""
+        folder = self.folder / f"worker{len(self._workers) + 1}"
+        folder.mkdir()
+        worker = WorkerProcess(
+            folder,
+            *arguments,
+            app=APP,
+            env=self.environment(url, **settings),
+            await_ready=await_ready,
+        )
+        self._workers.append(worker)
+        return worker.start()
+
+    # -- messages
+
+    def send(self, count: int, task: str = "work", *args: Any, **options: Any) -> list[int]:
+        """Publish numbered calls without results, with one wait for all confirms, and return their numbers."""
+        numbers = list(range(len(self.sent), len(self.sent) + count))
+        messages = [
+            encode_task(task, new_id(), json.dumps([[number, *args], {}, {}]).encode(), ignore_result=True, **options)
+            for number in numbers
+        ]
+        self.publish(messages)
+        self.sent += numbers
+        return numbers
+
+    def publish(self, messages: list[Message]) -> None:
+        """Publish as is."""
+        self.client.publisher.publish(messages)
+
+    def call(self, task: str, *args: Any, **options: Any) -> AsyncResult[Any]:
+        """Send one numbered call whose result is wanted; its number is the last of ``sent``."""
+        self.sent.append(len(self.sent))
+        return self.client.send_task(task, (self.sent[-1], *args), **options)
+
+    def depth(self) -> int:
+        """Return how many messages the queue holds, whoever has them at the moment."""
+        if self.rabbitmq is not None:
+            return self.rabbitmq.queue_depth(self.vhost, QUEUE)
+        with self._database() as database:
+            return int(database.execute("SELECT count(*) FROM messages").fetchone()[0])
+
+    def dead_letters(self, count: int = 1, timeout_s: float = 5.0) -> list[tuple[bytes, bytes]]:
+        """Take (properties, body) of what is in the dead letters, once that many are there."""
+        found: list[tuple[bytes, bytes]] = []
+        take = self._take_dead_rows if self.rabbitmq is None else self._take_dead_messages
+
+        def enough() -> bool:
+            found.extend(take())
+            return len(found) >= count
+
+        until(enough, timeout_s, f"{count} dead letters")
+        return found
+
+    # -- what became of it
+
+    def wait_for(self, numbers: Iterable[int], timeout_s: float) -> None:
+        """Return when all these tasks have reached their end."""
+        wanted = set(numbers)
+        wait_until(
+            lambda: wanted <= self.ledger.done().keys(),
+            timeout_s,
+            lambda: TimeoutError(
+                f"{len(wanted - self.ledger.done().keys())} of {len(wanted)} tasks not done after {timeout_s} s\n"
+                + "\n".join(f"--- {worker.log_file}\n{worker.log()[-4000:]}" for worker in self._workers)
+            ),
+        )
+
+    def wait_for_settled(self, timeout_s: float = 5.0) -> None:
+        """Return when the broker holds nothing more of the queue."""
+        wait_until(
+            lambda: self.depth() == 0,
+            timeout_s,
+            lambda: TimeoutError(f"{self.depth()} messages are still in the queue after {timeout_s} s"),
+        )
+
+    def verdict(self, what: str) -> Verdict:
+        """Print and return the counts."""
+        verdict = self.ledger.check(self.sent)
+        print(f"{what} [{self.kind}]: {verdict}")
+        return verdict
+
+    # -- inside
+
+    @property
+    def vhost(self) -> str:
+        return self.url.rpartition("/")[2].replace("%2F", "/")
+
+    def _dead_letter_policy(self, rabbitmq: RabbitMQ) -> None:
+        # A policy, as RabbitMQ's own advice is: the worker declares its queue without knowing of it.
+        options = f'[{{<<"dead-letter-exchange">>, <<"">>}}, {{<<"dead-letter-routing-key">>, <<"{DEAD}">>}}]'
+        rabbitmq.evaluate(
+            f'rabbit_policy:set(<<"{self.vhost}">>, <<"dlx">>, <<"^{QUEUE}$">>, {options}, 0, <<"queues">>, <<"test">>)'
+        )
+        self.client.publisher.declare(DEAD)
+
+    def _take_dead_messages(self) -> list[tuple[bytes, bytes]]:
+        settings = self.client.conf
+        connection = connect_any(Endpoints(self.url, settings), settings, "test", 5.0)
+        try:
+            connection.open_channel(1)
+            return list(iter(lambda: _get(connection), None))
+        finally:
+            connection.close()
+
+    def _take_dead_rows(self) -> list[tuple[bytes, bytes]]:
+        with self._database() as database:
+            rows: list[tuple[bytes, bytes]] = database.execute("SELECT props, body FROM dead ORDER BY id").fetchall()
+            if rows:
+                database.execute("DELETE FROM dead")
+                database.commit()
+        return rows
+
+    def _database(self) -> _Database:
+        return _Database(self.url.removeprefix("sqlite:///"))
+
+
+class _Database:
+    """A connection that closes at the end of its block; sqlite3's own only ends the transaction."""
+
+    def __init__(self, path: str) -> None:
+        self._connection = sqlite3.connect(path, timeout=5.0)
+
+    def __enter__(self) -> sqlite3.Connection:
+        return self._connection
+
+    def __exit__(self, *error: object) -> None:
+        self._connection.close()
+
+
+def _get(connection: BlockingConnection) -> tuple[bytes, bytes] | None:
+    """Take one message; None when the queue is empty."""
+    connection.transmit(frame("basic.get", 1, queue=DEAD, no_ack=True))
+    event = connection.next_event(time.monotonic() + 5.0)
+    assert event is not None, "the broker did not answer basic.get"
+    return (event.props, event.body) if event.method_id == METHODS["basic.get-ok"] else None
+
+
+def open_stage(kind: Kind, request: pytest.FixtureRequest, folder: Path) -> Stage:
+    """Return a stage on the session's RabbitMQ, in a virtual host of its own, or on a new database file."""
+    if kind == "sqlite":
+        return Stage(kind, f"sqlite:///{folder / 'fastq.db'}", folder)
+    rabbitmq: RabbitMQ = request.getfixturevalue("rabbitmq")
+    return Stage(kind, rabbitmq.url(rabbitmq.new_vhost()), folder, rabbitmq)
+
+
+def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    """Return when the condition holds."""
+    wait_until(condition, timeout_s, lambda: TimeoutError(f"{what}: not so after {timeout_s} s"))
