@@ -57,7 +57,7 @@ def tls_failed(url: AmqpUrl, error: OSError) -> FastqError:
         )
     if isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
         return SettingsError(f"TLS with {url} failed: {error.reason or error}. Does that port speak TLS 1.2 or later?")
-    return ConnectionLost(f"TLS with {url} failed: {error}")
+    return ConnectionLost(f"TLS with {url} failed: {error}. Does that port speak TLS 1.2 or later?")
 
 
 def none_reachable(failures: Sequence[ConnectionLost]) -> ConnectionLost:

@@ -5,7 +5,6 @@ The words, short forms and environment names are those of Celery's command line,
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -95,6 +94,8 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Return the command; an unknown name raises UsageError that names the nearest known one."""
+        import difflib
+
         name = args[0] if args else ""
         near = difflib.get_close_matches(name, COMMANDS, 1)
         if near and name not in COMMANDS and name not in NOT_CARRIED and not name.startswith("-"):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastq import __version__
+from fastq.amqp.topology import Topology
 from fastq.amqp.url import mask_url
 from fastq.cli import Globals
 from fastq.cli.errors import Misuse, one_line, run_guarded
@@ -189,7 +190,7 @@ def show_banner(app: FastQ, options: WorkerOptions) -> None:
         transport=mask_url(str(app.conf.broker_url)),
         results=mask_url(str(app.conf.result_backend)),
         concurrency=options.concurrency or 1,
-        queues=options.queues,
+        queues=map(Topology(app.conf).spec, options.queues),
         tasks=app.tasks,
         mode="reliable" if options.reliable else "compat",
     )

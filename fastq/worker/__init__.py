@@ -1,4 +1,4 @@
-"""Assembling and running a worker. Only what is asked for is imported: command line tools need the options, not the loop."""
+"""Assembling and running a worker. Only what is asked for is imported: most commands need no event loop."""
 
 from __future__ import annotations
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
+
+from fastq.amqp.topology import QueueSpec
 
 _ART: Final = (
     " -------------- ",
@@ -21,7 +23,6 @@ _ART: Final = (
     "--- =====> ---- ",
     " -------------- ",
 )
-_INDENT: Final = " " * 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Banner:
     transport: str
     results: str
     concurrency: int
-    queues: Sequence[str]
+    queues: Iterable[QueueSpec]
     tasks: Iterable[str] = ()
     mode: str = "reliable"
 
@@ -55,9 +56,13 @@ class Banner:
             "[queues]",
         )
         lines = [f"{art}{fact}".rstrip() for art, fact in zip(_ART, facts, strict=True)]
-        lines += [f"{_INDENT}.> {name:<16} exchange={name}(direct) key={name}" for name in self.queues]
-        return "\n".join(["", *lines, ""])
+        return "\n".join(["", *lines, *map(_queue_line, self.queues), ""])
 
     def task_list(self) -> str:
         """Return the names of the tasks, one a line."""
         return "\n".join(["[tasks]", *(f"  . {name}" for name in sorted(self.tasks)), ""])
+
+
+def _queue_line(queue: QueueSpec) -> str:
+    exchange = f"{queue.exchange}({queue.exchange_type})"
+    return f"{'':16}.> {queue.name:<16} exchange={exchange} key={queue.routing_key}"

@@ -192,7 +192,7 @@ class Life:
         if not retries or (limit and attempt > limit):
             raise ConnectionLost(f"{error}. Start the broker, or set broker_url to one that runs")
         # A restart of the broker costs no more than its own time and a little: not half a minute after it is back.
-        longest = min(LAST_RETRY_S, FIRST_RETRY_S * 2**attempt, max(RESTART_RETRY_S, down_s / 4))
+        longest = min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** min(attempt, 16), max(RESTART_RETRY_S, down_s / 4))
         delay = random.uniform(FIRST_RETRY_S, longest)
         logger.error(messages.CANNOT_CONNECT, mask_url(settings.broker_url), error, delay, attempt, limit or "no limit")
         await asyncio.sleep(delay)

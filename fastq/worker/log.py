@@ -9,7 +9,6 @@ from __future__ import annotations
 import faulthandler
 import io
 import logging
-import logging.handlers
 import os
 import signal
 import sys
@@ -40,21 +39,15 @@ def open_handler(logfile: str, hostname: str, index: int = 0) -> logging.StreamH
     if not logfile:
         # The real stream: sys.stderr may be one that turns what is written into records, which would never end.
         return logging.StreamHandler(sys.__stderr__)
+    from fastq.worker.logfile import LogFile  # brings sockets and pickle with it, which most workers can do without
+
     path = expand_path(logfile, hostname, index)
     try:
-        return _LogFile(path, encoding="utf-8")
+        return LogFile(path, encoding="utf-8")
     except OSError as error:
         raise CannotCreate(
             f"cannot write log file {path!r}: {error.strerror}. Choose a file that this user may write with --logfile"
         ) from error
-
-
-class _LogFile(logging.handlers.WatchedFileHandler):
-    """A log file of mode 0640 that follows its name after a rotation."""
-
-    def _open(self) -> io.TextIOWrapper:
-        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        return open(descriptor, "a", encoding=self.encoding, errors="backslashreplace")
 
 
 def setup_logging(

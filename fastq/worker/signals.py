@@ -93,8 +93,11 @@ def dump_stacks(children: Iterable[int]) -> None:
 
     Children have registered ``faulthandler`` for USR1, which works even while they are stuck in C.
     """
-    faulthandler.dump_traceback(log_stream(), all_threads=True)
-    for pid in children:
+    log = log_stream()
+    pids = list(children)
+    print(f"Stacks of the main process, {os.getpid()}; its children {pids} write theirs below:", file=log, flush=True)
+    faulthandler.dump_traceback(log, all_threads=True)
+    for pid in pids:
         try:
             os.kill(pid, signal.SIGUSR1)
         except ProcessLookupError:
