@@ -6,7 +6,6 @@ from fastq.link import BatchSource, Sink, Source
 from fastq.wire.pipe import RingReader
 
 class CoreHooks(Protocol):
-    """What the loop calls Python for; all of it is rare."""
 
     def received(self, name: str, task_id: str) -> None: ...
     def refused(self, reason: str, queue: bytes, props: bytes, body: bytes) -> None: ...

@@ -1,7 +1,7 @@
 """The seams between fastq's parts, as protocols. Read this file first; it has no behaviour.
 
-A message's life has three nouns: ``Delivery`` (as received), ``Call`` (in the child), ``Outcome`` (how it ended), and five
-verbs: receive, submit, collect, save, settle. Each seam is crossed once per batch, never once per message.
+A message's life has three nouns, ``Delivery`` (as received), ``Call`` (in the child), ``Outcome`` (how it ended), and
+five verbs: receive, submit, collect, save, settle. Each seam is crossed once per batch, never once per message.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastq.link import Source
     from fastq.wire.message import Message
 
-#: A stored result: Celery's layout (``status``, ``result``, ``traceback``, ``children``, ``date_done``, ``task_id``, …).
+#: A stored result in Celery's layout: ``status``, ``result``, ``traceback``, ``children``, ``date_done``, ``task_id``…
 Meta: TypeAlias = Mapping[str, Any]
 
 

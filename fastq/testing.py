@@ -1,4 +1,4 @@
-"""For users' tests: a real worker beside the test, in the same process. Nothing is imitated; the pool forks real children."""
+"""For users' tests: a real worker beside the test, in the same process. Real children are forked."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fastq.worker.worker import Worker
 def worker(app: FastQ, *, concurrency: int = 1, timeout_s: float = 30.0, **options: Any) -> Iterator[Worker]:
     """Run a worker for ``app`` while the ``with`` block runs; its event loop has a thread of its own.
 
-    ``options`` are those of WorkerOptions. Start it before the test starts threads: the children are forked here. With a
-    ``memory://`` broker this is the way to have a worker at all. Raises FastqError when the worker is not ready in time.
+    ``options`` are those of WorkerOptions. Start it before the test starts threads: the children are forked here. With
+    a ``memory://`` broker this is the way to have a worker at all. Raises FastqError when it is not ready in time.
     """
     app.finalize()
     running = Worker(app, WorkerOptions(concurrency=concurrency, **options).resolved(app.conf))
@@ -29,7 +29,7 @@ def worker(app: FastQ, *, concurrency: int = 1, timeout_s: float = 30.0, **optio
     def run() -> None:
         try:
             running.run_with(zygote, on_ready=ready.set, handle_signals=False)
-        except BaseException as error:  # noqa: BLE001  it belongs to the thread that waits
+        except BaseException as error:
             failed.append(error)
             ready.set()
 

@@ -30,7 +30,9 @@ def message(body: object, queue: str = "celery", **options: Any) -> Message:
 
 
 def meta_of(task_id: str, state: str = "SUCCESS", result: object = None) -> bytes:
-    return json.dumps({"task_id": task_id, "status": state, "result": result, "traceback": None, "children": []}).encode()
+    return json.dumps(
+        {"task_id": task_id, "status": state, "result": result, "traceback": None, "children": []}
+    ).encode()
 
 
 def in_child(work: Callable[[], object]) -> str:
@@ -176,8 +178,10 @@ class StoreConformance:
         ids = [new_id() for _ in range(20)]
         found: dict[str, Any] = {}
         threads = [
-            threading.Thread(target=lambda id=id: found.update({id: store.wait(id, TIMEOUT_S)["result"]}), daemon=True)  # type: ignore[misc]
-            for id in ids
+            threading.Thread(
+                target=lambda key=key: found.update({key: store.wait(key, TIMEOUT_S)["result"]}), daemon=True
+            )
+            for key in ids
         ]
         for thread in threads:
             thread.start()
@@ -313,7 +317,9 @@ class ConsumerConformance:
         assert len(consumer.record.rows) == 5
         assert publisher.depth("celery") == 5
 
-    def test_only_listed_queues_are_received(self, publisher: Publisher, open_consumer: Callable[..., Consuming]) -> None:
+    def test_only_listed_queues_are_received(
+        self, publisher: Publisher, open_consumer: Callable[..., Consuming]
+    ) -> None:
         publisher.publish([message("a", "alpha"), message("b", "beta"), message("c", "gamma")])
         consumer = open_consumer("alpha", "gamma")
         assert {row[1]: row[3] for row in consumer.rows(2)} == {b"alpha": b"a", b"gamma": b"c"}

@@ -1,4 +1,4 @@
-"""A consumer on an event loop of its own, in a thread, without a core: the test sees what it brings and says what becomes of it."""
+"""A consumer on an event loop of its own, in a thread, without a core: the test decides about what it brings."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ class Consuming:
         base: Any = MemoryConsumer if is_memory else SqliteConsumer
         source = RecordingMemorySource if is_memory else RecordingSqliteSource
         record = self.record
-        self.consumer = type("Recorder", (base,), {"source_class": type("Source", (source,), {"record": record})})(url, settings)
+        self.consumer = type("Recorder", (base,), {"source_class": type("Source", (source,), {"record": record})})(
+            url, settings
+        )
         try:
             self.run(self.consumer.open())
             if queues:

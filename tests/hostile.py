@@ -1,7 +1,7 @@
-"""A broker that means harm: it speaks as much AMQP as a worker needs to start consuming, then sends what it was told to.
+"""A broker that means harm: it speaks as much AMQP as a worker needs to start consuming, then sends what it is told.
 
-One thread, blocking sockets, one connection after another in threads of their own. Every AMQP rule it keeps it keeps by
-``fastq.wire``; what it breaks, the test has spelled out in bytes.
+Blocking sockets, a thread for each connection. Every rule it keeps it keeps by ``fastq.wire``; what it breaks, the test
+has spelled out in bytes.
 """
 
 from __future__ import annotations
@@ -50,11 +50,9 @@ def deliver(props: bytes, body: bytes, tag: int = 1, body_size: int | None = Non
     """Return a delivery on channel 1; ``body_size`` is what its header claims instead of the truth."""
     size = len(body) if body_size is None else body_size
     header = struct.pack(">HHQ", 60, 0, size & 0xFFFFFFFFFFFFFFFF) + props
-    return (
-        method("basic.deliver", 1, consumer_tag="tag", delivery_tag=tag, redelivered=False, exchange="", routing_key="celery")
-        + frame(FRAME_HEADER, 1, header)
-        + (frame(FRAME_BODY, 1, body) if body else b"")
-    )
+    where = {"consumer_tag": "tag", "delivery_tag": tag, "redelivered": False, "exchange": "", "routing_key": "celery"}
+    content = frame(FRAME_HEADER, 1, header) + (frame(FRAME_BODY, 1, body) if body else b"")
+    return method("basic.deliver", 1, **where) + content
 
 
 @dataclass
@@ -94,6 +92,13 @@ class HostileBroker:
     def url(self) -> str:
         """Where it is."""
         return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+
+    def drop_connections(self) -> None:
+        """Close every connection without a word."""
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        self._sockets.clear()
 
     def _run(self, function: Callable[..., None], *args: Any) -> None:
         thread = threading.Thread(target=function, args=args, name="hostile-broker", daemon=True)

@@ -74,7 +74,9 @@ class ListBroker(BatchSource):
         self.changed = asyncio.Event()
         self.confirms = True
 
-    def put(self, task: str, *args: Any, headers: dict[str, Any] | None = None, deliveries: int = 1, **options: Any) -> int:
+    def put(
+        self, task: str, *args: Any, headers: dict[str, Any] | None = None, deliveries: int = 1, **options: Any
+    ) -> int:
         """Queue a task message and return its tag."""
         message = encode_task(task, new_id(), json.dumps([args, {}, {}]).encode(), headers=headers, **options)
         return self.put_raw(message.props, message.body, deliveries)
@@ -166,13 +168,21 @@ class RecordingHooks:
 class Running:
     """What a test works with."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, core: Core, pool: Pool, broker: ListBroker, hooks: RecordingHooks) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, core: Core, pool: Pool, broker: ListBroker, hooks: RecordingHooks
+    ) -> None:
         self.loop, self.core, self.pool, self.broker, self.hooks = loop, core, pool, broker, hooks
 
 
 def run_loop(
-    body: Callable[[Running], Coroutine[Any, Any, None]], *, concurrency: int = 1, window: int = 100,
-    tasks: dict[str, dict[str, Any]] | None = None, timeout_s: float = 30, keeps_spare: bool = False, **core_options: Any,
+    body: Callable[[Running], Coroutine[Any, Any, None]],
+    *,
+    concurrency: int = 1,
+    window: int = 100,
+    tasks: dict[str, dict[str, Any]] | None = None,
+    timeout_s: float = 30,
+    keeps_spare: bool = False,
+    **core_options: Any,
 ) -> None:
     """Start a pool and a loop, run the test's coroutine, and take everything down."""
     zygote = start_zygote(child_main)
@@ -183,8 +193,15 @@ def run_loop(
         names = [*TASKS, "publish", "state", "large"]
         options = [TaskOptions(name, **(tasks or {}).get(name, {})) for name in names]
         core = Core(loop, options, hooks, **core_options)
-        pool = hooks.pool = Pool(loop, core, zygote, concurrency, keeps_spare,
-                                 lambda pid, reason: hooks.lost.append((pid, reason)), lambda text: hooks.events.append(("fatal", text)))
+        pool = hooks.pool = Pool(
+            loop,
+            core,
+            zygote,
+            concurrency,
+            keeps_spare,
+            lambda pid, reason: hooks.lost.append((pid, reason)),
+            lambda text: hooks.events.append(("fatal", text)),
+        )
         await pool.start()
         broker = ListBroker(loop, window)
         core.set_store(broker)

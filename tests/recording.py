@@ -1,4 +1,4 @@
-"""A publisher and a result store that keep everything in lists, and calls as a child receives them. No broker, no worker."""
+"""A publisher and a result store that keep all they get, and calls as a child receives them. No broker, no worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastq.errors import ResultTimeout
 from fastq.interfaces import Meta
 from fastq.states import READY_STATES
 from fastq.wire.message import Call, Message, decode_properties
-from fastq.wire.pipe import SHARED_SIZE, ChildPipe, call_record
+from fastq.wire.pipe import SHARED_SIZE, ChildPipe, RingReader, call_record
 
 
 class RecordingPublisher:
@@ -114,10 +114,12 @@ def received(message: Message, **options: Any) -> Call:
     shared = os.memfd_create("recording")
     try:
         os.ftruncate(shared, SHARED_SIZE)
+        ring = RingReader(shared)
         pipe = ChildPipe(theirs.fileno(), shared)
         ours.sendall(call_record(1, message.exchange, message.routing_key, message.props, message.body, **options))
         call = pipe.next()
         assert call is not None
+        assert ring.started[0] == 1
         return call
     finally:
         ours.close()

@@ -16,10 +16,10 @@ import pytest
 
 from fastq import FastQ
 from fastq.errors import Ignore, Reject
-from fastq.pool.child import ChildOptions, Runner
 from fastq.task import Task
 from fastq.wire.message import encode_task
 from fastq.wire.pipe import OUTCOME_NAMES, SHARED_SIZE, ChildPipe, RingReader, call_record
+from fastq.worker.child import ChildOptions, Runner
 
 OUTCOME = struct.Struct("=IBBHIIq")
 MAX_FRAMES = 15  # specified: PERFORMANCE section 3
@@ -42,7 +42,12 @@ class Bench:
         self._ring = RingReader(self._shared)
         self._seq = 0
 
-    def run(self, *records: bytes, options: ChildOptions | None = None, around: Callable[[Callable[[], None]], None] | None = None) -> list[Outcome]:
+    def run(
+        self,
+        *records: bytes,
+        options: ChildOptions | None = None,
+        around: Callable[[Callable[[], None]], None] | None = None,
+    ) -> list[Outcome]:
         """Run the calls and return their outcomes."""
         self._ours.sendall(b"".join(records))
         self._ours.shutdown(socket.SHUT_WR)
@@ -52,18 +57,28 @@ class Bench:
         (around or (lambda serve: serve()))(lambda: runner.serve(pipe))
         found = []
         while (data := self._ring.take()) is not None:
-            size, kind, state, _, _, meta_size, _ = OUTCOME.unpack_from(data)
+            _size, kind, state, _, _, meta_size, _ = OUTCOME.unpack_from(data)
             if kind == 3:
                 meta = json.loads(data[OUTCOME.size : OUTCOME.size + meta_size]) if meta_size else None
                 found.append(Outcome(OUTCOME_NAMES[state], meta, data[OUTCOME.size + meta_size :].decode()))
         return found
 
-    def call(self, task: str, *args: Any, body: bytes | None = None, wants_result: bool = True, soft: float = 0, **options: Any) -> bytes:
+    def call(
+        self,
+        task: str,
+        *args: Any,
+        body: bytes | None = None,
+        wants_result: bool = True,
+        soft: float = 0,
+        **options: Any,
+    ) -> bytes:
         """Return the record of one call."""
         self._seq += 1
         body = json.dumps([args, {}, {}]).encode() if body is None else body
         message = encode_task(task, f"id-{self._seq}", body, **options)
-        return call_record(self._seq, "", "celery", message.props, message.body, wants_result=wants_result, soft_time_limit=soft)
+        return call_record(
+            self._seq, "", "celery", message.props, message.body, wants_result=wants_result, soft_time_limit=soft
+        )
 
     def close(self) -> None:
         self._ours.close()
@@ -121,7 +136,8 @@ def test_an_exception_is_stored_with_its_class_arguments_and_traceback(bench: Be
     [outcome] = bench.run(bench.call("fail"))
     assert outcome.state == "FAILURE"
     assert outcome.meta["result"] == {"exc_type": "ValueError", "exc_message": ["no", 7], "exc_module": "builtins"}
-    assert "in fail" in outcome.meta["traceback"] and "pool/child" not in outcome.meta["traceback"]
+    assert "in fail" in outcome.meta["traceback"]
+    assert "pool/child" not in outcome.meta["traceback"]
 
 
 def test_a_value_without_a_json_form_is_the_tasks_failure(bench: Bench) -> None:
@@ -152,17 +168,33 @@ def test_control_flow_becomes_its_outcome(bench: Bench, error: Exception, state:
 @pytest.mark.parametrize(
     ("body", "options", "reason"),
     [
-        (b"", {}, "empty-body"), (b"{", {}, "json"), (b"null", {}, "body-shape"), (b"3", {}, "body-shape"), (b"[[]]", {}, "body-shape"),
-        (b'["ab",{},{}]', {}, "args"), (b"[[],[],{}]", {}, "kwargs"), (b"[[],{},7]", {}, "embed"), (b"\xff\xfe", {}, "json"),
-        (b"[" * 100_000, {}, "json"), (b"[[" + b"7" * 6000 + b"],{},{}]", {}, "json"), (b"[[NaN],{},{}]", {}, "json"),
+        (b"", {}, "empty-body"),
+        (b"{", {}, "json"),
+        (b"null", {}, "body-shape"),
+        (b"3", {}, "body-shape"),
+        (b"[[]]", {}, "body-shape"),
+        (b'["ab",{},{}]', {}, "args"),
+        (b"[[],[],{}]", {}, "kwargs"),
+        (b"[[],{},7]", {}, "embed"),
+        (b"\xff\xfe", {}, "json"),
+        (b"[" * 100_000, {}, "json"),
+        (b"[[" + b"7" * 6000 + b"],{},{}]", {}, "json"),
+        (b"[[NaN],{},{}]", {}, "json"),
         (b"x", {"content_type": "application/x-unheard-of"}, "content-type"),
-        (pickle.dumps(((), {}, {})), {"content_type": "application/x-python-serialize", "content_encoding": "binary"}, "content-type"),
-        (b"[[],{},{}]", {"content_encoding": "martian"}, "body"), (b"[[],{},{}]", {"compression": "application/x-unheard-of"}, "compression"),
+        (
+            pickle.dumps(((), {}, {})),
+            {"content_type": "application/x-python-serialize", "content_encoding": "binary"},
+            "content-type",
+        ),
+        (b"[[],{},{}]", {"content_encoding": "martian"}, "body"),
+        (b"[[],{},{}]", {"compression": "application/x-unheard-of"}, "compression"),
         (b"not zlib", {"compression": "application/x-gzip"}, "compression"),
         (zlib.compress(b"[" + b" " * (1 << 27)), {"compression": "application/x-gzip"}, "compression"),
     ],
 )
-def test_a_body_that_is_no_tasks_is_refused_under_its_class(bench: Bench, body: bytes, options: dict[str, Any], reason: str) -> None:
+def test_a_body_that_is_no_tasks_is_refused_under_its_class(
+    bench: Bench, body: bytes, options: dict[str, Any], reason: str
+) -> None:
     ran = []
     bench.app.task(name="t")(lambda *args: ran.append(args))
     [outcome] = bench.run(bench.call("t", body=body, **options))
@@ -198,8 +230,12 @@ def test_handlers_run_in_their_order_and_cannot_change_the_outcome(bench: Bench)
     good, bad = bench.run(bench.call("half", 1), bench.call("half", 0))
     assert (good.state, bad.state) == ("SUCCESS", "FAILURE")
     assert events == [
-        ("before", "id-1", [1]), ("success", 1), ("after", "SUCCESS"),
-        ("before", "id-2", [0]), ("failure", repr(ZeroDivisionError("integer division or modulo by zero")), True), ("after", "FAILURE"),
+        ("before", "id-1", [1]),
+        ("success", 1),
+        ("after", "SUCCESS"),
+        ("before", "id-2", [0]),
+        ("failure", repr(ZeroDivisionError("integer division or modulo by zero")), True),
+        ("after", "FAILURE"),
     ]
 
 
@@ -208,7 +244,9 @@ def test_the_soft_limit_interrupts_the_task_and_only_it(bench: Bench) -> None:
 
     bench.app.task(name="sleep")(time.sleep)
     bench.app.task(name="catch")(_catch_soft_limit)
-    first, second, third = bench.run(bench.call("sleep", 5, soft=0.05), bench.call("catch", soft=0.05), bench.call("sleep", 0, soft=1))
+    first, second, third = bench.run(
+        bench.call("sleep", 5, soft=0.05), bench.call("catch", soft=0.05), bench.call("sleep", 0, soft=1)
+    )
     assert first.meta["result"]["exc_type"] == "SoftTimeLimitExceeded"
     assert second.meta["result"] == "caught"
     assert third.state == "SUCCESS"

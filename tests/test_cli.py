@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from fastq.cli import COMMANDS
 from fastq.cli.errors import DEBUG_VARIABLE, Failure, run_guarded
 from fastq.errors import ConnectionLost, FastqError, LocalProtocolError, PublishError, ResultTimeout, SettingsError
 from fastq.worker.exitcodes import MEANINGS, CannotCreate
+from tests.workers import WorkerProcess
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -370,6 +371,16 @@ def test_purge_takes_the_queues_it_is_given(fastq: Run) -> None:
     assert (done.code, "no queue is left" in done.error) == (78, True)
 
 
+def test_a_result_that_only_its_sender_gets_is_not_waited_for(fastq: Run) -> None:
+    done = fastq("-b", "amqp://127.0.0.1:1//", "--result-backend", "rpc://", "result", "x", "--wait", "60")
+    assert (done.code, "only the process that sent a task gets its result" in done.error) == (2, True)
+
+
+def test_results_of_an_application_that_stores_none_cannot_be_read(fastq: Run) -> None:
+    done = fastq("-b", "memory://", "--result-backend", "disabled", "result", "x")
+    assert (done.code, "stores no results" in done.error) == (1, True)
+
+
 # -- a broker that is not there
 
 
@@ -446,6 +457,80 @@ def test_a_module_to_include_that_is_not_there_is_named(fastq: Run, project: Pat
     assert "a module of include, imports or autodiscover_tasks does not import: ModuleNotFoundError" in done.error
 
 
+# -- a worker
+
+
+def test_the_banner_has_celery_s_shape_and_hides_the_password(
+    start_worker: Callable[..., WorkerProcess], project: Path
+) -> None:
+    source = SHOP.replace("sqlite:///shop.db", "amqp://me:secret@127.0.0.1:1//")
+    worker = start_worker("-c", "2", "-n", "w1@%%", "-Q", "a,b", "--compat", source=source, await_ready=False)
+    worker.wait_for_log("Cannot connect to")
+    log = worker.log()
+    assert "secret" not in log
+    for line in (
+        rf" -------------- w1@% v{re.escape(__version__)}$",
+        r"^.{16}\[config\]$",
+        r"^.{16}\.> app:         shop$",
+        r"^.{16}\.> transport:   amqp://me:\*\*@127\.0\.0\.1:1//$",
+        r"^.{16}\.> results:     disabled$",
+        r"^.{16}\.> concurrency: 2 \(prefork\)$",
+        r"^ -------------- \[queues\]$",
+        r"^                \.> a                exchange=a\(direct\) key=a$",
+        r"^                \.> b                exchange=b\(direct\) key=b$",
+        r"^\[tasks\]\n  \. tasks\.add\n  \. tasks\.fail\n$",
+    ):
+        assert re.search(line, log, re.M), line
+
+
+def test_a_quiet_worker_prints_no_banner_and_one_at_warning_no_tasks(
+    start_worker: Callable[..., WorkerProcess],
+) -> None:
+    assert "[config]" not in start_worker(source=SHOP, env={"FASTQ_QUIET": "1"}).log()
+    worker = start_worker(source=SHOP, log_level="WARNING", await_ready=False)
+    worker.wait_for_log(r"\[queues\]")
+    assert "[tasks]" not in worker.log()
+
+
+def test_a_worker_that_is_told_to_purge_starts_with_empty_queues(
+    start_worker: Callable[..., WorkerProcess], fastq: Run, project: Path
+) -> None:
+    source = SHOP.replace("shop.db", str(project / "shop.db"))
+    old = fastq("-A", "shop", "call", "tasks.add", "-a", "[1, 2]").out.strip()
+    worker = start_worker("--purge", "-c", "1", source=source)
+    new = fastq("-A", "shop", "call", "tasks.add", "-a", "[3, 4]", "--wait", "20").out.split()
+    assert new[1] == "7"
+    assert new[0] in worker.log()
+    assert old not in worker.log()
+
+
+def test_call_and_result_show_what_came_of_a_task(
+    start_worker: Callable[..., WorkerProcess], fastq: Run, project: Path
+) -> None:
+    start_worker("-c", "1", source=SHOP.replace("shop.db", str(project / "shop.db")))
+    done = fastq("-A", "shop", "call", "tasks.add", "-a", '["a", "b"]', "--wait", "20")
+    assert (done.code, done.out.split()[1:]) == (0, ["ab"])
+    assert fastq("-A", "shop", "result", done.out.split()[0]).out == "ab\n"
+    failed = fastq("-A", "shop", "call", "tasks.fail", "--wait", "20")
+    assert failed.code == 1
+    assert failed.error.endswith(" ended as FAILURE: KeyError('no such thing') [exit 1: failed]")
+    shown = fastq("-A", "shop", "result", failed.out.strip(), "--traceback")
+    assert shown.code == 1
+    assert shown.out.startswith("Traceback (most recent call last):")
+    assert shown.out.rstrip().endswith("KeyError: 'no such thing'")
+    status = fastq("-A", "shop", "status")
+    assert (status.code, re.sub(r"@\S+:", "@host:", status.out)) == (0, "->  fastq@host: OK\n\n1 node online.\n")
+
+
+def test_one_worker_at_a_time_has_the_pid_file(start_worker: Callable[..., WorkerProcess], project: Path) -> None:
+    first = start_worker("-c", "1", "--pidfile", str(project / "w.pid"), source=SHOP)
+    assert (project / "w.pid").read_text() == f"{first.pid}\n"
+    second = start_worker("-c", "1", "--pidfile", str(project / "w.pid"), source=SHOP, await_ready=False)
+    assert second.wait() == 73
+    assert first.stop() == 0
+    assert not (project / "w.pid").exists()
+
+
 # -- how errors end
 
 
@@ -482,8 +567,8 @@ def test_an_error_that_was_not_foreseen_shows_its_traceback(capsys: pytest.Captu
     assert run_guarded(lambda: 1 // 0) == 70
     printed = capsys.readouterr().err
     assert "Traceback (most recent call last)" in printed
-    assert printed.endswith("Error: internal error, please report it: ZeroDivisionError: integer division or modulo by zero "
-                            "[exit 70: internal error]\n")  # fmt: skip
+    assert "Error: internal error, please report it: ZeroDivisionError: " in printed
+    assert printed.endswith("[exit 70: internal error]\n")
 
 
 def test_a_reader_that_goes_away_is_no_error(fastq: Run) -> None:

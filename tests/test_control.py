@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import orjson
@@ -24,8 +24,9 @@ from fastq.settings import Settings
 from fastq.wire.frames import publish_frames
 from fastq.wire.message import Message, decode_properties, encode_properties
 from fastq.worker.control import Control
-from fastq.worker.pidbox import Request, decode_reply, decode_request, encode_reply, encode_request
+from fastq.worker.pidbox import REPLY_EXCHANGE, Request, decode_reply, decode_request, encode_reply, encode_request
 from tests.servers import RabbitMQ, wait_until
+from tests.workers import WorkerProcess
 
 JSON = encode_properties({"content_type": "application/json", "headers": {"clock": 7}})
 
@@ -213,7 +214,7 @@ def test_messages_that_are_no_requests_change_nothing(
     connection.open_channel(1)
     hostile = [
         (JSON, b""), (JSON, b"null"), (JSON, b'{"method": []}'), (encode_properties({}), b"x" * 300_000),
-        (JSON, orjson.dumps({"method": "ping", "reply_to": {"exchange": "reply.celery.pidbox", "routing_key": "x" * 400}})),
+        (JSON, orjson.dumps({"method": "ping", "reply_to": {"exchange": REPLY_EXCHANGE, "routing_key": "x" * 400}})),
         (JSON, orjson.dumps({"method": "ping", "arguments": {"surprise": 1}})),
     ]  # fmt: skip
     for props, body in hostile:
@@ -250,3 +251,15 @@ def test_celery_s_own_status_sees_the_node(node: Node, amqp_url: str, tmp_path: 
     assert version.returncode == 0, version.stderr
     done = subprocess.run([celery, "-b", amqp_url, "status"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "->  fastq@here: OK\n\n1 node online.\n")
+
+
+@pytest.mark.rabbitmq
+def test_a_running_worker_answers_under_its_node_name(
+    start_worker: Callable[..., WorkerProcess], amqp_url: str
+) -> None:
+    source = f"from fastq import FastQ\napp = FastQ('tasks', broker={amqp_url!r})\n"
+    worker = start_worker("-c", "1", "-n", "w7@%%", source=source)
+    wait_until(lambda: ask(amqp_url) != {}, 20, lambda: AssertionError("no answer"))
+    assert ask(amqp_url) == {"w7@%": {"ok": "pong"}}
+    assert worker.stop() == 0
+    assert ask(amqp_url) == {}

@@ -112,7 +112,7 @@ def test_a_dead_childs_call_runs_again_and_the_calls_behind_it_too(how: str) -> 
             await t.broker.until(lambda: t.broker.verdict(tag) == ACK)
         else:
             await t.broker.until(lambda: t.broker.verdict(tag) == REJECT)
-            assert [event for event in t.hooks.events if event[0] == "failure"][0][1] == "lost"
+            assert next(event for event in t.hooks.events if event[0] == "failure")[1] == "lost"
             assert len(t.hooks.lost) == 3
         await t.broker.until(lambda: all(t.broker.verdict(each) == ACK for each in tags))
         assert pid not in t.pool.pids
@@ -183,7 +183,7 @@ def test_a_state_is_stored_while_the_call_runs() -> None:
     async def body(t: Running) -> None:
         tag = t.broker.put("state")
         await t.broker.until(lambda: t.broker.verdict(tag) == ACK)
-        assert [(state, meta) for _, state, meta, _ in t.broker.saved][0] == ("PROGRESS", b'{"n":1}')
+        assert next((state, meta) for _, state, meta, _ in t.broker.saved) == ("PROGRESS", b'{"n":1}')
 
     run_loop(body)
 
@@ -204,7 +204,8 @@ def test_an_eta_is_kept_and_the_tasks_behind_it_are_not_held_back() -> None:
         early = t.broker.put("noop", eta=due)
         now = t.broker.put("noop")
         await t.broker.until(lambda: t.broker.verdict(now) == ACK)
-        assert t.broker.verdict(early) is None and time.time() < due
+        assert t.broker.verdict(early) is None
+        assert time.time() < due
         await t.broker.until(lambda: t.broker.verdict(early) == ACK)
         assert due <= time.time() < due + 0.3
 

@@ -113,7 +113,7 @@ def test_root_is_warned_and_with_pickles_refused(caplog: pytest.LogCaptureFixtur
 
 @pytest.mark.parametrize("text", ["", "8", "1000", "-1", "0o1x", "abc"])
 def test_a_umask_is_an_octal_number(text: str) -> None:
-    with pytest.raises(SettingsError, match="--umask is .*; it must be an octal number up to 777"):
+    with pytest.raises(SettingsError, match=r"--umask is .*; it must be an octal number up to 777"):
         set_umask(text)
 
 

@@ -209,6 +209,16 @@ def test_each_printed_line_becomes_one_record() -> None:
     assert text.getvalue().splitlines()[3:] == ["WARNING|d"]
 
 
+def test_a_line_that_never_ends_is_logged_in_pieces() -> None:
+    text = io.StringIO()
+    stream = stream_to(text)
+    for _ in range(100):
+        stream.write("x" * 1000)
+    lines = text.getvalue().splitlines()
+    assert len(lines) > 5
+    assert max(map(len, lines)) < 20_000
+
+
 def test_a_percent_sign_in_a_print_is_text() -> None:
     text = io.StringIO()
     print("100 %s", file=stream_to(text))
@@ -335,14 +345,12 @@ def test_a_failure_is_followed_by_its_traceback() -> None:
     ]
 
 
-def test_an_unknown_task_and_an_unreadable_message_name_the_remedy_or_reason() -> None:
+def test_an_unknown_task_is_named_with_the_remedy_and_cannot_forge_a_line() -> None:
     log, stream = task_log()
-    log.unregistered("proj.nope", "id-1")
-    log.invalid("id-2", "body is not JSON")
-    text = stream.getvalue()
-    assert "ERROR Received unregistered task of type 'proj.nope'.\n" in text
-    assert "-I" in text
-    assert "ERROR Received invalid task message: body is not JSON\n" in text
+    log.unregistered("proj.nope\n[forged]", "id\n[forged]")
+    assert stream.getvalue().startswith("ERROR Received unregistered task of type 'proj.nope\\n[forged]'.\n")
+    assert "name it with -I" in stream.getvalue()
+    assert "\n[forged]" not in stream.getvalue()
 
 
 def test_a_percent_sign_in_a_value_is_text() -> None:

@@ -6,11 +6,11 @@ One worker for all messages of a broker. What each is, and what is to become of 
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -23,6 +23,8 @@ from tests.workers import WorkerProcess
 pytestmark = pytest.mark.rabbitmq
 
 CASES = list(all_cases())
+CARRIED = [(kind, case) for kind in ("amqp", "sqlite") for case in CASES if case.only in ("", kind)]
+both_brokers = pytest.mark.parametrize("kind", ["amqp", "sqlite"])
 EVIL_MODULE = "import os\nos.mkdir(os.environ['FASTQ_TEST_GADGET'])\n"
 BOMB_GROWTH = 80 * MIB  # reliability rules, section 6.1
 REJECTED = "Rejected malformed message: class="
@@ -33,7 +35,7 @@ class Site:
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self.gadget = Path(os.environ[GADGET])
+        self.gadget = stage.folder / "executed"
         # One child, so that the good message is handled by the very process that had the bad one.
         self.worker: WorkerProcess = stage.start_worker("-c", "1")
         (self.worker.folder / "evil_module.py").write_text(EVIL_MODULE)
@@ -52,22 +54,37 @@ class Site:
         published_at = time.time()
         [number] = self.stage.send(1)
         self.stage.wait_for([number], 10)
-        return next(e.at_unix for e in self.stage.ledger.entries() if e.number == number and e.what == "done") - published_at
+        entries = self.stage.ledger.entries()
+        return next(e.at_unix for e in entries if e.number == number and e.what == "done") - published_at
 
 
-@pytest.fixture(scope="module", params=["amqp", "sqlite"])
-def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("malformed")
+def open_site(kind: Literal["amqp", "sqlite"], folder: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
     patch = pytest.MonkeyPatch()
     patch.setenv(GADGET, str(folder / "executed"))
-    if request.param == "sqlite":
-        stage = Stage("sqlite", f"sqlite:///{folder / 'fastq.db'}", folder)
+    if kind == "sqlite":
+        stage = Stage(kind, f"sqlite:///{folder / 'fastq.db'}", folder)
     else:
         rabbitmq: RabbitMQ = request.getfixturevalue("rabbitmq")
-        stage = Stage("amqp", secret_url(rabbitmq), folder, rabbitmq)
+        stage = Stage(kind, secret_url(rabbitmq), folder, rabbitmq)
     yield Site(stage)
     stage.close()
     patch.undo()
+
+
+@pytest.fixture(scope="module")
+def amqp_site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    yield from open_site("amqp", tmp_path_factory.mktemp("malformed"), request)
+
+
+@pytest.fixture(scope="module")
+def sqlite_site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    yield from open_site("sqlite", tmp_path_factory.mktemp("malformed"), request)
+
+
+@pytest.fixture
+def site(kind: str, request: pytest.FixtureRequest) -> Site:
+    found: Site = request.getfixturevalue(f"{kind}_site")
+    return found
 
 
 def secret_url(rabbitmq: RabbitMQ) -> str:
@@ -85,11 +102,9 @@ def test_every_class_has_a_message() -> None:
     assert {case.number for case in CASES} == set(range(1, 37))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("kind", "case"), CARRIED, ids=str)
 def test_a_malformed_message_harms_nobody(site: Site, case: Case) -> None:
     stage, worker = site.stage, site.worker
-    if case.only not in ("", stage.kind):
-        pytest.skip(f"only {case.only} can carry it")
     number = len(stage.sent)
     stage.sent.append(number)
     body = with_number(case.body(), number)
@@ -149,6 +164,7 @@ def memory_of(pid: int, which: str) -> int:
     return int(status.partition(f"{which}:")[2].split()[0]) * 1024
 
 
+@both_brokers
 def test_100000_deep_nesting_is_refused_in_no_time(site: Site) -> None:
     deep = b"[" * 100_000 + b"]" * 100_000
     took = []
@@ -163,6 +179,7 @@ def test_100000_deep_nesting_is_refused_in_no_time(site: Site) -> None:
     assert min(took) < 0.1
 
 
+@both_brokers
 def test_1000_malformed_messages_among_1000_good_ones(site: Site) -> None:
     bad = [case for case in CASES if case.outcome == "rejected" and case.only == "" and case.number != 34]
     messages = []
@@ -183,6 +200,7 @@ def test_1000_malformed_messages_among_1000_good_ones(site: Site) -> None:
     assert all(started[number] == 1 for number in good)
 
 
+@both_brokers
 def test_nothing_was_lost_logged_or_left_at_the_end(site: Site) -> None:
     assert site.send_good() < 1.0
     site.check()
@@ -194,7 +212,8 @@ def test_nothing_was_lost_logged_or_left_at_the_end(site: Site) -> None:
     log = site.worker.log()
     assert SECRET not in log
     assert "Traceback" not in log
-    print(f"{log.count(REJECTED)} rejected, {log.count('unregistered')} unregistered, {log.count('succeeded')} succeeded")
+    counts = {word: log.count(word) for word in (REJECTED, "unregistered", "succeeded")}
+    print(counts)
 
 
 def test_randomly_damaged_messages_harm_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def test_an_empty_path_means_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_directory_that_does_not_exist_is_named_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(CannotCreate, match="No such file or directory.*--pidfile"):
+    with pytest.raises(CannotCreate, match=r"No such file or directory.*--pidfile"):
         Pidfile(str(tmp_path / "none" / "worker.pid")).acquire()
 
 

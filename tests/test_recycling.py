@@ -59,9 +59,7 @@ def test_the_replacement_is_ready_before_the_old_child_retires(stage: Stage) -> 
     stage.wait_for(stage.send(60, "work", 0.01), 20)
     starts = [entry for entry in stage.ledger.entries() if entry.what == "start"]
     gaps = [
-        later.at_unix - earlier.at_unix
-        for earlier, later in itertools.pairwise(starts)
-        if earlier.pid != later.pid
+        later.at_unix - earlier.at_unix for earlier, later in itertools.pairwise(starts) if earlier.pid != later.pid
     ]
     print(f"{len(gaps)} changes of child, gaps {min(gaps) * 1e3:.1f} to {max(gaps) * 1e3:.1f} ms between starts")
     assert len(gaps) >= 11

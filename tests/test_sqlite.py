@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import sqlite3
 import stat
@@ -85,7 +84,7 @@ def other_process(url: str) -> Iterator[Callable[[str], OtherProcess]]:
 
 
 class OtherProcess:
-    """A script with ``url``, ``settings``, ``say`` and the names of this module at hand; ``say`` writes a line for ``hear``."""
+    """A script with ``url``, ``settings``, the names of this module, and ``say``, which writes a line for ``hear``."""
 
     def __init__(self, url: str, script: str) -> None:
         prelude = (
@@ -350,7 +349,7 @@ def test_a_worker_is_listed_under_the_name_it_was_given(
 
 def test_consuming_again_keeps_what_is_held(publisher: Publisher, consumer: Consuming, path: Path) -> None:
     publisher.publish([message(1), message(2, "other")])
-    (tag, *_), = consumer.rows(1)
+    ((tag, *_),) = consumer.rows(1)
     consumer.run(consumer.consumer.cancel())
     consumer.run(consumer.consumer.consume(["celery", "other"], 10))
     assert consumer.bodies(2) == [b"1", b"2"]
@@ -494,7 +493,7 @@ def test_a_folder_that_everybody_may_write_is_refused(tmp_path: Path, url: str, 
 
 
 def test_a_missing_folder_is_named(tmp_path: Path, settings: Settings) -> None:
-    with pytest.raises(SettingsError, match="missing.*Create it"):
+    with pytest.raises(SettingsError, match=r"missing.*Create it"):
         Consuming(f"sqlite:///{tmp_path}/missing/fastq.db", settings)
 
 
@@ -504,13 +503,17 @@ def test_a_bell_folder_of_somebody_else_is_refused(tmp_path: Path, url: str, set
         Consuming(url, settings)
 
 
-@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite://host/x.db", "sqlite:///a.db?x=1"])
+@pytest.mark.parametrize(
+    "url", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite://host/x.db", "sqlite:///a.db?x=1"]
+)
 def test_a_url_without_a_usable_file_is_refused(url: str, settings: Settings) -> None:
     with pytest.raises(SettingsError, match="sqlite:"):
         open_publisher(url, settings)
 
 
-def test_a_relative_path_starts_at_the_working_folder(tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_starts_at_the_working_folder(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     publisher = open_publisher("sqlite:///here%20it%20is.db", settings)
     monkeypatch.chdir("/")
@@ -647,7 +650,11 @@ def test_bells_of_dead_processes_are_removed(
 
 def test_nothing_is_left_open_or_lying_about(path: Path, url: str, settings: Settings) -> None:
     def descriptors() -> set[str]:
-        return {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
+        return {
+            os.readlink(f"/proc/self/fd/{fd}")
+            for fd in os.listdir("/proc/self/fd")
+            if os.path.exists(f"/proc/self/fd/{fd}")
+        }
 
     before = descriptors()
     publisher, store = open_publisher(url, settings), open_store(url, settings)
@@ -666,6 +673,7 @@ def test_nothing_is_left_open_or_lying_about(path: Path, url: str, settings: Set
 # --- a disk that is full, a lock that is held -------------------------------------------------------------------------
 
 FULL_DISK = """
+import resource
 publisher = open_publisher(url, settings)
 publisher.publish([message(n) for n in range(40)])
 with Consuming(url, settings, window=20) as consumer:
@@ -707,7 +715,9 @@ def test_a_full_disk_refuses_publishes_and_loses_nothing(
     accepted, depth = process.hear()
     assert depth == accepted + 1
     process.go_on()
-    assert rows_of(path, "SELECT count(*) FROM messages WHERE queue = (SELECT id FROM queues WHERE name = 'celery')") == [(20,)]
+    assert rows_of(
+        path, "SELECT count(*) FROM messages WHERE queue = (SELECT id FROM queues WHERE name = 'celery')"
+    ) == [(20,)]
     assert rows_of(path, "SELECT id FROM results WHERE id = 'kept'") == [("kept",)]
 
 
@@ -752,7 +762,13 @@ def test_false_datagrams_yield_what_is_whole() -> None:
 
 
 def test_a_reply_address_from_a_message_is_never_a_path(consumer: Consuming, tmp_path: Path) -> None:
-    for address in ("../../etc/passwd", "c-1-0123456789abcdef/../x", "w-1-0123456789abcdef", "c-1-0123456789abcdef\n", ""):
+    for address in (
+        "../../etc/passwd",
+        "c-1-0123456789abcdef/../x",
+        "w-1-0123456789abcdef",
+        "c-1-0123456789abcdef\n",
+        "",
+    ):
         consumer.save((new_id(), "SUCCESS", b"{}", address, 0))
     consumer.fence()
 

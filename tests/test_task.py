@@ -117,7 +117,9 @@ CALLS: list[tuple[tuple[int, ...], dict[str, int]]] = [
 ]
 
 
-@pytest.mark.parametrize("function", [only_names, only_positions, anything, mixed, functools.partial(mixed, 1), max])
+@pytest.mark.parametrize(
+    "function", [only_names, only_positions, anything, mixed, functools.partial(only_positions, 1), max]
+)
 def test_the_check_of_arguments_agrees_with_the_call_itself(function: Any) -> None:
     parameters = Parameters(function)
     for args, kwargs in CALLS:
@@ -320,7 +322,7 @@ def test_the_request_shows_the_message(app: FastQ) -> None:
     task.apply_async(
         (1,),
         {"y": 2},
-        headers={"traceparent": "00-1", "x-my-header": 5, "id": "ignored"} if False else {"traceparent": "00-1", "x-my-header": 5},
+        headers={"traceparent": "00-1", "x-my-header": 5},
         time_limit=30,
         soft_time_limit=20,
         priority=4,
@@ -349,7 +351,7 @@ def test_the_request_shows_the_message(app: FastQ) -> None:
         assert request.eta is None
         assert isinstance(request.expires, str)
         with pytest.raises(AttributeError, match="no header 'nothing'"):
-            request.nothing
+            request.nothing  # noqa: B018
     assert task.request.called_directly
     assert task.request.id is None
     assert current() is None
@@ -412,7 +414,14 @@ def test_retry_may_change_arguments_and_options(app: FastQ, retrying: Task[..., 
     retrying.delay(1)
     with Running(sent(app)[0]):
         again = retrying.retry(
-            args=(5,), kwargs={"y": 6}, countdown=0, throw=False, queue="other", priority=9, headers={"more": 1}, time_limit=3
+            args=(5,),
+            kwargs={"y": 6},
+            countdown=0,
+            throw=False,
+            queue="other",
+            priority=9,
+            headers={"more": 1},
+            time_limit=3,
         )
     assert isinstance(again, Retry)
     second = sent(app)[1]
@@ -428,7 +437,12 @@ def test_retry_may_change_arguments_and_options(app: FastQ, retrying: Task[..., 
 def test_retry_keeps_the_callbacks_of_other_clients_and_drops_the_broker_s_headers(app: FastQ, retrying: Any) -> None:
     embed = b'{"callbacks": [{"task": "next"}], "errbacks": null, "chain": null, "chord": null}'
     message = encode_task(
-        retrying.name, "i", b"[[1], {}, %b]" % embed, group="g", group_index=3, headers={"x-death": [{"count": 1}], "k": 1}
+        retrying.name,
+        "i",
+        b"[[1], {}, %b]" % embed,
+        group="g",
+        group_index=3,
+        headers={"x-death": [{"count": 1}], "k": 1},
     )
     with Running(message):
         retrying.retry(throw=False)
@@ -482,7 +496,7 @@ def test_retry_in_an_except_block_takes_the_exception_as_its_reason(app: FastQ, 
         try:
             raise OSError("handled")
         except OSError as error:
-            assert retrying.retry(throw=False).exc is error
+            assert retrying.retry(throw=False).exc is error  # noqa: PT017 - being inside the block is the point
 
 
 def test_retry_outside_a_worker_raises_the_reason(app: FastQ) -> None:
@@ -500,7 +514,11 @@ def test_retry_outside_a_worker_raises_the_reason(app: FastQ) -> None:
 
 def test_autoretry_asks_for_the_next_run(app: FastQ) -> None:
     task = app.task(
-        autoretry_for=(OSError,), dont_autoretry_for=FileNotFoundError, retry_backoff=4, retry_jitter=False, max_retries=3
+        autoretry_for=(OSError,),
+        dont_autoretry_for=FileNotFoundError,
+        retry_backoff=4,
+        retry_jitter=False,
+        max_retries=3,
     )(add)
     task.delay(1)
     first = sent(app)[0]
@@ -602,7 +620,10 @@ def test_an_eager_failure_is_a_result_or_is_thrown(app: FastQ, notes: list[Any])
     with pytest.raises(ValueError, match="bad"):
         result.get()
     assert result.get(propagate=False) is error
-    assert notes[1:] == [("on_failure", error, ValueError, "ValueError: bad"), ("after_return", "FAILURE", error, False)]
+    assert notes[1:] == [
+        ("on_failure", error, ValueError, "ValueError: bad"),
+        ("after_return", "FAILURE", error, False),
+    ]
     with pytest.raises(ValueError, match="bad"):
         failing.apply(throw=True)
     with app.override(task_eager_propagates=True), pytest.raises(ValueError, match="bad"):

@@ -1,4 +1,4 @@
-"""Frames and the compiled half of an AMQP connection: whole, byte by byte, with trailing bytes, and from a hostile broker."""
+"""Frames and the compiled half of an AMQP connection: whole, byte by byte, trailing bytes, and a hostile broker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def frame(kind: int, channel: int, payload: bytes, end: int = 0xCE) -> bytes:
     return struct.pack(">BHI", kind, channel, len(payload)) + payload + bytes([end])
 
 
-def deliver_frames(tag: int, props: bytes = MESSAGE.props, body: bytes = MESSAGE.body, frame_max: int = 131072) -> bytes:
+def deliver_frames(
+    tag: int, props: bytes = MESSAGE.props, body: bytes = MESSAGE.body, frame_max: int = 131072
+) -> bytes:
     """basic.deliver, header and body as a broker sends them."""
     arguments = b"\x02ct" + struct.pack(">QB", tag, 0) + b"\x00" + b"\x06celery"
     parts = [body[at : at + frame_max - 8] for at in range(0, len(body), frame_max - 8)]
@@ -81,7 +83,9 @@ def test_frames_are_read_whole_byte_by_byte_and_with_trailing_bytes() -> None:
     assert reader.feed(data[9:]) == whole
 
 
-@pytest.mark.parametrize("data", [frame(1, 0, b"x" * 200), struct.pack(">BHI", 1, 0, 0xFFFFFFFF), frame(1, 0, b"", end=0)])
+@pytest.mark.parametrize(
+    "data", [frame(1, 0, b"x" * 200), struct.pack(">BHI", 1, 0, 0xFFFFFFFF), frame(1, 0, b"", end=0)]
+)
 def test_a_false_size_or_end_byte_is_refused_before_more_is_awaited(data: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         FrameReader(frame_max=128).feed(data)
@@ -91,7 +95,8 @@ def test_a_body_is_cut_into_frames_of_the_agreed_size() -> None:
     body = bytes(range(256)) * 100
     data = publish_frames(1, Message("", "q", MESSAGE.props, body), frame_max=4096)
     parts = [payload for kind, _, payload in FrameReader(4096).feed(data) if kind == 3]
-    assert b"".join(parts) == body and max(map(len, parts)) == 4088
+    assert b"".join(parts) == body
+    assert max(map(len, parts)) == 4088
 
 
 @pytest.mark.parametrize("size", [0, 1, 4088, 4089, 300_000])
@@ -116,14 +121,21 @@ def _truncated_deliver(size: int) -> bytes:
 @pytest.mark.parametrize(
     "data",
     [
-        frame(1, 0, b"x" * 131073), struct.pack(">BHI", 1, 0, 0xFFFFFFFF), frame(1, 0, b"abc"), frame(9, 0, b""), frame(1, 0, b"", end=1),
-        frame(2, 1, struct.pack(">HHQ", 60, 0, 5) + MESSAGE.props), frame(3, 1, b"body"),
+        frame(1, 0, b"x" * 131073),
+        struct.pack(">BHI", 1, 0, 0xFFFFFFFF),
+        frame(1, 0, b"abc"),
+        frame(9, 0, b""),
+        frame(1, 0, b"", end=1),
+        frame(2, 1, struct.pack(">HHQ", 60, 0, 5) + MESSAGE.props),
+        frame(3, 1, b"body"),
         deliver_frames(1)[:30] + frame(1, 1, b"abcd"),
         _truncated_deliver(0),
         *[_truncated_deliver(size) for size in (1, 5, 11, 12, 14, 18)],
         frame(1, 1, struct.pack(">I", DELIVER) + b"\x00" + bytes(9) + b"\x00\x00") + frame(2, 1, b"short"),
-        frame(1, 1, struct.pack(">I", DELIVER) + b"\x00" + bytes(9) + b"\x00\x00") + frame(2, 1, struct.pack(">HHQ", 60, 0, 2**63) + b"\0\0"),
-        frame(1, 1, struct.pack(">I", DELIVER) + b"\x00" + bytes(9) + b"\x00\x00") + frame(2, 1, struct.pack(">HHQ", 60, 0, 2) + b"\0\0")
+        frame(1, 1, struct.pack(">I", DELIVER) + b"\x00" + bytes(9) + b"\x00\x00")
+        + frame(2, 1, struct.pack(">HHQ", 60, 0, 2**63) + b"\0\0"),
+        frame(1, 1, struct.pack(">I", DELIVER) + b"\x00" + bytes(9) + b"\x00\x00")
+        + frame(2, 1, struct.pack(">HHQ", 60, 0, 2) + b"\0\0")
         + frame(3, 1, b"three"),
     ],
 )
@@ -131,7 +143,8 @@ def test_a_broker_that_breaks_the_protocol_is_left_with_one_clear_error(data: by
     peer = Peer()
     peer.feed(data)
     [error] = peer.lost
-    assert isinstance(error, RemoteProtocolError) and str(error)
+    assert isinstance(error, RemoteProtocolError)
+    assert str(error)
     assert peer.transport.is_aborted
     assert not peer.bodies
 

@@ -1,4 +1,4 @@
-"""Task messages: the encoder and the scanner against librabbitmq's codec, whole, cut short, and with hostile contents."""
+"""Task messages: the encoder and the scanner against librabbitmq's codec; whole, cut short, hostile."""
 
 from __future__ import annotations
 
@@ -24,8 +24,25 @@ from fastq.wire.message import (
 
 #: The headers of protocol 2 in the order in which Celery writes them.
 ORDER = [
-    "lang", "task", "id", "shadow", "eta", "expires", "group", "group_index", "retries", "timelimit", "root_id", "parent_id",
-    "argsrepr", "kwargsrepr", "origin", "ignore_result", "replaced_task_nesting", "stamped_headers", "stamps",
+    "lang",
+    "task",
+    "id",
+    "shadow",
+    "eta",
+    "expires",
+    "group",
+    "group_index",
+    "retries",
+    "timelimit",
+    "root_id",
+    "parent_id",
+    "argsrepr",
+    "kwargsrepr",
+    "origin",
+    "ignore_result",
+    "replaced_task_nesting",
+    "stamped_headers",
+    "stamps",
 ]
 
 
@@ -44,9 +61,22 @@ def test_the_encoded_headers_are_those_of_protocol_2_in_order() -> None:
 
 def test_everything_that_can_be_said_of_a_task_is_read_back_by_librabbitmq_and_by_the_scanner() -> None:
     message = example(
-        eta=1_800_000_000.25, expires=1_900_000_000, retries=3, time_limit=2.5, soft_time_limit=2, root_id="r", parent_id="p",
-        group="g", group_index=4, shadow="s", ignore_result=True, reply_to="q", priority=7, compression="application/x-gzip",
-        origin="gen1@h", headers={"trace": "1-2", "nested": {"list": [1, None, True, 2.5, b"x"]}},
+        eta=1_800_000_000.25,
+        expires=1_900_000_000,
+        retries=3,
+        time_limit=2.5,
+        soft_time_limit=2,
+        root_id="r",
+        parent_id="p",
+        group="g",
+        group_index=4,
+        shadow="s",
+        ignore_result=True,
+        reply_to="q",
+        priority=7,
+        compression="application/x-gzip",
+        origin="gen1@h",
+        headers={"trace": "1-2", "nested": {"list": [1, None, True, 2.5, b"x"]}},
     )
     properties = amqp.decode_properties(message.props)
     headers = properties["headers"]
@@ -54,19 +84,37 @@ def test_everything_that_can_be_said_of_a_task_is_read_back_by_librabbitmq_and_b
     assert headers["expires"] == "2030-03-17T17:46:40.000000+00:00"
     assert headers["timelimit"] == [2.5, 2]
     assert headers["nested"] == {"list": [1, None, True, 2.5, b"x"]}
-    assert headers["trace"] == "1-2" and headers["compression"] == "application/x-gzip"
+    assert headers["trace"] == "1-2"
+    assert headers["compression"] == "application/x-gzip"
     assert (properties["reply_to"], properties["priority"]) == ("q", 7)
     assert int(properties["expiration"]) > 0
     found = scan(message.props)
     assert found["problem"] == "fine"
-    assert (found["task"], found["id"], found["reply_to"], found["correlation_id"]) == ("tasks.add", "id-1", "q", "id-1")
+    assert (found["task"], found["id"], found["reply_to"], found["correlation_id"]) == (
+        "tasks.add",
+        "id-1",
+        "q",
+        "id-1",
+    )
     assert (found["eta"], found["expires"]) == (1_800_000_000.25, 1_900_000_000)
-    assert (found["time_limit"], found["soft_time_limit"], found["retries"], found["ignore_result"]) == (2.5, 2, 3, True)
+    assert (found["time_limit"], found["soft_time_limit"], found["retries"], found["ignore_result"]) == (
+        2.5,
+        2,
+        3,
+        True,
+    )
     assert (message.due, message.expires, message.priority) == (1_800_000_000.25, 1_900_000_000, 7)
 
 
 def test_the_scanner_reads_what_librabbitmq_wrote() -> None:
-    headers = {"task": "t", "id": "i", "retries": 2**40, "timelimit": [None, 7], "x-delivery-count": 5, "other": {"a": [1]}}
+    headers = {
+        "task": "t",
+        "id": "i",
+        "retries": 2**40,
+        "timelimit": [None, 7],
+        "x-delivery-count": 5,
+        "other": {"a": [1]},
+    }
     found = scan(amqp.encode_properties({"headers": headers, "reply_to": "r", "priority": 3}))
     assert (found["problem"], found["task"], found["id"], found["delivery_count"]) == ("retries", "t", "i", 5)
     headers["retries"] = 2
@@ -76,23 +124,45 @@ def test_the_scanner_reads_what_librabbitmq_wrote() -> None:
 
 def test_both_encoders_of_properties_agree() -> None:
     properties = {
-        "content_type": "a/b", "headers": {"k": [1, "two", None]}, "delivery_mode": 1, "priority": 2, "correlation_id": "c",
-        "expiration": "100", "message_id": "m", "timestamp": 1_700_000_000, "type": "t", "app_id": "a",
+        "content_type": "a/b",
+        "headers": {"k": [1, "two", None]},
+        "delivery_mode": 1,
+        "priority": 2,
+        "correlation_id": "c",
+        "expiration": "100",
+        "message_id": "m",
+        "timestamp": 1_700_000_000,
+        "type": "t",
+        "app_id": "a",
     }
-    assert amqp.decode_properties(encode_properties(properties)) == amqp.decode_properties(amqp.encode_properties(properties))
+    assert amqp.decode_properties(encode_properties(properties)) == amqp.decode_properties(
+        amqp.encode_properties(properties)
+    )
 
 
 @pytest.mark.parametrize(
     ("headers", "problem"),
     [
-        ({}, "no-task"), ({"task": ""}, "no-task"), ({"task": 5, "id": "i"}, "task"), ({"task": ["t"], "id": "i"}, "task"),
-        ({"task": "t"}, "no-id"), ({"task": "t", "id": 7}, "id"), ({"task": "t", "id": ["i"]}, "id"), ({"task": "t", "id": ""}, "id"),
-        ({"task": "t", "id": "i", "eta": "soon"}, "eta"), ({"task": "t", "id": "i", "eta": 17}, "eta"),
-        ({"task": "t", "id": "i", "expires": "never"}, "expires"), ({"task": "t", "id": "i", "expires": [1]}, "expires"),
-        ({"task": "t", "id": "i", "timelimit": 5}, "timelimit"), ({"task": "t", "id": "i", "timelimit": ["1", "2"]}, "timelimit"),
-        ({"task": "t", "id": "i", "timelimit": [1, 2, 3]}, "timelimit"), ({"task": "t", "id": "i", "retries": "2"}, "retries"),
-        ({"task": "x" * 2000, "id": "i"}, "task"), ({"task": "t", "id": "i" * 2000}, "id"),
-        ({"task": "t\0u", "id": "i"}, "fine"), ({"task": "t", "id": "i", "eta": "9999-12-31T23:59:59.999999-23:59"}, "fine"),
+        ({}, "no-task"),
+        ({"task": ""}, "no-task"),
+        ({"task": 5, "id": "i"}, "task"),
+        ({"task": ["t"], "id": "i"}, "task"),
+        ({"task": "t"}, "no-id"),
+        ({"task": "t", "id": 7}, "id"),
+        ({"task": "t", "id": ["i"]}, "id"),
+        ({"task": "t", "id": ""}, "id"),
+        ({"task": "t", "id": "i", "eta": "soon"}, "eta"),
+        ({"task": "t", "id": "i", "eta": 17}, "eta"),
+        ({"task": "t", "id": "i", "expires": "never"}, "expires"),
+        ({"task": "t", "id": "i", "expires": [1]}, "expires"),
+        ({"task": "t", "id": "i", "timelimit": 5}, "timelimit"),
+        ({"task": "t", "id": "i", "timelimit": ["1", "2"]}, "timelimit"),
+        ({"task": "t", "id": "i", "timelimit": [1, 2, 3]}, "timelimit"),
+        ({"task": "t", "id": "i", "retries": "2"}, "retries"),
+        ({"task": "x" * 2000, "id": "i"}, "task"),
+        ({"task": "t", "id": "i" * 2000}, "id"),
+        ({"task": "t\0u", "id": "i"}, "fine"),
+        ({"task": "t", "id": "i", "eta": "9999-12-31T23:59:59.999999-23:59"}, "fine"),
     ],
 )
 def test_a_wrong_header_is_named(headers: dict[str, Any], problem: str) -> None:
@@ -135,8 +205,15 @@ def test_ids_are_version_4_uuids_and_differ_in_a_forked_child() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["2026-11-22T10:00:00", "2026-11-22T10:00:00.5", "2026-11-22T10:00:00.123456+00:00", "2026-02-28T23:59:59+05:30",
-     "2024-02-29T00:00:00-11:00", "1970-01-01T00:00:00+00:00", "2100-03-01T12:00:00+0100"],
+    [
+        "2026-11-22T10:00:00",
+        "2026-11-22T10:00:00.5",
+        "2026-11-22T10:00:00.123456+00:00",
+        "2026-02-28T23:59:59+05:30",
+        "2024-02-29T00:00:00-11:00",
+        "1970-01-01T00:00:00+00:00",
+        "2100-03-01T12:00:00+0100",
+    ],
 )
 def test_dates_are_read_as_the_standard_library_reads_them(text: str) -> None:
     if text.endswith("+0100"):
@@ -149,7 +226,18 @@ def test_dates_are_read_as_the_standard_library_reads_them(text: str) -> None:
     assert iso8601_to_unix(text.encode()) == pytest.approx(expected.timestamp(), abs=1e-6)
 
 
-@pytest.mark.parametrize("text", ["", "now", "2026-13-01T00:00:00", "2026-11-22", "2026-11-22T10:00:00+1", "2026-11-22T10:00:00Zx", "2026-11-22T1x:00:00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "now",
+        "2026-13-01T00:00:00",
+        "2026-11-22",
+        "2026-11-22T10:00:00+1",
+        "2026-11-22T10:00:00Zx",
+        "2026-11-22T1x:00:00",
+    ],
+)
 def test_what_is_no_date_is_none(text: str) -> None:
     assert iso8601_to_unix(text.encode()) is None
 
@@ -164,8 +252,13 @@ def test_dates_are_written_as_celery_writes_them() -> None:
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"priority": 300}, "priority"), ({"headers": {"a": object()}}, "object"), ({"headers": {"a": 2**70}}, "64 bits"),
-     ({"reply_to": "q" * 300}, "255"), ({"eta": 1e15}, "out of range")],
+    [
+        ({"priority": 300}, "priority"),
+        ({"headers": {"a": object()}}, "object"),
+        ({"headers": {"a": 2**70}}, "64 bits"),
+        ({"reply_to": "q" * 300}, "255"),
+        ({"eta": 1e15}, "out of range"),
+    ],
 )
 def test_what_has_no_amqp_form_is_refused_by_name(options: dict[str, Any], text: str) -> None:
     with pytest.raises(EncodeError, match=text):

@@ -1,4 +1,4 @@
-"""The pipe between main process and child: calls in any pieces, records through the ring, and memory that a child has damaged."""
+"""The pipe between main process and child: calls in any pieces, records through the ring, and damaged memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,17 @@ def ends() -> Iterator[Ends]:
 
 
 def record(seq: int, body: bytes = TASK.body) -> bytes:
-    return call_record(seq, "exchange", "queue", TASK.props, body, wants_result=True, soft_time_limit=1.5, deliveries=2, redelivered=True)
+    return call_record(
+        seq,
+        "exchange",
+        "queue",
+        TASK.props,
+        body,
+        wants_result=True,
+        soft_time_limit=1.5,
+        deliveries=2,
+        redelivered=True,
+    )
 
 
 def test_a_call_arrives_as_it_was_sent(ends: Ends) -> None:
@@ -49,7 +59,13 @@ def test_a_call_arrives_as_it_was_sent(ends: Ends) -> None:
     call = ends.child.next()
     assert call is not None
     assert (call.name, call.id, call.exchange, call.routing_key) == ("tasks.add", "id-1", "exchange", "queue")
-    assert (call.props, call.body, call.wants_result, call.redelivered, call.deliveries) == (TASK.props, TASK.body, True, True, 2)
+    assert (call.props, call.body, call.wants_result, call.redelivered, call.deliveries) == (
+        TASK.props,
+        TASK.body,
+        True,
+        True,
+        2,
+    )
     assert (call.soft_time_limit, call.time_limit, call.json_body) == (1.5, 0, True)
     assert call.headers()["task"] == "tasks.add"
     assert ends.ring.started[0] == 1
@@ -70,7 +86,8 @@ def test_calls_arrive_byte_by_byte_and_many_at_once(ends: Ends) -> None:
     while ends.child.next() is not None:
         count += 1
     thread.join(5)
-    assert count == 499 and ends.child.stopped
+    assert count == 499
+    assert ends.child.stopped
 
 
 @pytest.mark.parametrize("size", [0, 70_000, 5_000_000])
@@ -79,8 +96,10 @@ def test_a_body_of_any_size_arrives(ends: Ends, size: int) -> None:
     thread.start()
     first, second = ends.child.next(), ends.child.next()
     thread.join(5)
-    assert first is not None and first.body == b"x" * size
-    assert second is not None and second.body == TASK.body
+    assert first is not None
+    assert first.body == b"x" * size
+    assert second is not None
+    assert second.body == TASK.body
 
 
 def test_an_outcome_carries_result_and_reason(ends: Ends) -> None:
@@ -92,7 +111,8 @@ def test_an_outcome_carries_result_and_reason(ends: Ends) -> None:
     assert data is not None
     size, kind, state, flags, seq, meta_size, runtime_ns = OUTCOME.unpack_from(data)
     assert (size, kind, state, flags, seq, meta_size) == (len(data), 3, 1, 0, 7, 7)
-    assert data[OUTCOME.size :] == b'{"a":1}why' and runtime_ns > 0
+    assert data[OUTCOME.size :] == b'{"a":1}why'
+    assert runtime_ns > 0
     assert ends.ring.take() is None
 
 
@@ -104,7 +124,8 @@ def test_the_ring_wraps_with_records_of_every_length(ends: Ends) -> None:
         meta = os.urandom(size)
         ends.child.finish(call, 0, meta)
         data = ends.ring.take()
-        assert data is not None and data[OUTCOME.size :] == meta
+        assert data is not None
+        assert data[OUTCOME.size :] == meta
 
 
 @pytest.mark.parametrize("size", [131_072, 262_144, 3_000_000])
@@ -138,8 +159,10 @@ def test_published_messages_and_states_ring_at_once(ends: Ends) -> None:
     assert ends.ours.recv(10) == b"!"
     ends.child.state("id-1", "PROGRESS", b"{}")
     first, second = ends.ring.take(), ends.ring.take()
-    assert first is not None and first.endswith(b"eq" + TASK.props + TASK.body)
-    assert second is not None and second.endswith(b"id-1PROGRESS{}")
+    assert first is not None
+    assert first.endswith(b"eq" + TASK.props + TASK.body)
+    assert second is not None
+    assert second.endswith(b"id-1PROGRESS{}")
 
 
 @pytest.mark.parametrize("size", [0, 5, 11, 0xFFFFFFFF])

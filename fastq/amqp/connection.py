@@ -32,6 +32,8 @@ FRAME_METHOD, FRAME_HEADER, FRAME_BODY = 1, 2, 3
 CONTENT_METHODS = (METHODS["basic.deliver"], METHODS["basic.return"], METHODS["basic.get-ok"])
 ADMIN_CHANNEL = 2  # for what may fail: its errors close this channel and leave the working one alone
 RECEIVE_BYTES = 65536
+MAX_REFRESH = 64  # reads; a peer that never stops sending must not hold us
+MAX_WAIT_S = 3600.0  # of one system call, which takes milliseconds as a C int
 
 
 class Event(NamedTuple):
@@ -57,11 +59,12 @@ class BlockingConnection:
         self.used_at = 0.0
         self.declared: set[str] = set()
         self.published = 0
-        self._io_timeout_s = io_timeout_s
+        self._io_timeout_s = max(io_timeout_s, 0.001)  # 0 would mean for ever
         self._max_message_bytes = max_message_bytes
         self._is_open = False
         self._inbox: deque[Event] = deque()
-        self._content: Event | None = None
+        self._content: Event | None = None  # the method whose content is arriving
+        self._props = b""
         self._parts: list[bytes] = []
         self._parts_left = 0
         self._open_channels: set[int] = set()
@@ -120,10 +123,11 @@ class BlockingConnection:
 
     def receive(self, timeout_s: float) -> bytes:
         """Return what the socket has, b"" when nothing came in time. Raises ConnectionLost."""
+        timeout_s = min(max(timeout_s, 0), MAX_WAIT_S)
         try:
             if isinstance(self.sock, ssl.SSLSocket):
                 data = self._receive_tls(self.sock, timeout_s)
-            elif self._poll.poll(min(max(timeout_s, 0), 3600) * 1000):
+            elif self._poll.poll(timeout_s * 1000):
                 data = self.recv(RECEIVE_BYTES)
             else:
                 return b""
@@ -137,7 +141,7 @@ class BlockingConnection:
 
     def _receive_tls(self, sock: ssl.SSLSocket, timeout_s: float) -> bytes:
         # A readable socket does not mean that data has come, it may be TLS's own: so the wait is inside the read.
-        sock.settimeout(max(timeout_s, 0))
+        sock.settimeout(timeout_s)
         try:
             return sock.recv(RECEIVE_BYTES)
         finally:
@@ -176,14 +180,14 @@ class BlockingConnection:
         elif name == "connection.unblocked":
             self.blocked = None
         elif name == "connection.close":
-            self.transmit(frame("connection.close-ok"))
+            with contextlib.suppress(ConnectionLost):
+                self.transmit(frame("connection.close-ok"))
             raise refusal(self.url, fields)
 
     def _on_header(self, channel: int, payload: bytes) -> None:
         if self._content is None or self._content.channel != channel or len(payload) < 14:
             raise RemoteProtocolError(f"content header without its method from {self.url}")
-        self._content = self._content._replace(props=payload[12:])
-        self._parts = []
+        self._props, self._parts = payload[12:], []
         self._parts_left = int.from_bytes(payload[4:12], "big")
         if self._parts_left > self._max_message_bytes:
             raise RemoteProtocolError(
@@ -200,16 +204,17 @@ class BlockingConnection:
 
     def _finish_content(self) -> None:
         if self._parts_left == 0 and self._content is not None:
-            self._inbox.append(self._content._replace(body=b"".join(self._parts)))
+            channel, method_id, arguments, _, _ = self._content
+            self._inbox.append(Event(channel, method_id, arguments, self._props, b"".join(self._parts)))
             self._content = None
 
     def next_event(self, deadline: float) -> Event | None:
         """Return the next method, None at the deadline. Raises ConnectionLost, or what a connection.close means."""
         while not self._inbox:
-            left = deadline - time.monotonic()
-            if data := self.receive(left):
+            left_s = deadline - time.monotonic()
+            if data := self.receive(left_s):
                 self.feed(data)
-            elif left <= 0:
+            if left_s <= 0 and not self._inbox:
                 return None
         return self._inbox.popleft()
 
@@ -230,7 +235,7 @@ class BlockingConnection:
         self.transmit(frame(method, channel, **fields))
         others: list[Event] = []
         try:
-            while event := self.next_event(deadline):
+            while time.monotonic() < deadline and (event := self.next_event(deadline)):
                 if event.channel == channel and event.method_id == METHODS[f"{method}-ok"]:
                     return decode_method(event.method_id, event.arguments)[1]
                 self.check_channel(event)
@@ -249,12 +254,15 @@ class BlockingConnection:
         if event.method_id != METHODS["channel.close"]:
             return
         self._open_channels.discard(event.channel)
-        self.transmit(frame("channel.close-ok", event.channel))
+        with contextlib.suppress(ConnectionLost):
+            self.transmit(frame("channel.close-ok", event.channel))
         raise refusal(self.url, decode_method(event.method_id, event.arguments)[1])
 
     def refresh(self) -> None:
         """Take in what came while nobody read, such as a close of the broker. Raises ConnectionLost."""
-        while data := self.receive(0):
+        for _ in range(MAX_REFRESH):
+            if not (data := self.receive(0)):
+                return
             self.feed(data)
 
     def wait_unblocked(self, deadline: float) -> bool:
@@ -272,11 +280,9 @@ class BlockingConnection:
 
     def close(self) -> None:
         """Say goodbye and close; never waits, never raises."""
-        try:
+        with contextlib.suppress(OSError, ValueError):
             self.sock.settimeout(0)
             self.sock.send(frame("connection.close", reply_code=200, reply_text="bye"))
-        except (OSError, ValueError):
-            pass
         self.sock.close()
 
     def interrupt(self) -> None:

@@ -44,11 +44,13 @@ class Handshake:
         self._name = connection_name
 
     def answer(self, method_id: int, arguments: bytes) -> bytes:
-        """Return the frames to send for a method of the broker.
+        """Return the frames to send for a method of the broker. Raises SettingsError or ConnectionLost."""
+        try:
+            return self._answer(*decode_method(method_id, arguments))
+        except RemoteProtocolError as error:
+            raise SettingsError(f"{self.url} does not speak AMQP 0-9-1: {error}") from None
 
-        Raises SettingsError or ConnectionLost where the broker refuses, RemoteProtocolError when it is not due.
-        """
-        name, fields = decode_method(method_id, arguments)
+    def _answer(self, name: str, fields: dict[str, Any]) -> bytes:
         if name == "connection.start":
             return self._start(fields)
         if name == "connection.tune":
@@ -62,12 +64,12 @@ class Handshake:
             raise SettingsError(
                 f"RabbitMQ at {self.url} wants a login in several steps; use PLAIN, AMQPLAIN or EXTERNAL"
             )
-        raise RemoteProtocolError(f"{name} from {self.url} during the handshake")
+        raise RemoteProtocolError(f"{name} during the handshake")
 
     def _start(self, fields: dict[str, Any]) -> bytes:
         if fields["version_major"] != 0 or fields["version_minor"] not in (9, 91):
             version = f"{fields['version_major']}-{fields['version_minor']}"
-            raise RemoteProtocolError(f"{self.url} speaks AMQP {version}, not 0-9-1")
+            raise RemoteProtocolError(f"it speaks AMQP {version}")
         self.server_properties = fields["server_properties"]
         mechanism = self._choose(fields["mechanisms"].decode("ascii", "replace").split())
         return frame(
@@ -106,9 +108,7 @@ class Handshake:
         # 0 from the broker means that it sets no limit.
         self.frame_max = min(fields["frame_max"] or FRAME_MAX, FRAME_MAX)
         if self.frame_max < FRAME_MIN:
-            raise RemoteProtocolError(
-                f"{self.url} allows frames of {self.frame_max} bytes, AMQP's minimum is {FRAME_MIN}"
-            )
+            raise RemoteProtocolError(f"it allows frames of {self.frame_max} bytes, fewer than {FRAME_MIN}")
         self.channel_max = min(fields["channel_max"] or CHANNEL_MAX, CHANNEL_MAX)
         # Ours decides: RabbitMQ takes the client's word, and 0 (a blocking client that cannot send any) turns it off.
         tune = {"channel_max": self.channel_max, "frame_max": self.frame_max, "heartbeat": self.heartbeat_s}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fastq.cli import Globals
-from fastq.cli.errors import Failure
+from fastq.cli.errors import Failure, Misuse
 from fastq.cli.options import misplaced_globals
 from fastq.states import READY_STATES, SUCCESS
 from fastq.worker.exitcodes import EX_FAILURE, EX_OK, EX_TEMPFAIL
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 def command(settings: Globals, /, task_id: str, traceback: bool, wait: float | None) -> int:
     """Print the result of the task TASK_ID. Exit code 1: it failed; 75: it is not ready."""
     app = settings.load_app()
+    if app.stores_results and str(app.conf.result_backend).startswith("rpc:"):
+        raise Misuse("with rpc:// only the process that sent a task gets its result; use a store such as sqlite:///...")
     meta = app.store.load(task_id) if wait is None else app.store.wait(task_id, wait)
     if meta is None or meta["status"] not in READY_STATES:
         state = meta["status"] if meta else "PENDING"

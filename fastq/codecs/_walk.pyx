@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """Walks over values and over JSON text that decide which way is safe; they convert nothing themselves.
 
-``is_plain`` says whether orjson writes a value exactly, ``survey`` whether it reads a text exactly, ``short_repr`` shows
-a value within bounds. Only exact built-in types are entered, so that no code of the user runs inside the first two.
+``is_plain`` says whether orjson writes a value exactly, ``survey`` whether it reads a text exactly, ``short_repr``
+shows a value within bounds. Only exact built-in types are entered, so that no code of the user runs inside the first two.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE

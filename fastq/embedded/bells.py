@@ -1,13 +1,14 @@
 """Doorbells: datagram sockets in a folder beside the database file, so that nobody has to poll it. No SQL.
 
 A worker binds a bell that every publish rings; a client binds one that brings results. A bound bell also says that its
-process lives: the kernel refuses datagrams for a dead one. A datagram may be lost (its receiver's buffer holds few), never
-what it is about: receivers read the file once more before they sleep, and senders repeat a lost one while it may matter.
+process lives: the kernel refuses datagrams for a dead one. A datagram may be lost, as its receiver's buffer holds few,
+but never what it is about: receivers read the file before they sleep, and senders repeat a lost one for a while.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import re
 import secrets
@@ -34,7 +35,7 @@ MAX_DATAGRAM_BYTES: Final = 64 * 1024
 _MAX_SENDERS: Final = 512
 _RECORD: Final = struct.Struct("!HI")
 _IN_FILE: Final = 0xFFFFFFFF
-# The kernel stamps a folder with the time of its last tick (at most 10 ms ago): a younger stamp may hide a second change.
+# The kernel stamps a folder with the time of its last tick, up to 10 ms ago: a younger stamp may hide a second change.
 _STAMP_GRAIN_NS: Final = 20_000_000
 
 _open_folders: weakref.WeakSet[BellFolder] = weakref.WeakSet()
@@ -49,6 +50,7 @@ class Bell:
         self.socket = bound
 
     def fileno(self) -> int:
+        """Return what to poll for reading."""
         return self.socket.fileno()
 
     def hear(self) -> list[bytes]:
@@ -68,7 +70,7 @@ class Bell:
 
 
 class BellFolder:
-    """The folder ``<file>-bells``, as one part of one process sees it. Not thread-safe; a forked child makes its own."""
+    """The folder ``<file>-bells`` as one part of one process sees it. Not thread-safe; a forked child makes its own."""
 
     def __init__(self, path: str) -> None:
         self.path = path + "-bells"
@@ -88,17 +90,18 @@ class BellFolder:
         return bell
 
     def ring(self, name: str, datagram: bytes = b"") -> bool:
-        """Send to one bell and return whether it has room for more; a dead one is removed, and needs nothing."""
+        """Send to one bell; False when the datagram was lost. A bell that is dead or gone needs none."""
         try:
             sender = self._senders.get(name) or self._connected(name)
             sender.send(datagram)
         except BlockingIOError:
             return False
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, FileNotFoundError):
             self._drop_sender(name)
             self.unlink(name)
         except OSError:
             self._drop_sender(name)
+            return False
         return True
 
     def ring_workers(self, besides: Bell | None = None) -> None:
@@ -144,15 +147,19 @@ class BellFolder:
 
     def unlink(self, name: str) -> None:
         """Remove a bell's name, if it is there."""
-        try:
+        with contextlib.suppress(OSError):
             os.unlink(name, dir_fd=self._fd)
-        except OSError:
-            pass
 
     def forget(self, bell: Bell) -> None:
         """Stop keeping a bell that is being closed."""
         if bell in self._bells:
             self._bells.remove(bell)
+
+    def unbind(self, kind: Kind) -> None:
+        """Remove the names of the bells of a kind; nobody rings them any more."""
+        for bell in self._bells:
+            if bell.name.startswith(kind):
+                self.unlink(bell.name)
 
     def close(self) -> None:
         """Close every bell and descriptor."""
@@ -204,10 +211,13 @@ class BellFolder:
         bound = _new_socket()
         try:
             bound.bind(self._address(name))
-            os.chmod(self._address(name), 0o666)  # the folder keeps others out; root and the owner may ring each other
+            # The folder keeps others out; root and its owner are to hear each other.
+            os.chmod(self._address(name), 0o666)  # noqa: S103
         except OSError as error:
             bound.close()
-            raise SettingsError(f"no socket can be made in {self.path} ({error}). Make the folder writable for this user") from error
+            raise SettingsError(
+                f"no socket can be made in {self.path} ({error}). Make the folder writable for this user"
+            ) from error
         return bound
 
     def _connected(self, name: str) -> socket.socket:
@@ -250,7 +260,7 @@ def pack_results(results: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
 
 
 def unpack_results(datagram: bytes) -> Iterator[tuple[str, bytes | None]]:
-    """Yield (task id, meta); None stands for a meta that is to be read from the file. Stops at the first false length."""
+    """Yield (task id, meta), None for a meta that is to be read from the file. Stops at the first false length."""
     at, end = 0, len(datagram)
     while at + _RECORD.size <= end:
         key_size, meta_size = _RECORD.unpack_from(datagram, at)
@@ -283,19 +293,21 @@ def _open_folder(path: str, owner: int) -> int:
     except FileExistsError:
         pass
     except OSError as error:
-        raise SettingsError(f"folder {path} cannot be made ({error.strerror}). Make its parent writable for user {os.geteuid()}") from error
+        raise SettingsError(
+            f"folder {path} cannot be made ({error.strerror}). Make its parent writable for user {os.geteuid()}"
+        ) from error
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise SettingsError(
-            f"{path} cannot be used as a folder ({error.strerror}). Remove it, and run all fastq processes of one file as one user"
+            f"{path} cannot be used as a folder ({error.strerror}). Remove it, and use one file as one user"
         ) from error
     found = os.fstat(fd)
     if found.st_uid != owner or found.st_mode & 0o077:
         os.close(fd)
         raise SettingsError(
-            f"{path} belongs to user {found.st_uid} with mode {stat.S_IMODE(found.st_mode):o}; user {owner}, the file's, and "
-            "mode 700 are needed. Remove it, and run all fastq processes of one file as one user"
+            f"{path} belongs to user {found.st_uid} with mode {stat.S_IMODE(found.st_mode):o}; user {owner}, "
+            "the file's, and mode 700 are needed. Remove it, and use one file as one user"
         )
     return fd
 
@@ -306,10 +318,11 @@ def _abandon_all() -> None:
         folder.abandon()
 
 
-def _close_all() -> None:
+def _remove_client_bells() -> None:
+    # A worker's stays, should it be here still: its silence tells the others at once that it died.
     for folder in list(_open_folders):
-        folder.close()
+        folder.unbind(CLIENT)
 
 
 os.register_at_fork(after_in_child=_abandon_all)
-atexit.register(_close_all)
+atexit.register(_remove_client_bells)

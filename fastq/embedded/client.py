@@ -1,4 +1,4 @@
-"""The SQLite file as producers and callers use it: one connection for a process, opened anew when the old one will not do.
+"""The SQLite file as producers and callers use it: one connection for a process, and a new one when it will not do.
 
 No statements: what is written and read is up to ``transport.sqlite`` and ``results.sqlite``.
 """
@@ -74,7 +74,10 @@ class OpenFile:
 
 
 class FileClient:
-    """Lends the open file to one thread at a time; opens it at first use, after a fork, a failure, and when it was replaced."""
+    """Lends the open file to one thread at a time.
+
+    Opens it at the first use; and again after a fork, after a failure, and when another file has taken its place.
+    """
 
     def __init__(self, location: Location, synchronous: str, timeout_s: float) -> None:
         self.path = location.path

@@ -113,7 +113,7 @@ class Announcer:
                 self._deaf[bell] = (time.monotonic() + _FIRST_REPEAT_S, 2 * _FIRST_REPEAT_S)
 
     def repeat(self) -> float | None:
-        """Try the clients that had no room again and return in how many seconds to come back; None when none is left."""
+        """Try the clients again that had no room; return in how many seconds to come back, None when none is left."""
         if not self._deaf:
             return None
         now = time.monotonic()

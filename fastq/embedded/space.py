@@ -104,8 +104,8 @@ class Space:
             while waiting and len(taken) < limit:
                 share = -(-(limit - len(taken)) // len(waiting))
                 for heap in waiting:
-                    for _ in range(min(share, len(heap), limit - len(taken))):
-                        taken.append(heapq.heappop(heap)[2])
+                    count = min(share, len(heap), limit - len(taken))
+                    taken += [heapq.heappop(heap)[2] for _ in range(count)]
                 waiting = [heap for heap in waiting if heap]
             for held in taken:
                 held.owner = owner

@@ -1,0 +1,1 @@
+"""Processes: the zygote that forks them, the supervisor that keeps slots filled."""

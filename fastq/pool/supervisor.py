@@ -1,4 +1,4 @@
-"""The pool as the main process sees it: slots, the child in each, and replacements that are ready before they are needed.
+"""The pool as the main process sees it: slots, the child in each, and replacements ready before they are needed.
 
 It decides which process runs where, never which call. Children are forked by the zygote; their end is reported by it.
 """
@@ -6,6 +6,7 @@ It decides which process runs where, never which call. Children are forked by th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -44,7 +45,10 @@ class Slot:
 
 @dataclass(slots=True)
 class Pool:
-    """Keeps ``concurrency`` slots filled. ``on_lost(pid, reason, was_running)`` is told of deaths, ``on_fatal(text)`` of the end of all hope."""
+    """Keeps ``concurrency`` slots filled.
+
+    ``on_lost(pid, reason)`` is told of a death nobody asked for, ``on_fatal(text)`` when no child can be had any more.
+    """
 
     loop: asyncio.AbstractEventLoop
     core: Core
@@ -210,10 +214,8 @@ class Pool:
 
     def _signal(self, member: Member, signum: signal.Signals) -> None:
         if member.pidfd >= 0:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(member.pidfd, signum)
-            except ProcessLookupError:
-                pass
 
     # --- reports of the zygote
 
@@ -231,7 +233,8 @@ class Pool:
                 self._on_spawned(self._requests.pop(report.request), report.pid)
 
     def _on_spawned(self, member: Member, pid: int) -> None:
-        assert member.reader is not None and member.sock is not None
+        assert member.reader is not None
+        assert member.sock is not None
         member.pid = pid
         self._members[pid] = member
         try:
@@ -254,6 +257,7 @@ class Pool:
             return
         if member.pidfd >= 0:
             os.close(member.pidfd)
+            member.pidfd = -1  # the core may still find fault with what the child left behind
         slot = self._slot_of(member)
         if member in self.spares:
             self.spares.remove(member)

@@ -1,10 +1,11 @@
 """The process that forks children: single-threaded, the application imported, no event loop, no broker socket.
 
-The worker's main process starts it before any loop or thread exists. Requests and reports are datagrams on a socket pair.
+The worker's main process starts it before any loop or thread exists. Requests and reports are datagrams.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import select
@@ -61,6 +62,7 @@ class Zygote:
 
     @property
     def fd(self) -> int:
+        """Return the descriptor to watch for reports."""
         return self._control.fileno()
 
     def spawn(self, request: int, slot: int, sock: int, shared: int) -> None:
@@ -83,10 +85,8 @@ class Zygote:
     def close(self) -> None:
         """Let the zygote end; it kills children that are left."""
         self._control.close()
-        try:
+        with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
-        except ChildProcessError:
-            pass
 
 
 def start_zygote(child_main: ChildMain) -> Zygote:
@@ -112,7 +112,7 @@ def start_zygote(child_main: ChildMain) -> Zygote:
 
 
 def _ignore(signum: int, frame: object) -> None:
-    """The main process decides what a signal means. A handler, not SIG_IGN: programs that tasks start must not inherit it."""
+    """Leave it to the main process. A handler, not SIG_IGN: programs that tasks start must not inherit that."""
 
 
 def _serve(control: socket.socket, child_main: ChildMain) -> int:

@@ -133,6 +133,9 @@ class Listener:
             for signal in [*self._followers, self._poked]:
                 signal.set()
             self._folder.ring(self.address, _POKE)
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(RETRY_S)
         with self._listening:
             pass  # nobody listens any more
         with self._lock:
@@ -252,7 +255,8 @@ class Listener:
         while self._ended:
             waiter = self._ended.popleft()
             called.add(waiter)
-            assert waiter.callback is not None and waiter.meta is not None
+            assert waiter.callback is not None
+            assert waiter.meta is not None
             try:
                 waiter.callback(waiter.meta)
             except Exception:

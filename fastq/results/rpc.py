@@ -274,27 +274,27 @@ class RpcStore:
 
     def _take(self, connection: BlockingConnection, events: list[Event]) -> None:
         """Keep the replies among the events and wake who waits for one."""
-        for event in events:
-            if event.method_id == BASIC_DELIVER:
-                self._keep(event)
-            elif event.method_id == BASIC_CANCEL:
-                raise ConnectionLost(f"the reply queue {self.queue} was deleted on the broker")
-            else:
-                connection.check_channel(event)
+        with self._changed:
+            for event in events:
+                if event.method_id == BASIC_DELIVER:
+                    self._keep(event)
+                elif event.method_id == BASIC_CANCEL:
+                    raise ConnectionLost(f"the reply queue {self.queue} was deleted on the broker")
+                else:
+                    connection.check_channel(event)
+            self._changed.notify_all()
 
     def _keep(self, event: Event) -> None:
+        """Keep one reply. Call with the lock."""
         try:
             properties = decode_properties(event.props)
             task_id = properties["correlation_id"]
         except (RemoteProtocolError, KeyError) as error:
             logger.warning("a reply was dropped, it belongs to no task: %r", error)
             return
-        with self._changed:
-            self._replies.put(
-                task_id, Reply(event.body, properties.get("content_type", ""), properties.get("content_encoding"))
-            )
-            self._note_due(task_id)
-            self._changed.notify_all()
+        reply = Reply(event.body, properties.get("content_type", ""), properties.get("content_encoding"))
+        self._replies.put(task_id, reply)
+        self._note_due(task_id)
 
     # --- the connection
 

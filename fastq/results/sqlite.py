@@ -1,4 +1,4 @@
-"""Results in the SQLite file of the embedded broker, as callers see them. What a worker stores goes through its consumer.
+"""Results in the SQLite file of the embedded broker, for callers. What a worker stores goes through its consumer.
 
 Waiting is pushed: a message carries the name of this process's bell, and whoever stores its result rings it.
 """
@@ -111,7 +111,9 @@ class SqliteStore:
 
         def find(file: OpenFile) -> dict[str, bytes]:
             if address is not None:
-                with contextlib.suppress(sqlite3.Error):  # a full disk: the file is looked into now and then all the same
+                with contextlib.suppress(
+                    sqlite3.Error
+                ):  # a full disk: the file is looked into now and then all the same
                     file.transaction(partial(put_waiters, file.cursor, task_ids, address))
             return find_results(file.cursor, task_ids)
 

@@ -1,0 +1,1 @@
+"""One behaviour around a call per file."""

@@ -26,13 +26,13 @@ BROKERS: Final = {
 
 
 def open_publisher(url: str, settings: Settings) -> Publisher:
-    """Return a publisher to the broker that ``broker_url`` names; it connects at its first use. Raises SettingsError."""
+    """Return a publisher to the broker that a URL names; it connects at its first use. Raises SettingsError."""
     publisher: Publisher = _find(url, 0)(url, settings)
     return publisher
 
 
 def open_consumer(url: str, settings: Settings, core: Core | None) -> Consumer:
-    """Return a consumer for a worker; it connects when it is opened. Raises SettingsError."""
+    """Return a worker's consumer for the broker that a URL names; ``open`` connects it. Raises SettingsError."""
     consumer: Consumer = _find(url, 1)(url, settings, core)
     return consumer
 

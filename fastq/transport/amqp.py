@@ -158,8 +158,8 @@ class AmqpConnection:
             self._on_channel_close(channel, fields)
         elif name == "basic.cancel":
             self.on_cancelled(fields["consumer_tag"])
-        elif self._waiting[channel, method_id]:
-            answer = self._waiting[channel, method_id].popleft()
+        elif answers := self._waiting.get((channel, method_id)):
+            answer = answers.popleft()
             if not answer.done():
                 answer.set_result(fields)
 
@@ -345,7 +345,7 @@ class AmqpConsumer:
         """A message that a task sent has no queue: the core runs the task again, and then there is to be one."""
         _, fields = decode_method(METHODS["basic.return"], returned["arguments"])
         exchange, queue = fields["exchange"], fields["routing_key"]
-        logger.warning("RabbitMQ at %s has no queue for a message to %r", self._publishing.url, f"{exchange}/{queue}")
+        logger.warning("RabbitMQ at %s has no queue for a message to %r", self._publishing.url, exchange or queue)
         if not exchange and self._topology.may_create(queue):
             self._run(self._publishing.declare(self._topology.spec(queue)))
 

@@ -205,11 +205,14 @@ class AmqpPublisher:
         return connection
 
     def _connect(self) -> BlockingConnection:
-        connection = connect_any(self._endpoints, self._settings, "producer", self._timeout_s)
-        connection.open_channel(CHANNEL)
-        if self._confirm:
-            connection.rpc(CHANNEL, "confirm.select")
-        self._connection = connection
+        self._connection = connection = connect_any(self._endpoints, self._settings, "producer", self._timeout_s)
+        try:
+            connection.open_channel(CHANNEL)
+            if self._confirm:
+                connection.rpc(CHANNEL, "confirm.select")
+        except BaseException:
+            self._drop()
+            raise
         return connection
 
     def _drop(self) -> None:

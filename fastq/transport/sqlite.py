@@ -1,7 +1,8 @@
 """The embedded broker: messages in a SQLite file, for any number of producers and workers on one machine.
 
-Cold halves only: what a worker does with the file happens in ``sqlite_thread``, the statements are in ``sqlite_tables``,
-the file itself in ``fastq.embedded``. A message's queue is its routing key; exchanges mean nothing here.
+Cold halves only: what a worker does with the file happens in ``sqlite_thread``, the statements are in
+``sqlite_tables``, the file itself in ``fastq.embedded``. A message's queue is its routing key; exchanges mean nothing
+here.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fastq.wire.message import Message
 
 T = TypeVar("T")
+
 
 class SqlitePublisher:
     """Publishes from any thread. A publish returns when its transaction is on the disk."""
@@ -140,7 +142,7 @@ class SqliteSource(BatchSource):
 
 
 class SqliteConsumer:
-    """A worker's side of the file. Without ``consume`` it only stores results and publishes: a result store for any broker."""
+    """A worker's side of the file. One that does not ``consume`` still publishes and stores results."""
 
     source: SqliteSource
     outlet: SqliteSource
@@ -165,7 +167,11 @@ class SqliteConsumer:
         )  # fmt: skip
         self.source = self.outlet = self.source_class(self._thread)
         self._thread.start()
-        await asyncio.wrap_future(self._thread.opened)
+        try:
+            await asyncio.wrap_future(self._thread.opened)
+        except BaseException:
+            self._thread.stop()
+            raise
 
     async def consume(self, queues: Sequence[str], prefetch: int) -> None:
         """Join the file's workers and receive from the queues, which are created when missing."""

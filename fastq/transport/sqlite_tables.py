@@ -1,7 +1,7 @@
 """Every statement on the message tables: publish, claim, settle, give back. No transactions, threads or sockets.
 
-Each function runs inside a transaction of its caller. They take whole batches, because a statement costs more than a row
-and each one lets go of the interpreter's lock and has to get it back.
+Each function runs inside a transaction of its caller. They take whole batches: a statement costs more than a row, and
+each one lets go of the interpreter's lock and has to get it back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ INSERT_MESSAGE: Final = "INSERT INTO messages (queue, priority, due, props, body
 _DUE_SLICE: Final = 1000
 
 
-
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
     """A worker that has the file open."""
@@ -42,7 +41,7 @@ class WorkerInfo:
 
 
 class QueueIds:
-    """The numbers that stand for queue names in one file; ``forget`` them after a rollback, which may have undone one."""
+    """The numbers that stand for queue names in one file. ``forget`` them after a rollback: it may have undone one."""
 
     def __init__(self) -> None:
         self._ids: dict[str, int] = {}
@@ -96,8 +95,10 @@ def claim(cursor: sqlite3.Cursor, owner: int, queue: int, name: bytes, limit: in
     return rows
 
 
-def claim_fairly(cursor: sqlite3.Cursor, owner: int, queues: Sequence[tuple[int, bytes]], limit: int, turn: int) -> list[Row]:
-    """Take up to ``limit`` messages of several queues: the same share of each that has any, the rest where more is waiting."""
+def claim_fairly(
+    cursor: sqlite3.Cursor, owner: int, queues: Sequence[tuple[int, bytes]], limit: int, turn: int
+) -> list[Row]:
+    """Take up to ``limit`` messages: the same share of each queue that has any, the rest where there are more."""
     if len(queues) == 1:
         return claim(cursor, owner, *queues[0], limit)
     ids = _json(queue for queue, _ in queues)
@@ -182,7 +183,8 @@ def give_back(cursor: sqlite3.Cursor, owner: int, tags: Iterable[int]) -> None:
     """Put messages back to their old places; how often they were handed out stays counted."""
     parameters = (_json(tags), owner)
     cursor.execute(
-        "INSERT INTO ready SELECT m.queue, -m.priority, m.id, c.deliveries FROM claimed c JOIN messages m ON m.id = c.id "
+        "INSERT INTO ready SELECT m.queue, -m.priority, m.id, c.deliveries "
+        "FROM claimed c JOIN messages m ON m.id = c.id "
         "WHERE c.id IN (SELECT value FROM json_each(?1)) AND c.owner = ?2",
         parameters,
     )
@@ -192,7 +194,8 @@ def give_back(cursor: sqlite3.Cursor, owner: int, tags: Iterable[int]) -> None:
 def give_back_all(cursor: sqlite3.Cursor, owner: int) -> int:
     """Put everything that a worker holds back and return how much it was."""
     cursor.execute(
-        "INSERT INTO ready SELECT m.queue, -m.priority, m.id, c.deliveries FROM claimed c JOIN messages m ON m.id = c.id "
+        "INSERT INTO ready SELECT m.queue, -m.priority, m.id, c.deliveries "
+        "FROM claimed c JOIN messages m ON m.id = c.id "
         "WHERE c.owner = ?",
         (owner,),
     )
@@ -233,7 +236,7 @@ def _queue_id(cursor: sqlite3.Cursor, name: str) -> int | None:
 
 
 def put_worker(cursor: sqlite3.Cursor, worker: int, info: WorkerInfo) -> int:
-    """Write a worker into the file, or anew under its number, and return the number: one that no other worker ever had."""
+    """Write a worker into the file, again if it has a number, and return its number: no other worker ever had it."""
     cursor.execute(
         "INSERT OR REPLACE INTO workers (id, name, host, pid, bell, queues, started) VALUES (?, ?, ?, ?, ?, ?, ?)",
         (worker or None, info.name, info.host, info.pid, info.bell, orjson.dumps(info.queues).decode(), info.started),
@@ -249,7 +252,7 @@ def remove_worker(cursor: sqlite3.Cursor, worker: int) -> int:
 
 
 def strays(cursor: sqlite3.Cursor) -> list[int]:
-    """Return owners of claimed messages that are no workers any more: taken for dead, they went on claiming for a moment."""
+    """Return owners of claimed messages that are no workers any more: taken for dead, they went on for a moment."""
     found = cursor.execute("SELECT DISTINCT owner FROM claimed WHERE owner NOT IN (SELECT id FROM workers)")
     return [owner for (owner,) in found.fetchall()]
 

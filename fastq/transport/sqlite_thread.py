@@ -1,12 +1,13 @@
-"""The one thread of a worker that touches the SQLite file: it sleeps until something happens, then does all of it in a turn.
+"""The one thread of a worker that touches the SQLite file: it sleeps until something happens, then does it in a turn.
 
-A turn is one transaction: save results, publish follow-ups, settle, claim. So what was saved before a message was settled
-is never less durable, and under load a turn grows with what has gathered during the one before. Nothing here runs on the
-event loop; what the loop is to know goes there once per turn.
+A turn is one transaction: save results, publish follow-ups, settle, claim. So a result is never less durable than the
+verdict on its message, and under load a turn grows with what has gathered during the one before. Nothing here runs on
+the event loop; what the loop is to know goes there once per turn.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -83,11 +84,17 @@ class Outcome:
 
 
 class SqliteThread(threading.Thread):
-    """Serves one consumer, which calls ``post``, ``allow``, ``ask`` and ``stop`` on its loop's thread. ``report`` is called
-    after every turn that has something to tell, ``fail`` at most once; both on this thread."""
+    """Serves one consumer, which calls ``post``, ``allow``, ``ask`` and ``stop`` on its loop's thread.
+
+    ``report`` is called after every turn that has something to tell, ``fail`` at most once; both on this thread.
+    """
 
     def __init__(
-        self, location: Location, settings: Settings, report: Callable[[Outcome], None], fail: Callable[[Exception], None]
+        self,
+        location: Location,
+        settings: Settings,
+        report: Callable[[Outcome], None],
+        fail: Callable[[Exception], None],
     ) -> None:
         super().__init__(name="fastq-sqlite", daemon=True)
         self._location = location
@@ -107,6 +114,9 @@ class SqliteThread(threading.Thread):
         self._asleep = False
         self._stopping = False
         self._waker = Waker()
+        self._poll_waker, self._poll_all = select.poll(), select.poll()
+        for poll in (self._poll_waker, self._poll_all):
+            poll.register(self._waker, select.POLLIN)
 
         # This thread's own.
         self._connection: sqlite3.Connection
@@ -120,6 +130,8 @@ class SqliteThread(threading.Thread):
         self._work = Work()
         self._claimed = 0
         self._turns = 0
+        self._is_alone = False  # no other worker was there at the last check
+        self._is_rung = False
         self._drained = False  # the last claim got less than it wanted: only a bell or the clock brings more
         self._next_due: float | None = None
         self._missing: set[int] = set()  # workers whose bell was not there at the last check
@@ -137,7 +149,7 @@ class SqliteThread(threading.Thread):
     def post(self, work: Work) -> None:
         """Hand over a batch."""
         self._inbox.append(work)
-        # The thread says that it goes to sleep before it looks into the inbox for the last time: no batch is overlooked.
+        # The thread says that it goes to sleep before it looks into the inbox a last time: no batch is overlooked.
         if self._asleep:
             self._waker.wake()
 
@@ -166,13 +178,17 @@ class SqliteThread(threading.Thread):
 
     def run(self) -> None:
         """Open the file; then sleep and work until stopped."""
-        try:
-            self._open()
-        except BaseException as error:
-            self.opened.set_exception(error)
-        else:
-            self.opened.set_result(None)
-            self._serve()
+        # From here on neither can be cancelled by somebody who has stopped waiting for it.
+        is_awaited = self.opened.set_running_or_notify_cancel()
+        self.ended.set_running_or_notify_cancel()
+        if is_awaited:
+            try:
+                self._open()
+            except BaseException as error:
+                self.opened.set_exception(error)
+            else:
+                self.opened.set_result(None)
+                self._serve()
         self.ended.set_result(None)
         self._refuse_questions()
 
@@ -196,14 +212,15 @@ class SqliteThread(threading.Thread):
         """Join the file's workers and claim from these queues from now on. To be asked for."""
         if self._bell is None:
             self._bell = self._folder.bind(WORKER)
+            self._poll_all.register(self._bell, select.POLLIN)
         info = replace(info, bell=self._bell.name, queues=tuple(queues))
 
-        def write() -> None:
-            self._queues = [(self._queue_ids.declare(self._cursor, name), name.encode()) for name in queues]
-            self._me = tables.put_worker(self._cursor, self._me, info)
+        def write() -> tuple[int, list[tuple[int, bytes]]]:
+            ids = [(self._queue_ids.declare(self._cursor, name), name.encode()) for name in queues]
+            return tables.put_worker(self._cursor, self._me, info), ids
 
         try:
-            self._transaction(write)
+            self._me, self._queues = self._transaction(write)
             self._look_after_others()
         except sqlite3.Error as error:
             raise database.refusal(self._location.path, error) from error
@@ -236,20 +253,18 @@ class SqliteThread(threading.Thread):
             self._asleep = False
 
     def _poll(self, timeout_s: float) -> None:
-        poll = select.poll()
-        poll.register(self._waker, select.POLLIN)
-        bell = self._bell if self._wanted() and not self._failing_since else None
-        if bell is not None:
-            poll.register(bell, select.POLLIN)
-        for fd, _ in poll.poll(timeout_s * 1000):
+        hears = self._bell is not None and not self._failing_since and self._wanted() > 0
+        for fd, _ in (self._poll_all if hears else self._poll_waker).poll(timeout_s * 1000):
             if fd == self._waker.fileno():
                 self._waker.clear()
-            elif bell is not None:
-                bell.hear()
+            elif self._bell is not None:
+                self._bell.hear()
                 self._drained = False
+                self._is_rung = True
 
     def _idle_s(self) -> float:
         """Return how long nothing is to be done, as far as is known now."""
+        repeat_s = self._announcer.repeat()
         if self._stopping or self._questions:
             return 0.0
         now = time.monotonic()
@@ -265,7 +280,6 @@ class SqliteThread(threading.Thread):
                 until = min(until, now + self._next_due - time.time())
         else:
             self._drained = False  # bells are not heard now
-        repeat_s = self._announcer.repeat()
         return (until if repeat_s is None else min(until, now + repeat_s)) - now
 
     def _wanted(self) -> int:
@@ -274,6 +288,8 @@ class SqliteThread(threading.Thread):
     def _take_inbox(self) -> None:
         while self._questions:
             action, answer = self._questions.popleft()
+            if not answer.set_running_or_notify_cancel():
+                continue
             try:
                 action()
             except Exception as error:
@@ -290,11 +306,11 @@ class SqliteThread(threading.Thread):
         try:
             now = time.monotonic()
             if now >= self._next_check:
-                self._next_check = now + CHECK_EVERY_S
                 self._check()
+                self._next_check = now + CHECK_EVERY_S
             if now >= self._next_upkeep:
-                self._next_upkeep = now + UPKEEP_EVERY_S
-                self._upkeep()
+                has_more = self._upkeep()
+                self._next_upkeep = now + (UPKEEP_SLICE_S if has_more else UPKEEP_EVERY_S)
             if self._work or self._something_to_claim():
                 self._turn()
         except UNSTORABLE:
@@ -393,9 +409,12 @@ class SqliteThread(threading.Thread):
         self._drained = len(outcome.rows) < wanted
 
     def _something_to_claim(self) -> bool:
-        """Return whether a claim would find anything: looking takes no lock, and costs other workers nothing."""
+        """Return whether a claim would find anything: looking takes no lock, for which other workers may wait."""
+        is_rung, self._is_rung = self._is_rung, False
         if not self._wanted():
             return False
+        if is_rung and self._is_alone:
+            return True
         self._next_due, has_ready = tables.look(self._cursor, self._queues)
         self._drained = not has_ready and (self._next_due is None or self._next_due > time.time())
         return not self._drained
@@ -415,7 +434,7 @@ class SqliteThread(threading.Thread):
         return result
 
     def _set_full_sync(self, wanted: bool) -> None:
-        # A publish is confirmed when it is on the disk. A result or a verdict that a power cut takes only runs a task again.
+        # A publish is confirmed when it is on the disk. A verdict that a power cut takes only runs a task again.
         wanted = wanted and self._location.synchronous == "FULL"
         if wanted != self._is_full_sync:
             self._cursor.execute(f"PRAGMA synchronous={'FULL' if wanted else 'NORMAL'}")
@@ -453,12 +472,16 @@ class SqliteThread(threading.Thread):
         """Give back what dead workers hold."""
         workers = tables.all_workers(self._cursor)
         if all(worker.id != self._me for worker in workers):
-            raise ConnectionLost(f"another worker took this one for dead and gave its messages back ({self._location.path})")
+            raise ConnectionLost(
+                f"another worker took this one for dead and gave its messages back ({self._location.path})"
+            )
+        self._is_alone = len(workers) == 1
         dead = [worker for worker in workers if worker.id != self._me and self._is_dead(worker)]
         for worker in dead:
             count = self._transaction(partial(tables.remove_worker, self._cursor, worker.id))
             self._folder.unlink(worker.bell)
-            logger.warning("worker %s (pid %s) has died; %s messages are given back", worker.name, worker.pid, count)
+            level = logging.WARNING if count else logging.INFO
+            logger.log(level, "worker %s (pid %s) has died; %s messages are given back", worker.name, worker.pid, count)
         strays = tables.strays(self._cursor)
         for owner in strays:
             self._transaction(partial(tables.give_back_all, self._cursor, owner))
@@ -476,12 +499,11 @@ class SqliteThread(threading.Thread):
             self._missing.discard(worker.id)
         return not alive
 
-    def _upkeep(self) -> None:
-        """Remove what has expired or was left behind."""
+    def _upkeep(self) -> bool:
+        """Remove what has expired or was left behind; return whether there may be more."""
         self._folder.sweep()
         older_than = None if self._expires_s is None else time.time() - self._expires_s
-        if self._transaction(partial(sweep, self._cursor, self._folder, older_than)):
-            self._next_upkeep = time.monotonic() + UPKEEP_SLICE_S
+        return self._transaction(partial(sweep, self._cursor, self._folder, older_than))
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -499,10 +521,15 @@ class SqliteThread(threading.Thread):
                     self._folder.ring_workers(besides=self._bell)
                 return
             except UNSTORABLE:
+                if self._one_by_one:
+                    raise
                 self._one_by_one = True
             except sqlite3.Error as error:
                 if time.monotonic() > deadline:
-                    logger.error("%s. What this worker held is given back by another one", database.explain(self._location.path, error))
+                    logger.error(
+                        "%s. What this worker held is given back by another one",
+                        database.explain(self._location.path, error),
+                    )
                     return
                 time.sleep(FIRST_PAUSE_S)
 
@@ -511,9 +538,11 @@ class SqliteThread(threading.Thread):
         self._connection.close()
 
     def _refuse_questions(self) -> None:
-        while self._questions:
-            _, answer = self._questions.popleft()
-            answer.set_exception(ConnectionLost(f"{self._location.path} is closed"))
+        with contextlib.suppress(IndexError):  # both threads may be here
+            while True:
+                _, answer = self._questions.popleft()
+                if answer.set_running_or_notify_cancel():
+                    answer.set_exception(ConnectionLost(f"{self._location.path} is closed"))
 
 
 class Waker:

@@ -42,7 +42,12 @@ class Hooks:
         found = scan(props)
         logger.error(
             "Rejected malformed message: class=%s queue=%s task=%.100r id=%.100r headers=%d bytes body=%d bytes",
-            reason, queue.decode("utf-8", "replace"), found["task"], found["id"], len(props), len(body),
+            reason,
+            queue.decode("utf-8", "replace"),
+            found["task"],
+            found["id"],
+            len(props),
+            len(body),
         )
 
     def failure(self, kind: str, name: str, task_id: str, detail: Any) -> tuple[str, bytes | None]:
@@ -66,23 +71,27 @@ class Hooks:
 
     def unconfirmed(self, name: str, task_id: str) -> None:
         """A message that a task sent was refused by the broker: the task runs again."""
-        logger.error("A message sent by task %s[%s] reached no queue; the task is given back to run again", name, task_id)
+        logger.error("A message sent by task %s[%s] reached no queue; the task will run again", name, task_id)
 
     # --- children
 
     def child_ready(self, child: Child) -> None:
+        """A child takes calls."""
         assert self.pool is not None
         self.pool.child_ready(child)
 
     def child_full(self, child: Child) -> None:
+        """A child was given its last call."""
         assert self.pool is not None
         self.pool.child_full(child)
 
     def child_drained(self, child: Child) -> None:
+        """A child has finished its last call."""
         assert self.pool is not None
         self.pool.child_drained(child)
 
     def child_broken(self, child: Child, reason: str) -> None:
+        """A child does not make sense any more."""
         assert self.pool is not None
         logger.critical("%s; it is killed", reason)
         self.pool.child_broken(child, reason)
@@ -97,4 +106,3 @@ class Hooks:
     def child_lost(self, pid: int, reason: str) -> None:
         """A child ended that nobody had asked to."""
         logger.error("Process %r pid:%d exited with %r", "ForkPoolWorker", pid, reason)
-

@@ -17,7 +17,7 @@ import uvloop
 from fastq._core import Core, TaskOptions
 from fastq.amqp.url import mask_url
 from fastq.app import FastQ
-from fastq.errors import ConnectionLost, FastqError, SettingsError
+from fastq.errors import ConnectionLost, FastqError, RemoteProtocolError, SettingsError
 from fastq.interfaces import Consumer
 from fastq.link import BatchSource
 from fastq.pool.supervisor import Pool
@@ -52,6 +52,11 @@ class Life:
         self.app = app
         self.options = options
         self.settings: Settings = app.conf
+        broker, backend = app.conf.broker_url, app.conf.result_backend
+        assert broker is not None  # finalized settings name both
+        assert backend is not None
+        self._broker: str = broker if isinstance(broker, str) else ";".join(broker)
+        self._backend: str = backend
         self.core: Core
         self.pool: Pool
         self._zygote = zygote
@@ -88,9 +93,13 @@ class Life:
         self._stop.start(loop)
         self.core = self._make_core(loop, hooks)
         self.pool = hooks.pool = Pool(
-            loop, self.core, zygote, options.concurrency or 1,
+            loop,
+            self.core,
+            zygote,
+            options.concurrency or 1,
             keeps_spare=bool(options.max_tasks_per_child or options.max_memory_per_child),
-            on_lost=hooks.child_lost, on_fatal=self._on_fatal,
+            on_lost=hooks.child_lost,
+            on_fatal=self._on_fatal,
         )
         uninstall = install(loop, self._actions()) if handle_signals else lambda: None
         serving: asyncio.Task[None] | None = None
@@ -119,13 +128,16 @@ class Life:
         while True:
             try:
                 await self._connect()
-            except ConnectionLost as error:
+            except (ConnectionLost, RemoteProtocolError, SettingsError) as error:
+                # Settings that worked once are not what is wrong now: the broker is half up, or a proxy answers for it.
+                if isinstance(error, SettingsError) and not self._was_connected:
+                    raise
                 attempt += 1
                 await self._before_retry(attempt, time.monotonic() - lost_at, error)
                 continue
             attempt = 0
             self._was_connected = True
-            logger.info(messages.CONNECTED, mask_url(self.settings.broker_url))
+            logger.info(messages.CONNECTED, mask_url(self._broker))
             logger.info(messages.READY, {"hostname": self.options.hostname})
             if on_ready is not None:
                 on_ready()
@@ -144,15 +156,15 @@ class Life:
 
     async def _connect(self) -> None:
         settings, options = self.settings, self.options
-        consumer = open_consumer(settings.broker_url, settings, self.core)
+        consumer = open_consumer(self._broker, settings, self.core)
         consumer.name = options.hostname
         await consumer.open()
         self._consumer = consumer
         consumer.source.window = self._window()
-        await self._connect_store(consumer)
-        self.core.add_source(consumer.source)
-        self.core.set_outlet(consumer.outlet)
         try:
+            await self._connect_store(consumer)
+            self.core.add_source(consumer.source)
+            self.core.set_outlet(consumer.outlet)
             await consumer.consume(options.queues, self._window())
         except BaseException:
             await self._disconnect()
@@ -160,16 +172,17 @@ class Life:
 
     async def _connect_store(self, consumer: Consumer) -> None:
         """Say where results go: along with the replies (rpc), to the broker's own file, or to another file."""
-        backend = self.settings.result_backend
+        backend = self._backend
         if backend == "disabled" or self.core.rpc_results:
             return
-        if backend == self.settings.broker_url and isinstance(consumer.source, BatchSource):
+        if backend == self._broker and isinstance(consumer.source, BatchSource):
             self.core.set_store(consumer.source)
         elif self._store is None:
             store = open_consumer(backend, self.settings, self.core)
             await store.open()
             if not isinstance(store.source, BatchSource):
-                raise SettingsError(f"results cannot be stored at {mask_url(backend)}; known: rpc://, sqlite:///…, memory://, disabled")
+                known = "rpc://, sqlite:///…, memory://, disabled"
+                raise SettingsError(f"results cannot be stored at {mask_url(backend)}; known: {known}")
             store.source.window = 0
             self.core.set_store(store.source)
             self._store = store
@@ -193,8 +206,8 @@ class Life:
             raise ConnectionLost(f"{error}. Start the broker, or set broker_url to one that runs")
         # A restart of the broker costs no more than its own time and a little: not half a minute after it is back.
         longest = min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** min(attempt, 16), max(RESTART_RETRY_S, down_s / 4))
-        delay = random.uniform(FIRST_RETRY_S, longest)
-        logger.error(messages.CANNOT_CONNECT, mask_url(settings.broker_url), error, delay, attempt, limit or "no limit")
+        delay = random.uniform(FIRST_RETRY_S, longest)  # noqa: S311  jitter, not a secret
+        logger.error(messages.CANNOT_CONNECT, mask_url(self._broker), error, delay, attempt, limit or "no limit")
         await asyncio.sleep(delay)
 
     # --- prefetch
@@ -206,7 +219,7 @@ class Life:
         return (multiplier or 4) * (self.options.concurrency or 1)
 
     async def _adapt(self, consumer: Consumer) -> None:
-        """Widen the window while tasks are short, or while waiting ETA tasks fill it; narrow it again when they are long."""
+        """Widen the window while tasks are short or waiting ETA tasks fill it; narrow it when tasks are long."""
         base = current = self._window()
         held_for_eta = 0
         while True:
@@ -221,7 +234,10 @@ class Life:
                 # A new consumer's window counts from zero: what waits for its time does not fill it.
                 current, held_for_eta = wanted, scheduled
                 consumer.source.window = wanted + scheduled
-                await consumer.set_prefetch(wanted)
+                try:
+                    await consumer.set_prefetch(wanted)
+                except FastqError:
+                    return  # the connection has ended; ``lost`` says why
 
     # --- stopping
 
@@ -240,8 +256,12 @@ class Life:
             self._stop.ask("warm")
 
         return {
-            "warm": warm, "cold": cold, "restart": again, "dump": lambda: dump_stacks(self.pool.pids),
-            "grow": self.pool.grow, "shrink": self.pool.shrink,
+            "warm": warm,
+            "cold": cold,
+            "restart": again,
+            "dump": lambda: dump_stacks(self.pool.pids),
+            "grow": self.pool.grow,
+            "shrink": self.pool.shrink,
         }
 
     def _on_fatal(self, text: str) -> None:
@@ -261,7 +281,10 @@ class Life:
         self.core.quiet()
         if self._stop.how == "warm" and not await self._until_idle(self.options.grace_s):
             logger.warning(
-                "running tasks did not end within %s s; they are given back: %s", self.options.grace_s, self._running_names())
+                "running tasks did not end within %s s; they are given back: %s",
+                self.options.grace_s,
+                self._running_names(),
+            )
         if not self.core.is_idle:
             self.pool.kill()
             self.core.give_back_running()
@@ -273,7 +296,7 @@ class Life:
         self._stop.check()
 
     async def _until_idle(self, deadline_s: float | None) -> bool:
-        """Wait until nothing runs and everything is settled; False at the deadline or when the stop became a cold one."""
+        """Wait until all that ran is settled; False at the deadline or when the stop became a cold one."""
         idle = asyncio.Event()
         self.core.on_idle = idle.set
         if self.core.is_idle:
@@ -293,7 +316,7 @@ class Life:
 
     def _start_control(self, loop: asyncio.AbstractEventLoop) -> asyncio.Task[None] | None:
         """Answer remote control, on brokers that have it."""
-        if not mask_url(self.settings.broker_url).startswith(AMQP_SCHEMES):
+        if not mask_url(self._broker).startswith(AMQP_SCHEMES):
             return None
         from fastq.worker.control import Control
 
@@ -303,11 +326,16 @@ class Life:
         options, settings = self.options, self.settings
         reliable = bool(options.reliable)
         core = Core(
-            loop, [self._task_options(name) for name in self.app.tasks], hooks, reliable=reliable,
-            max_deliveries=settings.fastq_max_deliveries, max_child_deaths=settings.fastq_max_child_deaths,
-            max_tasks_per_child=options.max_tasks_per_child or 0, time_limit=options.time_limit or 0,
+            loop,
+            [self._task_options(name) for name in self.app.tasks],
+            hooks,
+            reliable=reliable,
+            max_deliveries=settings.fastq_max_deliveries,
+            max_child_deaths=settings.fastq_max_child_deaths,
+            max_tasks_per_child=options.max_tasks_per_child or 0,
+            time_limit=options.time_limit or 0,
             soft_time_limit=options.soft_time_limit or 0,
-            rpc_results=(settings.result_backend or "").startswith("rpc:"),
+            rpc_results=self._backend.startswith("rpc:"),
         )
         core.log_received = logger.isEnabledFor(logging.INFO)
         return core
@@ -316,9 +344,12 @@ class Life:
         task, reliable = self.app.tasks[name], bool(self.options.reliable)
         late = self.settings.task_acks_late if task.acks_late is None else task.acks_late
         return TaskOptions(
-            name, acks_late=reliable if late is None else late, requeue_lost=reliable,
+            name,
+            acks_late=reliable if late is None else late,
+            requeue_lost=reliable,
             ignore_result=bool(self.settings.task_ignore_result if task.ignore_result is None else task.ignore_result),
-            time_limit=task.time_limit or 0, soft_time_limit=task.soft_time_limit or 0,
+            time_limit=task.time_limit or 0,
+            soft_time_limit=task.soft_time_limit or 0,
         )
 
 
@@ -334,15 +365,18 @@ class Stop:
         self._error: Exception | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Belong to this loop from now on."""
         self.loop = loop
         self.cold = asyncio.Event()
         self._asked = asyncio.Event()
 
     @property
     def asked(self) -> bool:
+        """Return whether a stop was asked for."""
         return self._asked.is_set()
 
     def ask(self, how: str) -> None:
+        """Ask for a stop, "warm" or "cold"."""
         if self.how != "cold":
             self.how = how
         self._asked.set()
@@ -355,10 +389,12 @@ class Stop:
         self.ask("cold")
 
     def check(self) -> None:
+        """Raise the error that ended the worker, if one did."""
         if self._error is not None:
             raise self._error
 
     async def wait(self) -> None:
+        """Return once a stop was asked for."""
         await self._asked.wait()
 
     async def unless(self, work: Coroutine[None, None, None]) -> None:

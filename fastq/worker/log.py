@@ -27,6 +27,9 @@ LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", "FATAL")
 TASK_LOGGERS: Final = "fastq.task."
 REDIRECTED_LOGGER: Final = "fastq.redirected"
 
+#: A printed line that is longer than this many characters is logged before its end.
+_MAX_LINE: Final = 8192
+
 _COLORS: Final = {"DEBUG": "\033[34m", "WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[35m"}
 _RESET: Final = "\033[0m"
 
@@ -175,6 +178,9 @@ class StreamToLog(io.TextIOBase):
             # A failing log handler reports to sys.stderr, which is this: that must not become a record again.
             return self._original.write(text) if self._original else len(text)
         *lines, rest = (getattr(self._thread, "rest", "") + text).split("\n")
+        if len(rest) > _MAX_LINE:
+            lines.append(rest)
+            rest = ""
         self._thread.rest = rest
         self._log(lines)
         return len(text)

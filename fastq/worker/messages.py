@@ -22,20 +22,17 @@ SOFT_LIMIT: Final = "Soft time limit (%(limit)ss) exceeded for %(name)s[%(id)s]"
 HARD_LIMIT: Final = "Hard time limit (%(limit)ss) exceeded for %(name)s[%(id)s]"
 UNREGISTERED: Final = (
     "Received unregistered task of type %(name)r.\n"
-    "The message was rejected: %(id)s. Import the module that defines the task in the application, or name it with -I."
+    "The message was rejected: %(id)r. Import the module that defines the task in the application, or name it with -I."
 )
-INVALID: Final = "Received invalid task message: %(reason)s\nThe message was rejected: %(id)s."
 
 CONNECTED: Final = "Connected to %s"
 READY: Final = "%(hostname)s ready."
-CONNECTION_LOST: Final = "Connection to broker lost: %s. Trying to re-establish the connection..."
-CANNOT_CONNECT: Final = "Cannot connect to %s: %s. Trying again in %.2f seconds... (%d/%s)"
-CHILD_EXITED: Final = "Process %r pid:%d exited with %r"
+CONNECTION_LOST: Final = "consumer: Connection to broker lost: %s\nTrying to re-establish the connection..."
+CANNOT_CONNECT: Final = "consumer: Cannot connect to %s: %s\nTrying again in %.2f seconds... (%d/%s)"
 
 WARM_SHUTDOWN: Final = "worker: Warm shutdown (MainProcess)"
 COLD_SHUTDOWN: Final = "worker: Cold shutdown (MainProcess)"
 RESTART: Final = "Restarting worker (%s)"
-CTRL_C_HINT: Final = "worker: Hitting Ctrl+C again gives unfinished tasks back and stops at once."
 
 #: Celery cuts the return value in the log line at this many characters.
 MAX_RETURN_REPR: Final = 1024
@@ -92,10 +89,6 @@ class TaskLog:
     def unregistered(self, name: str, task_id: str) -> None:
         """Log, at ERROR, that a message names a task that this application does not have."""
         self._write(logging.ERROR, UNREGISTERED, {"name": name, "id": task_id})
-
-    def invalid(self, task_id: str, reason: str) -> None:
-        """Log, at ERROR, that a message could not be read as a task."""
-        self._write(logging.ERROR, INVALID, {"id": task_id, "reason": reason})
 
     def _write(self, level: int, line: str, context: Mapping[str, object]) -> None:
         self._logger.log(level, line, context, extra={"data": context})

@@ -33,6 +33,7 @@ class WorkerOptions:
     logfile: str = ""
     pidfile: str = ""
     prefetch_multiplier: int | None = None
+    adapts_prefetch: bool = True  # hold more in advance while tasks are short; not when a multiplier was asked for
     max_tasks_per_child: int | None = None
     max_memory_per_child: int | None = None  # KiB of resident memory
     time_limit: float | None = None  # seconds, as the next two
@@ -42,7 +43,6 @@ class WorkerOptions:
     include: tuple[str, ...] = ()
     purge: bool = False
     reliable: bool | None = None
-    adapts_prefetch: bool = True  # hold more in advance while tasks are short; not when a multiplier was asked for
     color: bool | None = field(default=None, compare=False)  # None: as the terminal and NO_COLOR say
     quiet: bool = field(default=False, compare=False)
 
@@ -57,7 +57,8 @@ class WorkerOptions:
     def resolved(self, settings: Settings) -> WorkerOptions:
         """Return the options with every ``None`` filled in from the settings and the queues chosen.
 
-        What is ``None`` after that has no limit."""
+        What is ``None`` after that has no limit.
+        """
         reliable = settings.fastq_reliable if self.reliable is None else self.reliable
         # Celery waits for running tasks without end; so does compat, unless somebody asked for a deadline.
         is_patient = not reliable and "fastq_grace_s" not in settings.changes()

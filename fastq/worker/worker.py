@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fastq.app import FastQ
-from fastq.pool.child import ChildMain, ChildOptions
 from fastq.pool.zygote import Zygote, start_zygote
+from fastq.worker.child import ChildMain, ChildOptions
 from fastq.worker.log import ChildLogging
 from fastq.worker.options import WorkerOptions
 

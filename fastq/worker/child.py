@@ -1,4 +1,4 @@
-"""A child: takes calls from the main process, runs them one at a time, reports how each ended. No broker sockets, no event loop.
+"""A child: takes calls from the main process, runs them one at a time, reports how each ended. No sockets, no loop.
 
 ``Runner.run`` is the straight line of a call. The only broad ``except`` of fastq is in it, around user code.
 """
@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastq.app import FastQ
 from fastq.codecs import accepted, compression
@@ -27,7 +27,6 @@ from fastq.codecs.meta import encode_meta
 from fastq.errors import (
     ContentDisallowed,
     DecodeError,
-    EncodeError,
     Ignore,
     NotRegistered,
     PublishError,
@@ -36,11 +35,11 @@ from fastq.errors import (
     SoftTimeLimitExceeded,
 )
 from fastq.interfaces import Meta, ResultStore
-from fastq.states import FAILURE, REJECTED, RETRY, STARTED, SUCCESS
 from fastq.request import Request, pop_request, push_request
 from fastq.results import open_store
+from fastq.states import FAILURE, REJECTED, RETRY, STARTED, SUCCESS
 from fastq.steps.retry import on_exception
-from fastq.task import HANDLERS, ExceptionInfo, Task
+from fastq.task import ExceptionInfo, Task
 from fastq.wire.message import Call, Message
 from fastq.wire.pipe import OUTCOME_NAMES, ChildPipe
 from fastq.worker.messages import TaskLog, retry_reason
@@ -68,7 +67,7 @@ class Malformed(DecodeError):
     """A message body that is not a task's; ``args[0]`` is the class it is counted under."""
 
 
-# --- what the task API sees of the outside -----------------------------------------------------------------------------
+# --- what the task API sees of the outside ----------------------------------------------------------------------------
 
 
 class PipePublisher:
@@ -78,6 +77,7 @@ class PipePublisher:
         self._pipe = pipe
 
     def publish(self, messages: Sequence[Message]) -> None:
+        """Hand the messages to the main process."""
         for message in messages:
             self._pipe.publish(message)
 
@@ -85,9 +85,11 @@ class PipePublisher:
         """Nothing to do: the main process declares what it publishes to."""
 
     def purge(self, queue: str) -> int:
+        """Raise PublishError: this process has no connection."""
         raise PublishError("queues cannot be purged from inside a task; use `fastq purge`")
 
     def depth(self, queue: str) -> int:
+        """Raise PublishError: this process has no connection."""
         raise PublishError("queue depths cannot be read from inside a task")
 
     def close(self) -> None:
@@ -95,7 +97,7 @@ class PipePublisher:
 
 
 class PipeStore:
-    """The child's ResultStore: states go to the main process, everything else to a store of the child's own, opened on first use."""
+    """The child's ResultStore: states go to the main process, the rest to a store of its own, opened at first use."""
 
     def __init__(self, pipe: ChildPipe, open_store: Callable[[], ResultStore]) -> None:
         self._pipe = pipe
@@ -109,24 +111,31 @@ class PipeStore:
         return self._store
 
     def reply_address(self) -> str | None:
+        """Return the own store's address."""
         return self._own.reply_address()
 
     def load(self, task_id: str) -> Meta | None:
+        """Ask the own store."""
         return self._own.load(task_id)
 
     def wait(self, task_id: str, timeout_s: float | None) -> Meta:
+        """Wait at the own store."""
         return self._own.wait(task_id, timeout_s)
 
     def watch(self, task_id: str, callback: Callable[[Meta], None]) -> None:
+        """Watch at the own store."""
         self._own.watch(task_id, callback)
 
     def save(self, task_id: str, state: str, meta: bytes) -> None:
+        """Hand the state to the main process."""
         self._pipe.state(task_id, state, meta)
 
     def forget(self, task_id: str) -> None:
+        """Forget at the own store."""
         self._own.forget(task_id)
 
     def close(self) -> None:
+        """Close the own store if it was opened."""
         if self._store is not None:
             self._store.close()
 
@@ -134,8 +143,8 @@ class PipeStore:
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
-def decode_call(call: Call, accept: frozenset[str]) -> tuple[list[Any], dict[str, Any]]:
-    """Return the arguments in a call's body. Raises Malformed naming what is wrong with it."""
+def decode_call(call: Call, accept: frozenset[str]) -> tuple[list[Any], dict[str, Any], dict[str, Any] | None]:
+    """Return the three parts of a call's body: arguments, keyword arguments, follow-ups. Raises Malformed."""
     if call.json_body:
         try:
             payload = decode_json(call.body)
@@ -149,8 +158,10 @@ def decode_call(call: Call, accept: frozenset[str]) -> tuple[list[Any], dict[str
         else:
             raise Malformed("body-shape")
     args, kwargs, embed = payload
-    if type(args) is not list and not isinstance(args, (list, tuple)):
-        raise Malformed("args")
+    if type(args) is not list:
+        if not isinstance(args, tuple):
+            raise Malformed("args")
+        args = list(args)
     if type(kwargs) is not dict:
         if kwargs is not None:
             raise Malformed("kwargs")
@@ -160,7 +171,7 @@ def decode_call(call: Call, accept: frozenset[str]) -> tuple[list[Any], dict[str
             raise Malformed("kwargs")
     if type(embed) is not dict and embed is not None:
         raise Malformed("embed")
-    return args, kwargs
+    return args, kwargs, embed
 
 
 def _decode_other(call: Call, accept: frozenset[str]) -> Any:
@@ -185,23 +196,40 @@ def _decode_other(call: Call, accept: frozenset[str]) -> Any:
         raise Malformed("body") from error
 
 
+#: A handler that the task overrides, None for one that would do nothing.
+Handler: TypeAlias = "Callable[..., None] | None"
+
+
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
 class Plan:
     """What running one task takes, looked up once: its function and which of its handlers do anything."""
 
-    __slots__ = ("after_return", "before_start", "function", "on_failure", "on_retry", "on_success", "task", "throws", "track_started")
+    __slots__ = (
+        "after_return",
+        "before_start",
+        "function",
+        "on_failure",
+        "on_retry",
+        "on_success",
+        "task",
+        "throws",
+        "track_started",
+    )
 
     def __init__(self, task: Task[..., Any], track_started: bool) -> None:
-        kind = type(task)
         self.task = task
         self.throws = task.throws
         # An overridden __call__ is the user's way to wrap the run; otherwise it would only cost a frame.
-        self.function: Callable[..., Any] = task.run if kind.__call__ is Task.__call__ else task
+        self.function: Callable[..., Any] = task.run if type(task).__call__ is Task.__call__ else task
         self.track_started = track_started if task.track_started is None else task.track_started
-        for name in HANDLERS:
-            setattr(self, name, getattr(task, name) if name in task.handlers else None)
+        own = task.handlers
+        self.before_start: Handler = task.before_start if "before_start" in own else None
+        self.on_success: Handler = task.on_success if "on_success" in own else None
+        self.on_failure: Handler = task.on_failure if "on_failure" in own else None
+        self.on_retry: Handler = task.on_retry if "on_retry" in own else None
+        self.after_return: Handler = task.after_return if "after_return" in own else None
 
 
 class Runner:
@@ -234,16 +262,20 @@ class Runner:
             self._unknown(call)
             return
         try:
-            args, kwargs = decode_call(call, self._accept)
+            args, kwargs, embed = decode_call(call, self._accept)
         except Malformed as error:
             self._pipe.finish(call, _MALFORMED, None, str(error))
             return
-        request = Request.from_call(call, args, kwargs, self._hostname)
+        request = Request.from_call(call, args, kwargs, self._hostname, embed)
         push_request(request)
         try:
             try:
                 if plan.track_started:
-                    self._pipe.state(call.id, STARTED, encode_meta(call.id, STARTED, {"pid": os.getpid(), "hostname": self._hostname}))
+                    self._pipe.state(
+                        call.id,
+                        STARTED,
+                        encode_meta(call.id, STARTED, {"pid": os.getpid(), "hostname": self._hostname}),
+                    )
                 if plan.before_start is not None:
                     plan.before_start(call.id, args, kwargs)
                 if call.soft_time_limit:
@@ -256,7 +288,7 @@ class Runner:
                         meta = call.success_meta(encode_json(value))
                     if meta is None:
                         meta = self._meta(call, request, SUCCESS, value)
-            except BaseException as error:  # noqa: BLE001  user code: whatever it raises is this call's outcome
+            except BaseException as error:
                 self._raised(plan, call, request, error)
                 return
             if plan.on_success is not None:
@@ -296,7 +328,9 @@ class Runner:
         if plan.after_return is not None:
             self._handler(plan.after_return, RETRY, reason, call.id, request.args, request.kwargs, info)
         delay = None if error.when is None else max(0.0, round(error.when - time.time(), 1))
-        self._log.retry(call.name, call.id, retry_reason(delay, None if error.exc is None else _bounded_repr(error.exc)))
+        self._log.retry(
+            call.name, call.id, retry_reason(delay, None if error.exc is None else _bounded_repr(error.exc))
+        )
         meta = self._meta(call, request, RETRY, reason, text) if call.wants_result else None
         self._pipe.finish(call, _RETRY, meta, None, self._flags())
 
@@ -357,10 +391,23 @@ class Runner:
     def _meta(self, call: Call, request: Request, state: str, value: Any, text: str | None = None) -> bytes:
         extended = None
         if self._extended:
-            extended = {"name": call.name, "args": request.args, "kwargs": request.kwargs, "worker": self._hostname,
-                        "retries": call.retries, "queue": call.routing_key}
-        return encode_meta(call.id, state, value, traceback=text, children=[child.id for child in request.spawned] if request.spawned else (), extended=extended,
-                           parent_id=request.parent_id if self._extended else None)
+            extended = {
+                "name": call.name,
+                "args": request.args,
+                "kwargs": request.kwargs,
+                "worker": self._hostname,
+                "retries": call.retries,
+                "queue": call.routing_key,
+            }
+        return encode_meta(
+            call.id,
+            state,
+            value,
+            traceback=text,
+            children=[child.id for child in request.spawned] if request.spawned else (),
+            extended=extended,
+            parent_id=request.parent_id if self._extended else None,
+        )
 
     def _flags(self) -> int:
         if self._max_memory_kib and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > self._max_memory_kib:
@@ -390,7 +437,7 @@ def _format(error: BaseException) -> str:
 
 
 class ChildMain:
-    """What the zygote calls in each child it forks. Everything that children share is prepared here, before the fork."""
+    """What the zygote calls in each child it forks. All that children share is prepared here, before the fork."""
 
     def __init__(self, app: FastQ, options: ChildOptions) -> None:
         self._app = app

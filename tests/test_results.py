@@ -1,0 +1,54 @@
+"""Finding the result store that a URL names, and the one that stores nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from fastq.errors import ResultsDisabled, SettingsError
+from fastq.results import STORES, open_store
+from fastq.results.disabled import DisabledStore
+from fastq.settings import Settings
+
+
+def test_every_store_can_be_found_but_imports_only_itself(tmp_path: object) -> None:
+    settings = Settings({"broker_url": "amqp://"})
+    settings.freeze()
+    urls = {
+        "sqlite": f"sqlite:///{tmp_path}/x.db",
+        "memory": "memory://results",
+        "disabled": "disabled",
+        "rpc": "rpc://",
+    }
+    assert urls.keys() == STORES.keys()
+    for scheme, url in urls.items():
+        store = open_store(url, settings)
+        assert type(store).__name__ == STORES[scheme].partition(":")[2]
+        store.close()
+
+
+def test_an_unknown_store_names_the_known_ones() -> None:
+    with pytest.raises(SettingsError, match=r"carrier://.*sqlite://, memory://, disabled, rpc://"):
+        open_store("carrier://pigeon:secret@coop", Settings())
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda store: store.load("some-task"),
+        lambda store: store.wait("some-task", 1.0),
+        lambda store: store.watch("some-task", print),
+        lambda store: store.save("some-task", "SUCCESS", b"{}"),
+        lambda store: store.forget("some-task"),
+    ],
+)
+def test_asking_for_a_result_that_nobody_stores_names_the_remedy(ask: Callable[[DisabledStore], object]) -> None:
+    with pytest.raises(ResultsDisabled, match=r"some-task.*backend="):
+        ask(DisabledStore())
+
+
+def test_messages_can_be_sent_without_a_store() -> None:
+    store = DisabledStore()
+    assert store.reply_address() is None  # type: ignore[func-returns-value]
+    store.close()

@@ -1,0 +1,143 @@
+"""A worker's options: ranges, names, and how they meet the settings."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from fastq.errors import SettingsError
+from fastq.settings import Settings
+from fastq.worker import options as module
+from fastq.worker.options import WorkerOptions, available_cpus, chosen_queues, expand_path, node_name
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", "fastq@host.example.org"),
+        ("w1@%h", "w1@host.example.org"),
+        ("w1@%n", "w1@host"),
+        ("w1@%d", "w1@example.org"),
+        ("w1@100%%", "w1@100%"),
+        ("w1@%%n", "w1@%n"),
+        ("w1@%x", "w1@%x"),
+        ("%n@%h", "host@host.example.org"),
+        ("other", "fastq@other"),
+        ("@other", "@other"),
+    ],
+)
+def test_a_node_name_is_expanded(given: str, expected: str) -> None:
+    assert node_name(given, "host.example.org") == expected
+
+
+def test_the_default_node_name_is_that_of_the_machine() -> None:
+    assert WorkerOptions().hostname == f"fastq@{socket.gethostname()}"
+
+
+@pytest.mark.parametrize(
+    ("path", "index", "expected"),
+    [
+        ("/run/%n.pid", 0, "/run/w1.pid"),
+        ("/log/%p%I.log", 0, "/log/w1@host.example.org.log"),
+        ("/log/%n%I.log", 3, "/log/w1-3.log"),
+        ("/log/%i/%h/%d", 0, "/log/0/host.example.org/example.org"),
+        ("/log/%i", 3, "/log/3"),
+        ("100%%", 0, "100%"),
+        ("", 0, ""),
+    ],
+)
+def test_a_path_is_expanded(path: str, index: int, expected: str) -> None:
+    assert expand_path(path, "w1@host.example.org", index) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("concurrency", 0), ("prefetch_multiplier", -1), ("max_tasks_per_child", 0), ("max_memory_per_child", 0),
+     ("time_limit", -0.1), ("soft_time_limit", -1), ("grace_s", -1)],
+)  # fmt: skip
+def test_a_number_out_of_range_names_its_option(field: str, value: float) -> None:
+    option = field.removesuffix("_s").replace("_", "-")
+    with pytest.raises(SettingsError, match=f"--{option} is {value}; it must be . or more"):
+        WorkerOptions(**{field: value})
+
+
+def test_settings_fill_in_what_was_not_asked_for() -> None:
+    settings = Settings({"worker_concurrency": 3, "task_time_limit": 9.0, "worker_max_tasks_per_child": 50})
+    full = WorkerOptions(time_limit=5.0).resolved(settings)
+    assert (full.concurrency, full.time_limit, full.soft_time_limit, full.max_tasks_per_child) == (3, 5.0, None, 50)
+    assert (full.prefetch_multiplier, full.queues, full.reliable) == (4, ("celery",), True)
+
+
+def test_the_number_of_children_is_that_of_the_processors_by_default() -> None:
+    assert WorkerOptions().resolved(Settings()).concurrency == available_cpus()
+
+
+def test_a_name_is_expanded_once() -> None:
+    assert WorkerOptions(hostname="w@%%n").resolved(Settings()).hostname == "w@%n"
+
+
+def test_a_zero_limit_overrides_the_settings() -> None:
+    assert WorkerOptions(time_limit=0).resolved(Settings({"task_time_limit": 9.0})).time_limit == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings", "expected"),
+    [
+        ({}, {}, 25.0),
+        ({"grace_s": 3.0}, {}, 3.0),
+        ({"reliable": False}, {}, None),
+        ({"reliable": False}, {"fastq_grace_s": 10.0}, 10.0),
+        ({}, {"fastq_reliable": False}, None),
+        ({"reliable": True}, {"fastq_reliable": False}, 25.0),
+    ],
+)
+def test_compat_waits_for_running_tasks_without_end_unless_told(
+    asked: dict[str, object], settings: dict[str, object], expected: float | None
+) -> None:
+    assert WorkerOptions(**asked).resolved(Settings(settings)).grace_s == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings", "expected"),
+    [(None, {}, True), (2, {}, False), (None, {"worker_prefetch_multiplier": 4}, False)],
+)
+def test_a_prefetch_that_was_asked_for_is_kept_to(
+    asked: int | None, settings: dict[str, object], expected: bool
+) -> None:
+    assert WorkerOptions(prefetch_multiplier=asked).resolved(Settings(settings)).adapts_prefetch is expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "excluded", "declared", "expected"),
+    [
+        ((), (), None, ("celery",)),
+        ((), (), ["a", "b"], ("a", "b")),
+        (("b", "a", "b"), (), ["a", "b"], ("b", "a")),
+        ((), ("a", "unknown"), ["a", "b"], ("b",)),
+        (("x",), (), ["a"], ("x",)),
+    ],
+)
+def test_queues_are_chosen_and_left_out(
+    asked: tuple[str, ...], excluded: tuple[str, ...], declared: list[str] | None, expected: tuple[str, ...]
+) -> None:
+    assert chosen_queues(asked, excluded, Settings({"task_queues": declared})) == expected
+
+
+def test_an_undeclared_queue_is_refused_where_none_is_to_be_created() -> None:
+    settings = Settings({"task_queues": ["a", "b"], "task_create_missing_queues": False})
+    assert chosen_queues(("a",), (), settings) == ("a",)
+    with pytest.raises(SettingsError, match=r"unknown queue 'c'; declared: a, b. Add it to task_queues"):
+        chosen_queues(("a", "c"), (), settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("max 100000\n", None), ("150000 100000\n", 2), ("200000 100000\n", 2), ("1000 100000\n", 1), ("odd\n", None)],
+)
+def test_the_quota_of_a_control_group_is_rounded_up(tmp_path: Path, text: str, expected: int | None) -> None:
+    file = tmp_path / "cpu.max"
+    file.write_text(text)
+    assert module._quota_cpus(str(file)) == expected
+    assert module._quota_cpus(str(tmp_path / "none")) is None
