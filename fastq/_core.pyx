@@ -357,6 +357,8 @@ cdef class Core(Sink):
         self.received += 1
         delivery.state = RECEIVED
         self.ledger[RECEIVED] += 1
+        if delivery.oversized:
+            return self.refuse(delivery, "oversized")
         if problem != FINE:
             return self.refuse(delivery, <str> PROBLEMS[problem])
         name = PyBytes_AS_STRING(delivery.props) + delivery.head.task.offset

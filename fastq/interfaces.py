@@ -91,7 +91,7 @@ class Consumer(Protocol):
         """Connect. Raises ConnectionLost (try again) or SettingsError (do not)."""
 
     async def consume(self, queues: Sequence[str], prefetch: int) -> None:
-        """Declare the queues and start to receive, at most ``prefetch`` unsettled messages at a time."""
+        """Declare the queues and start to receive, at most ``prefetch`` unsettled messages of each at a time."""
 
     async def set_prefetch(self, prefetch: int) -> None:
         """Change how many unsettled messages may be here; what waits already does not count with AMQP."""

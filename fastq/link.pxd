@@ -38,6 +38,7 @@ cdef class Delivery:
     cdef int state
     cdef int verdict
     cdef int pending            # confirmations awaited before it may be settled
+    cdef bint oversized         # above max_message_bytes: its body was not kept
     cdef bint unsafe            # a follow-up of it was refused: it must run again
     cdef bint settled           # told to the source (early acknowledgement: before it ran)
     cdef uint32_t seq
@@ -70,6 +71,9 @@ cdef class AmqpLink(Source):
     cdef public object on_method
     cdef public object on_returned
     cdef public object on_lost
+    cdef public object on_unknown_queue
+    cdef set known_queues       # where follow-ups may go
+    cdef dict held_back         # (message, owner) by queue, until the queue is known
     cdef public int consume_channel
     cdef public int publish_channel
     cdef public Py_ssize_t frame_max
@@ -93,6 +97,7 @@ cdef class AmqpLink(Source):
     cdef int content_channel
     cdef uint64_t content_tag
     cdef bint content_redelivered
+    cdef bint content_oversized
     cdef bytes content_exchange, content_routing_key, content_props, content_body
     cdef list content_parts      # of a body in several frames
     cdef object content_arguments
@@ -112,6 +117,7 @@ cdef class AmqpLink(Source):
     cdef int on_content(self) except -1
     cdef int on_confirm(self, uint64_t tag, bint multiple, bint stored) except -1
     cdef int write_acks(self) except -1
+    cdef int send_now(self, Message message, Delivery owner) except -1
     cdef int write_out(self) except -1
 
 

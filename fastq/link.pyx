@@ -91,6 +91,8 @@ cdef class AmqpLink(Source):
         self.out = Writer()
         self.acks = AckWindow()
         self.unconfirmed = {}
+        self.known_queues = set()
+        self.held_back = {}
         self.content_exchange = self.content_routing_key = b""
         self.window = 0
 
@@ -177,8 +179,18 @@ cdef class AmqpLink(Source):
     def take_unconfirmed(self) -> list[tuple[Message, object]]:
         """Return and forget what was published and never confirmed, oldest first: (Message, owner)."""
         cdef list left = [self.unconfirmed[tag] for tag in sorted(self.unconfirmed)]
+        for held in self.held_back.values():
+            left += held
         self.unconfirmed = {}
+        self.held_back = {}
         return left
+
+    def queue_known(self, str name) -> None:
+        """The queue exists: send what was held back for it, and from now on send at once."""
+        self.known_queues.add(name)
+        for message, owner in self.held_back.pop(name, ()):
+            self.send_now(<Message> message, <Delivery> owner)
+        self.flush(True)
 
     # --- bytes to deliveries
 
@@ -237,11 +249,13 @@ cdef class AmqpLink(Source):
             self.body_got += size
             if <uint64_t> self.body_got < self.body_size:
                 # Memory grows with what has really come, not with what was announced.
+                if self.content_oversized:
+                    return 0
                 if self.content_parts is None:
                     self.content_parts = []
                 self.content_parts.append(PyBytes_FromStringAndSize(<const char *> p, size))
                 return 0
-            self.content_body = PyBytes_FromStringAndSize(<const char *> p, size)
+            self.content_body = b"" if self.content_oversized else PyBytes_FromStringAndSize(<const char *> p, size)
             if self.content_parts is not None:
                 self.content_parts.append(self.content_body)
                 self.content_body = b"".join(self.content_parts)
@@ -282,9 +296,10 @@ cdef class AmqpLink(Source):
         if size < 14:
             raise RemoteProtocolError(f"content header of {size} bytes")
         self.body_size = load_u64(p + 4)
-        if self.body_size > <uint64_t> self.max_message_bytes:
-            raise RemoteProtocolError(
-                f"a message of {self.body_size} bytes is larger than fastq_max_message_bytes ({self.max_message_bytes})")
+        # Too large to be kept: its body is read past, and the core rejects it like any other message that cannot be run.
+        self.content_oversized = self.body_size > <uint64_t> self.max_message_bytes
+        if self.body_size > <uint64_t> 1 << 62:
+            raise RemoteProtocolError(f"a content header announces {self.body_size} bytes")
         self.content_props = PyBytes_FromStringAndSize(<const char *> p + 12, size - 12)
         self.content_body = None
         self.body_got = 0
@@ -311,6 +326,7 @@ cdef class AmqpLink(Source):
         delivery.props = self.content_props
         delivery.body = self.content_body
         delivery.deliveries = 2 if self.content_redelivered else 1
+        delivery.oversized = self.content_oversized
         self.content_props = self.content_body = None
         if self.sink is None or self.content_channel != self.consume_channel:
             if self.on_method is not None:
@@ -395,6 +411,19 @@ cdef class AmqpLink(Source):
     # --- publishing with confirms
 
     cdef int send(self, Message message, Delivery owner) except -1:
+        if owner is not None and message.id and not message.exchange and message.routing_key not in self.known_queues:
+            # Declaring is the cold half's: the message waits here until the queue is known.
+            held = self.held_back.get(message.routing_key)
+            if held is not None:
+                held.append((message, owner))
+                return 0
+            if self.on_unknown_queue is not None:
+                self.held_back[message.routing_key] = [(message, owner)]
+                self.on_unknown_queue(message.routing_key)
+                return 0
+        return self.send_now(message, owner)
+
+    cdef int send_now(self, Message message, Delivery owner) except -1:
         # A follow-up must reach a queue; a reply whose asker has gone may be dropped.
         put_message(self.out, <uint16_t> self.publish_channel, message, self.frame_max, owner is not None and message.id != "")
         self.publish_tag += 1

@@ -62,7 +62,7 @@ class Settings:
     task_default_delivery_mode: Literal[1, 2] = 2
     task_default_priority: int | None = None
     task_queue_max_priority: int | None = None
-    task_queues: Sequence[str] | None = None
+    task_queues: Sequence[str | Mapping[str, Any]] | Mapping[str, Any] | None = None
     task_create_missing_queues: bool = True
     task_routes: Any = None
 

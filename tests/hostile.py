@@ -57,9 +57,10 @@ def deliver(props: bytes, body: bytes, tag: int = 1, body_size: int | None = Non
 
 @dataclass
 class HostileBroker:
-    """Listens on ``port``. ``attacks`` has the bytes for each subscription in turn: what to send once it stands.
+    """Listens on ``port``. ``attacks`` has the bytes for each subscription to tasks in turn, sent once it stands.
 
-    A connection is served until the client closes it. ``replies`` replaces the answer to a method, by name, once.
+    A connection is served until the client closes it. ``replies`` replaces the answer to a method, by name, once: on
+    the connection that brings tasks, or on the next one while it is not known yet which that will be.
     """
 
     attacks: list[bytes] = field(default_factory=list)
@@ -114,37 +115,49 @@ class HostileBroker:
                 return
             self.connections += 1
             self._sockets.append(connection)
-            self._run(self._serve, connection)
+            self._run(self._serve, Peer(connection))
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, peer: Peer) -> None:
+        connection = peer.socket
         with connection, contextlib.suppress(OSError):
             reader = FrameReader()
             rest = _receive_exactly(connection, 8)
             assert rest == b"AMQP\x00\x00\x09\x01", rest
-            connection.sendall(self._reply("connection.start", method("connection.start", **START)))
+            connection.sendall(self._reply(peer, "connection.start", method("connection.start", **START)))
             while data := connection.recv(65536):
                 for kind, channel, payload in reader.feed(data):
                     if kind == FRAME_METHOD:
-                        self._answer(connection, channel, int.from_bytes(payload[:4], "big"), payload[4:])
+                        self._answer(peer, channel, int.from_bytes(payload[:4], "big"), payload[4:])
             self.closed_by_client += 1
 
-    def _answer(self, connection: socket.socket, channel: int, method_id: int, arguments: bytes) -> None:
+    def _answer(self, peer: Peer, channel: int, method_id: int, arguments: bytes) -> None:
         name, fields = decode_method(method_id, arguments)
         if name in ("basic.ack", "basic.nack", "basic.reject"):
             self.settled.append((name, fields["delivery_tag"]))
         elif name == "connection.start-ok":
-            connection.sendall(self._reply("connection.tune", method("connection.tune", **TUNE)))
+            peer.brings_tasks = fields["client_properties"]["connection_name"].startswith("fastq worker ") and (
+                "publisher" not in fields["client_properties"]["connection_name"]
+            )
+            peer.socket.sendall(self._reply(peer, "connection.tune", method("connection.tune", **TUNE)))
         elif name not in ("connection.tune-ok", "basic.publish", "connection.close-ok", "channel.close-ok"):
-            answer = self._reply(name, method(f"{name}-ok", channel, **ANSWERS.get(name, {})))
-            if name == "basic.consume":
+            answer = self._reply(peer, name, method(f"{name}-ok", channel, **ANSWERS.get(name, {})))
+            if name == "basic.consume" and peer.brings_tasks:
                 # In one piece with the answer: the worker has not heard yet that it is subscribed.
                 attack = self.attacks[self.subscriptions] if self.subscriptions < len(self.attacks) else b""
                 self.subscriptions += 1
                 answer += attack
-            connection.sendall(answer)
+            peer.socket.sendall(answer)
 
-    def _reply(self, name: str, usual: bytes) -> bytes:
-        return self.replies.pop(name, usual)
+    def _reply(self, peer: Peer, name: str, usual: bytes) -> bytes:
+        return self.replies.pop(name, usual) if peer.brings_tasks else usual
+
+
+@dataclass
+class Peer:
+    """A connection."""
+
+    socket: socket.socket
+    brings_tasks: bool = True  # until it has said what it is for
 
 
 def _receive_exactly(connection: socket.socket, size: int) -> bytes:

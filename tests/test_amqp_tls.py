@@ -52,19 +52,9 @@ class Authority:
         (folder / "ca.cnf").write_text(CA_CONFIG)
         (folder / "index.txt").touch()
         (folder / "serial").write_text("01\n")
-        self._openssl(
-            "req",
-            "-x509",
-            *self._new_key("ca"),
-            "-out",
-            "ca.pem",
-            "-days",
-            "2",
-            "-subj",
-            f"/CN={name}",
-            "-addext",
-            "keyUsage=critical,keyCertSign,cRLSign",
-        )
+        usage = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"]
+        subject = ["-days", "2", "-subj", f"/CN={name}", *usage]
+        self._openssl("req", "-x509", *self._new_key("ca"), "-out", "ca.pem", *subject)
 
     def issue(
         self, name: str, host: str = "IP:127.0.0.1,DNS:localhost", years: tuple[int, int] = (2020, 2049)

@@ -17,7 +17,7 @@ import pytest
 from fastq.wire.message import Message, encode_task, new_id
 from tests.malformed import BODY, GADGET, MIB, SECRET, Case, all_cases, headers, properties, with_number
 from tests.servers import RabbitMQ
-from tests.stage import QUEUE, Stage, until
+from tests.stage import QUEUE, Stage, open_stage, until
 from tests.workers import WorkerProcess
 
 pytestmark = pytest.mark.rabbitmq
@@ -241,5 +241,25 @@ def test_randomly_damaged_messages_harm_nobody(tmp_path: Path, monkeypatch: pyte
         until(lambda: stage.depth() <= 50, 10, "all but what has become an ETA is settled")
         assert "Traceback" not in site.worker.log()
         assert site.worker.stop() == 0
+    finally:
+        stage.close()
+
+
+@both_brokers
+def test_an_oversized_message_is_rejected_and_those_behind_it_run(
+    kind: Literal["amqp", "sqlite"], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    stage = open_stage(kind, request, tmp_path)
+    try:
+        worker = stage.start_worker("-c", "1", fastq_max_message_bytes=MIB)
+        stage.sent.append(0)
+        body = b'[[0, 0, "%s"], {}, {}]' % (b"x" * 2 * MIB)
+        stage.publish([Message("", QUEUE, properties(headers()), body)])
+        stage.wait_for(stage.send(1), 10)
+        [(_, dead)] = stage.dead_letters()
+        assert dead == body
+        assert worker.log().count(REJECTED) == 1
+        assert "Connection to broker lost" not in worker.log()
+        assert stage.ledger.started() == {1: 1}
     finally:
         stage.close()

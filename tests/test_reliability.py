@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from fastq.errors import WorkerLostError
+from fastq.wire.message import encode_task, new_id
 from tests.conftest import missing
 from tests.faults import Direction, FaultProxy
 from tests.servers import RabbitMQ, ServerMissing
@@ -175,6 +176,26 @@ def test_compat_loses_only_what_ran_when_the_worker_was_killed(stage: Stage) -> 
     verdict = stage.verdict("a worker killed -9, compat")
     assert set(verdict.lost) <= running.keys()
     assert not verdict.started_twice
+
+
+@pytest.mark.parametrize("stage", ["quorum"], indirect=True)
+def test_headers_that_fill_a_frame_survive_a_redelivery(stage: Stage) -> None:
+    """The broker counts redeliveries in a header of its own: then the frame is larger than was agreed on."""
+    good = encode_task("work", new_id(), b"[[0, 0.5], {}, {}]", ignore_result=True)
+    room = 131072 - 8 - 12 - len(good.props) - len("filler") - 6
+    stage.sent.append(0)
+    stage.publish([
+        encode_task("work", good.id, good.body, ignore_result=True, headers={"filler": "x" * room})
+    ])  # fmt: skip
+    worker = stage.start_worker("-c", "1")
+    stage.ledger.wait_for_starts(1, 10)
+    worker.kill9()
+    worker = stage.start_worker("-c", "1")
+    stage.wait_for([0], 10)
+    stage.wait_for_settled()
+    verdict = stage.verdict("headers of a whole frame")
+    assert not verdict.lost
+    assert "Connection to broker lost" not in worker.log()
 
 
 # --- the broker or the network ----------------------------------------------------------------------------------------

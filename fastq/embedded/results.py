@@ -46,10 +46,11 @@ def collect_notices(cursor: sqlite3.Cursor, results: Iterable[SaveItem]) -> Noti
             if is_client_bell(reply_to):
                 notices.setdefault(reply_to, {})[task_id] = meta
     if finished and cursor.execute("SELECT EXISTS (SELECT 1 FROM waiters)").fetchone()[0]:
-        ids = json.dumps(list(finished))
+        ids = (json.dumps(list(finished)),)
         waiting = cursor.execute(
-            "DELETE FROM waiters WHERE id IN (SELECT value FROM json_each(?)) RETURNING id, bell", (ids,)
+            "SELECT id, bell FROM waiters WHERE id IN (SELECT value FROM json_each(?))", ids
         ).fetchall()
+        cursor.execute("DELETE FROM waiters WHERE id IN (SELECT value FROM json_each(?))", ids)
         for task_id, bell in waiting:
             if task_id in finished and is_client_bell(bell):
                 notices.setdefault(bell, {})[task_id] = finished[task_id]

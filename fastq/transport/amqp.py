@@ -6,6 +6,7 @@ Deliveries, acknowledgements and confirms pass through ``fastq.link.AmqpLink`` a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -273,6 +274,7 @@ class AmqpConsumer:
         self._publishing = AmqpConnection(url, self.outlet, heartbeat_s, "worker publisher")
         self._consuming.on_cancelled = self._on_cancelled
         self.outlet.on_returned = self._on_returned
+        self.outlet.on_unknown_queue = self._on_unknown_queue
         try:
             for connection in (self._consuming, self._publishing):
                 connection.link.max_message_bytes = self._settings.fastq_max_message_bytes
@@ -348,6 +350,17 @@ class AmqpConsumer:
         logger.warning("RabbitMQ at %s has no queue for a message to %r", self._publishing.url, exchange or queue)
         if not exchange and self._topology.may_create(queue):
             self._run(self._publishing.declare(self._topology.spec(queue)))
+
+    def _on_unknown_queue(self, queue: str) -> None:
+        """A task sends to a queue for the first time: create it if we may, then let the message go."""
+        self._run(self._make_known(queue))
+
+    async def _make_known(self, queue: str) -> None:
+        if self._topology.may_create(queue):
+            # It may exist with other arguments than ours: then it is somebody else's, and good enough to send to.
+            with contextlib.suppress(SettingsError):
+                await self._publishing.declare(self._topology.spec(queue))
+        self.outlet.queue_known(queue)
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

