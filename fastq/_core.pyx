@@ -10,7 +10,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.string cimport memcmp, memcpy
 
-from fastq.link cimport ACK, DISPATCHED, FINISHED, LEDGER_STATES, RECEIVED, REJECT, REQUEUE, SETTLED, STARTED
+from fastq.link cimport ACK, DISPATCHED, FINISHED, LEDGER_STATES, RECEIVED, REJECT, REQUEUE, RETURN, SETTLED, STARTED
 from fastq.wire.message cimport FINE, Head, encode_result_properties, read_clock, scan_head
 from fastq.wire.pipe cimport (
     FLAG_RECYCLE, OUTCOME_FAILURE, OUTCOME_IGNORED, OUTCOME_MALFORMED, OUTCOME_REJECTED, OUTCOME_REQUEUE, OUTCOME_RETRY,
@@ -319,7 +319,7 @@ cdef class Core(Sink):
         if delivery.source.dead and not delivery.settled:
             self.move(delivery, SETTLED)
         elif self.stopping and not delivery.settled:
-            self.settle(delivery, REQUEUE)
+            self.settle(delivery, RETURN)
         else:
             self.move(delivery, RECEIVED)
             self.enqueue_first(delivery)
@@ -374,7 +374,7 @@ cdef class Core(Sink):
         if self.log_received:
             self.hooks.received(task.name, delivery_id(delivery))
         if self.stopping:
-            return self.settle(delivery, REQUEUE)
+            return self.settle(delivery, RETURN)
         if self.reliable and delivery.deliveries > self.max_deliveries:
             return self.fail(delivery, "deliveries", delivery.deliveries, REJECT)
         if delivery.head.expires and delivery.head.expires <= read_clock():
@@ -841,11 +841,11 @@ cdef class Core(Sink):
         each, self.waiting_first, self.waiting_last, self.waiting = self.waiting_first, None, None, 0
         while each is not None:
             following, each.next = each.next, None
-            self.settle(each, REQUEUE)
+            self.settle(each, RETURN)
             each = following
         etas, self.etas = self.etas, []
         for entry in etas:
-            self.settle(<Delivery> entry[2], REQUEUE)
+            self.settle(<Delivery> entry[2], RETURN)
         for child in self.children:
             self.take_back(<Child> child)
         self.flush(True)

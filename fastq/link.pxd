@@ -12,6 +12,7 @@ cdef enum Verdict:
     ACK = 0             # done: the broker may forget it
     REJECT = 1          # never to run again: to the dead letters, if there are any
     REQUEUE = 2         # back to the queue
+    RETURN = 3          # back to the queue as if it had never been here: it was not started
 
 
 # The ledger: each delivery is in one of these states.
@@ -58,10 +59,13 @@ cdef class Source:
     cdef readonly bint dead             # the connection is gone: verdicts have nowhere to go
     cdef public Py_ssize_t window       # deliveries that may be here unsettled; 0 = no bound
     cdef readonly Py_ssize_t held       # deliveries that are
+    cdef readonly Py_ssize_t held_bytes
+    cdef public Py_ssize_t max_held_bytes   # reading stops above this
 
     cdef int bind(self, Sink sink) except -1
     cdef int give(self, Delivery delivery) except -1
     cdef int tell(self, Delivery delivery, int verdict) except -1
+    cdef int forget(self, Delivery delivery) except -1
     cdef int send(self, Message message, Delivery owner) except -1
     cdef int flush(self, bint now) except -1
     cdef bint owes(self) noexcept
@@ -81,6 +85,7 @@ cdef class AmqpLink(Source):
     cdef readonly double received_at
     cdef readonly double sent_at
     cdef readonly object transport
+    cdef readonly bint is_paused        # nothing is read until some of what is held has been settled
     cdef object write_bytes
     cdef bytearray buffer
     cdef object view

@@ -10,6 +10,8 @@ class Source:
     dead: bool
     window: int
     held: int
+    held_bytes: int
+    max_held_bytes: int
 
 class AmqpLink(Source):
     on_method: Callable[[int, int, Any], None] | None
@@ -23,6 +25,7 @@ class AmqpLink(Source):
     received_at: float
     sent_at: float
     transport: Any
+    is_paused: bool
     def __init__(self, core: Sink | None = None) -> None: ...
     def connection_made(self, transport: Any) -> None: ...
     def connection_lost(self, exc: Exception | None) -> None: ...

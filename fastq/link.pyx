@@ -21,6 +21,7 @@ from fastq.wire.pipe cimport monotonic_ns
 from fastq.errors import ConnectionLost, LocalProtocolError, RemoteProtocolError
 
 cdef enum:
+    MAX_HELD_BYTES = 256 << 20  # reliability rules, section 6.2
     BUFFER_BYTES = 1 << 18      # two of the largest frames that are agreed on
     BATCH = 32                  # messages per read that are worth waiting for
     MODERATE_FROM = 4000        # messages a second: far above what call-and-wait clients make
@@ -47,6 +48,9 @@ cdef class Sink:
 cdef class Source:
     """Base of what brings deliveries."""
 
+    def __cinit__(self):
+        self.max_held_bytes = MAX_HELD_BYTES
+
     cdef int bind(self, Sink sink) except -1:
         self.sink = sink
         return 0
@@ -55,11 +59,17 @@ cdef class Source:
         """Hand a delivery to the sink."""
         delivery.source = self
         self.held += 1
+        self.held_bytes += PyBytes_GET_SIZE(delivery.props) + PyBytes_GET_SIZE(delivery.body)
         return self.sink.on_delivery(delivery)
 
     cdef int tell(self, Delivery delivery, int verdict) except -1:
         """Take the verdict on a delivery; the broker hears of it at the next flush."""
+        return self.forget(delivery)
+
+    cdef int forget(self, Delivery delivery) except -1:
+        """The delivery does not count as held any more."""
         self.held -= 1
+        self.held_bytes -= PyBytes_GET_SIZE(delivery.props) + PyBytes_GET_SIZE(delivery.body)
         return 0
 
     cdef int send(self, Message message, Delivery owner) except -1:
@@ -114,6 +124,9 @@ cdef class AmqpLink(Source):
             self.parse()
             if self.sink is not None:
                 self.sink.on_batch()
+            if self.held_bytes > self.max_held_bytes and not self.is_paused and not self.dead:
+                self.is_paused = True
+                self.transport.pause_reading()
             if self.arrived != before:
                 self.moderate(self.arrived - before)
         except RemoteProtocolError as error:
@@ -361,9 +374,13 @@ cdef class AmqpLink(Source):
     # --- verdicts to bytes
 
     cdef int tell(self, Delivery delivery, int verdict) except -1:
-        self.held -= 1
+        self.forget(delivery)
         if self.dead:
             return 0
+        if self.is_paused and 2 * self.held_bytes < self.max_held_bytes:
+            self.is_paused = False
+            self.received_at = monotonic_ns() * 1e-9
+            self.transport.resume_reading()
         if verdict == ACK:
             self.acks.settled(delivery.tag, True)
             if self.owed_count == 64:
@@ -371,7 +388,7 @@ cdef class AmqpLink(Source):
             self.owed[self.owed_count] = delivery.tag
             self.owed_count += 1
         else:
-            put_nack(self.out, <uint16_t> self.consume_channel, delivery.tag, verdict == REQUEUE)
+            put_nack(self.out, <uint16_t> self.consume_channel, delivery.tag, verdict != REJECT)
             self.acks.settled(delivery.tag, False)
         return 0
 
@@ -512,7 +529,7 @@ cdef class BatchSource(Source):
         self.dead = True
 
     cdef int tell(self, Delivery delivery, int verdict) except -1:
-        self.held -= 1
+        self.forget(delivery)
         if not self.dead:
             self.verdicts.append((delivery.tag, verdict))
         return 0
@@ -550,7 +567,7 @@ cdef class BatchSource(Source):
         if self.verdicts and (now or len(self.verdicts) >= 64 or 2 * len(self.verdicts) >= self.window):
             verdicts, self.verdicts = self.verdicts, []
             self.settle(verdicts)
-        if room < 0:
+        if room < 0 or self.held_bytes > self.max_held_bytes:
             room = 0
         # Ask in large steps: each request costs the other side a transaction.
         if room != self.pulled and (2 * room >= self.window or self.pulled < 0):

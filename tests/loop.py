@@ -22,7 +22,7 @@ from fastq.pool.zygote import start_zygote
 from fastq.wire.message import Message, encode_task, new_id
 from fastq.wire.pipe import ChildPipe
 
-ACK, REJECT, REQUEUE = 0, 1, 2
+ACK, REJECT, REQUEUE, RETURN = range(4)
 
 
 def stuck_in_c(seconds: float) -> None:

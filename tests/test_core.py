@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.loop import ACK, REJECT, REQUEUE, Running, run_loop
+from tests.loop import ACK, REJECT, REQUEUE, RETURN, Running, run_loop
 
 
 def test_every_delivery_runs_and_is_acknowledged_once() -> None:
@@ -239,6 +239,6 @@ def test_quiet_gives_back_what_has_not_started() -> None:
         await asyncio.sleep(0.1)
         t.core.quiet()
         await t.broker.until(lambda: t.broker.verdict(first) == ACK)
-        assert {t.broker.verdict(tag) for tag in [*rest, later]} == {REQUEUE}
+        assert {t.broker.verdict(tag) for tag in [*rest, later]} == {RETURN}
 
     run_loop(body)

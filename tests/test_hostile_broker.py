@@ -65,7 +65,7 @@ ATTACKS = [
     Attack("body-before-header", PLAIN_DELIVER + frame(FRAME_BODY, 1, b"x"), "body frame came without its header"),
     Attack("method-inside-content", PLAIN_DELIVER + PLAIN_DELIVER, "where a message's content was due"),
     Attack("short-header", PLAIN_DELIVER + frame(FRAME_HEADER, 1, bytes(11)), "content header of 11 bytes"),
-    Attack("body-of-8-EiB", PLAIN_DELIVER + header(1 << 63) + frame(FRAME_BODY, 1, FLOOD[:9]), "message of 9223372036854"),
+    Attack("body-of-8-EiB", PLAIN_DELIVER + header(1 << 63) + frame(FRAME_BODY, 1, b"x"), "message of 9223372036854"),
     Attack("body-of-minus-1", PLAIN_DELIVER + header(0xFFFFFFFFFFFFFFFF), "message of 18446744073709551615 bytes"),
     Attack("body-longer-than-said", PLAIN_DELIVER + header(2) + frame(FRAME_BODY, 1, b"xyz"), "longer than its header"),
     Attack("deliver-cut-in-tag", damaged_deliver(b"\xffabc"), "basic.deliver of 4 bytes is too short"),

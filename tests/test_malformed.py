@@ -245,11 +245,11 @@ def test_randomly_damaged_messages_harm_nobody(tmp_path: Path, monkeypatch: pyte
         stage.close()
 
 
-@both_brokers
 def test_an_oversized_message_is_rejected_and_those_behind_it_run(
-    kind: Literal["amqp", "sqlite"], request: pytest.FixtureRequest, tmp_path: Path
+    request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    stage = open_stage(kind, request, tmp_path)
+    """On SQLite its publisher refuses it."""
+    stage = open_stage("amqp", request, tmp_path)
     try:
         worker = stage.start_worker("-c", "1", fastq_max_message_bytes=MIB)
         stage.sent.append(0)
@@ -258,7 +258,7 @@ def test_an_oversized_message_is_rejected_and_those_behind_it_run(
         stage.wait_for(stage.send(1), 10)
         [(_, dead)] = stage.dead_letters()
         assert dead == body
-        assert worker.log().count(REJECTED) == 1
+        assert worker.log().count(f"{REJECTED}size ") == 1
         assert "Connection to broker lost" not in worker.log()
         assert stage.ledger.started() == {1: 1}
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
+import time
 import uuid
 from typing import Any
 
@@ -188,10 +189,12 @@ def test_random_damage_never_harms_the_scanner() -> None:
         scan(bytes(damaged[: source.randint(0, len(damaged))]))
 
 
-def test_ids_are_version_4_uuids_and_differ_in_a_forked_child() -> None:
+def test_ids_are_version_7_uuids_in_the_order_of_time_and_differ_in_a_forked_child() -> None:
     ids = [new_id() for _ in range(1000)]
     assert len(set(ids)) == 1000
-    assert all(uuid.UUID(each).version == 4 and str(uuid.UUID(each)) == each for each in ids)
+    assert all(uuid.UUID(each).version == 7 and str(uuid.UUID(each)) == each for each in ids)
+    assert [each[:13] for each in ids] == sorted(each[:13] for each in ids)
+    assert abs(int(ids[0].replace("-", "")[:12], 16) / 1000 - time.time()) < 5
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:

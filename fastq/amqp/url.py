@@ -10,7 +10,6 @@ import functools
 import logging
 import random
 import re
-import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,8 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 from fastq.errors import SettingsError
 
 if TYPE_CHECKING:
+    import ssl
+
     from fastq.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -182,13 +183,15 @@ def parse_tls(text: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def means_unchecked(value: object) -> bool:
     """Whether a ``cert_reqs`` or ``verify`` value turns the check of the broker's certificate off."""
     if isinstance(value, int):
-        return value == ssl.CERT_NONE
+        return int(value) == 0  # ssl.CERT_NONE
     return str(value).lower() in ("none", "cert_none", "ssl.cert_none", "verify_none", "0")
 
 
 @functools.lru_cache(maxsize=64)
 def tls_context(options: TlsOptions) -> ssl.SSLContext:
     """Return the context for a connection: TLS 1.2 or later, certificate and host verified. Raises SettingsError."""
+    import ssl  # not at the top: it is slow to load, and children would carry it
+
     try:
         context = ssl.create_default_context(cafile=options.ca_file)
         if options.cert_file:

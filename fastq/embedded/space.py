@@ -129,12 +129,13 @@ class Space:
         with self._lock:
             self.dead += [(held, reason) for tag in tags if (held := self._claimed.pop(tag, None))]
 
-    def give_back(self, tags: Iterable[int]) -> None:
-        """Put claimed messages back to their old places."""
+    def give_back(self, tags: Iterable[int], uncounted: int = 0) -> None:
+        """Put claimed messages back to their old places. ``uncounted``: this many of their deliveries do not count."""
         with self._lock:
             for tag in tags:
                 held = self._claimed.pop(tag, None)
                 if held is not None:
+                    held.deliveries -= uncounted
                     self._make_ready(held)
         self._notify()
 

@@ -223,7 +223,7 @@ class AmqpConnection:
         silence_s = time.monotonic() - self.link.received_at
         # After a pause of this process (stopped, suspended) the broker's bytes are still waiting to be read.
         was_paused = now - due > self._heartbeat_s
-        if silence_s > 2 * self._heartbeat_s and not was_paused:
+        if silence_s > 2 * self._heartbeat_s and not was_paused and not self.link.is_paused:
             self._fail(ConnectionLost(f"RabbitMQ at {self.url} was silent for {silence_s:.0f} s (broker_heartbeat)"))
             return
         if time.monotonic() - self.link.sent_at >= self._heartbeat_s / 2:

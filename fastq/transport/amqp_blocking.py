@@ -19,6 +19,7 @@ from fastq.amqp.tcp import lost
 from fastq.amqp.topology import Topology
 from fastq.amqp.url import Endpoints
 from fastq.errors import ConnectionLost, FastqError, PublishError, SettingsError
+from fastq.transport.limits import check_sizes
 from fastq.wire.amqp import METHODS, decode_method
 from fastq.wire.frames import publish_frames
 
@@ -115,6 +116,7 @@ class AmqpPublisher:
 
         Raises PublishError, ConnectionLost when there is no broker, SettingsError when trying again cannot help.
         """
+        check_sizes(messages, self._settings.fastq_max_message_bytes)
         with self._lock:
             connection = self._ready()
             try:

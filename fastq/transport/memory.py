@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastq.settings import Settings
     from fastq.wire.message import Message
 
-ACK, REJECT, REQUEUE = 0, 1, 2  # fastq.link's verdicts
+ACK, REJECT, REQUEUE, RETURN = range(4)  # fastq.link's verdicts
 
 
 class MemoryPublisher:
@@ -93,9 +93,10 @@ class MemorySource(BatchSource):
         """Carry out the verdicts on deliveries."""
         self._space.delete([tag for tag, verdict in batch if verdict == ACK])
         self._space.bury([tag for tag, verdict in batch if verdict == REJECT], "rejected")
-        requeued = [tag for tag, verdict in batch if verdict == REQUEUE]
-        if requeued:
-            self._space.give_back(requeued)
+        for verdict, uncounted in ((REQUEUE, 0), (RETURN, 1)):
+            tags = [tag for tag, each in batch if each == verdict]
+            if tags:
+                self._space.give_back(tags, uncounted)
 
     def save(self, batch: list[SaveItem]) -> None:
         """Store results."""

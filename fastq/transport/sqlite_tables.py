@@ -190,11 +190,11 @@ def bury(cursor: sqlite3.Cursor, owner: int, tags: Sequence[int], reason: str) -
     delete(cursor, owner, tags)
 
 
-def give_back(cursor: sqlite3.Cursor, owner: int, tags: Iterable[int]) -> None:
-    """Put messages back to their old places; how often they were handed out stays counted."""
+def give_back(cursor: sqlite3.Cursor, owner: int, tags: Iterable[int], uncounted: int = 0) -> None:
+    """Put messages back to their old places. ``uncounted``: this many of the times they were handed out do not count."""
     parameters = (_json(tags), owner)
     cursor.execute(
-        "INSERT INTO ready SELECT m.queue, -m.priority, m.id, c.deliveries "
+        f"INSERT INTO ready SELECT m.queue, -m.priority, m.id, c.deliveries - {uncounted:d} "  # noqa: S608  a number
         "FROM claimed c JOIN messages m ON m.id = c.id "
         "WHERE c.id IN (SELECT value FROM json_each(?1)) AND c.owner = ?2",
         parameters,

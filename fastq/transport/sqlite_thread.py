@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-ACK, REJECT, REQUEUE = 0, 1, 2  # fastq.link's verdicts
+ACK, REJECT, REQUEUE, RETURN = range(4)  # fastq.link's verdicts
 
 CHECK_EVERY_S: Final = 1.0  # specified: what a dead worker held runs again within 5 s
 FIRST_UPKEEP_S: Final = 5.0
@@ -402,11 +402,12 @@ class SqliteThread(threading.Thread):
         rejected = [tag for tag, verdict in verdicts if verdict == REJECT]
         if rejected:
             tables.bury(cursor, me, rejected, "rejected")
-        requeued = [tag for tag, verdict in verdicts if verdict == REQUEUE]
-        if requeued:
-            tables.give_back(cursor, me, requeued)
-            outcome.rings = True
-            self._drained = False
+        for verdict, uncounted in ((REQUEUE, 0), (RETURN, 1)):
+            tags = [tag for tag, each in verdicts if each == verdict]
+            if tags:
+                tables.give_back(cursor, me, tags, uncounted)
+                outcome.rings = True
+                self._drained = False
 
     def _claim(self, wanted: int, outcome: Outcome) -> None:
         cursor = self._cursor

@@ -431,8 +431,12 @@ os.register_at_fork(after_in_child=_forget_random)
 
 
 def new_id() -> str:
-    """Return a random UUID (version 4) as text. The system is asked once for 256 of them."""
+    """Return a new UUID as text: version 7, so that ids made one after the other sort so (stores keep them in fewer pages).
+
+    The system is asked for random bytes once for 256 of them.
+    """
     global random_left
+    cdef uint64_t now_ms = <uint64_t> (read_clock() * 1000)
     cdef bytes fresh
     cdef uint8_t *p
     cdef char text[36]
@@ -443,7 +447,9 @@ def new_id() -> str:
         random_left = sizeof(random_pool)
     random_left -= 16
     p = random_pool + random_left
-    p[6] = (p[6] & 0x0F) | 0x40
+    for i in range(6):
+        p[i] = <uint8_t> ((now_ms >> (40 - 8 * i)) & 0xFF)
+    p[6] = (p[6] & 0x0F) | 0x70
     p[8] = (p[8] & 0x3F) | 0x80
     for i in range(16):
         if i == 4 or i == 6 or i == 8 or i == 10:

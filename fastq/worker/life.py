@@ -34,6 +34,7 @@ logger = logging.getLogger("fastq.worker")
 
 FIRST_RETRY_S = 0.1  # reliability rules, section 6.2: 0.1 s to 30 s with full jitter
 LAST_RETRY_S = 30.0
+FLAP_S = 1.0
 RESTART_RETRY_S = 2.0  # reliability goals, scenario 9: consuming again within 2 s after the broker's port opens
 CANCEL_S = 5.0
 COLD_S = 2.0
@@ -124,7 +125,7 @@ class Life:
 
     async def _serve(self, on_ready: Callable[[], None] | None) -> None:
         """Stay connected: connect, consume, and start again when the connection is lost."""
-        attempt, lost_at = 0, time.monotonic()
+        attempt, flaps, lost_at = 0, 0, time.monotonic()
         while True:
             try:
                 await self._connect()
@@ -135,7 +136,7 @@ class Life:
                 attempt += 1
                 await self._before_retry(attempt, time.monotonic() - lost_at, error)
                 continue
-            attempt = 0
+            attempt, connected_at = 0, time.monotonic()
             self._was_connected = True
             logger.info(messages.CONNECTED, mask_url(self._broker))
             logger.info(messages.READY, {"hostname": self.options.hostname})
@@ -153,6 +154,10 @@ class Life:
             lost_at = time.monotonic()
             logger.warning(messages.CONNECTION_LOST, reason)
             await self._disconnect()
+            # A connection that ends as soon as it stands is not made again in a tight loop.
+            flaps = flaps + 1 if lost_at - connected_at < FLAP_S else 0
+            if flaps > 1:
+                await asyncio.sleep(random.uniform(FIRST_RETRY_S, min(FLAP_S, FIRST_RETRY_S * 2 ** min(flaps, 16))))
 
     async def _connect(self) -> None:
         settings, options = self.settings, self.options
@@ -186,6 +191,14 @@ class Life:
             store.source.window = 0
             self.core.set_store(store.source)
             self._store = store
+        if self._store is not None:
+            # Without its store the worker cannot settle anything: connect both anew.
+            self._store.lost.add_done_callback(lambda lost: self._lose_store(consumer, lost))
+
+    def _lose_store(self, consumer: Consumer, lost: asyncio.Future[Exception]) -> None:
+        self._store = None
+        if not lost.cancelled() and not consumer.lost.done():
+            consumer.lost.set_result(lost.result())
 
     async def _disconnect(self) -> None:
         consumer, self._consumer = self._consumer, None
