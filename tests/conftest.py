@@ -17,6 +17,17 @@ from tests.servers import RabbitMQ, Redis, ServerMissing
 from tests.workers import WorkerProcess
 
 
+# What depends on the interpreter most: the compiled parts and the task API.
+SMOKE_FILES = ("test_wire_", "test_core", "test_app", "test_task", "test_memory")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the files of the smoke test."""
+    for item in items:
+        if item.path.name.startswith(SMOKE_FILES):
+            item.add_marker(pytest.mark.smoke)
+
+
 def missing(error: ServerMissing) -> None:
     """Skip on a developer's machine, fail in CI."""
     if os.environ.get("CI") == "true":

@@ -27,7 +27,10 @@ BROKERS: Final = {
 
 def open_publisher(url: str, settings: Settings) -> Publisher:
     """Return a publisher to the broker that a URL names; it connects at its first use. Raises SettingsError."""
-    publisher: Publisher = _find(url, 0)(url, settings)
+    make = _find(url, 0)
+    if settings.broker_transport_options.get("confirm_publish") == "behind" and make.__name__ == "AmqpPublisher":
+        from fastq.transport.amqp_behind import BehindPublisher as make  # noqa: N813
+    publisher: Publisher = make(url, settings)
     return publisher
 
 

@@ -191,7 +191,7 @@ def bury(cursor: sqlite3.Cursor, owner: int, tags: Sequence[int], reason: str) -
 
 
 def give_back(cursor: sqlite3.Cursor, owner: int, tags: Iterable[int], uncounted: int = 0) -> None:
-    """Put messages back to their old places. ``uncounted``: this many of the times they were handed out do not count."""
+    """Put messages back to their old places; ``uncounted`` of the times they were handed out do not count."""
     parameters = (_json(tags), owner)
     cursor.execute(
         f"INSERT INTO ready SELECT m.queue, -m.priority, m.id, c.deliveries - {uncounted:d} "  # noqa: S608  a number

@@ -157,7 +157,8 @@ class Life:
             # A connection that ends as soon as it stands is not made again in a tight loop.
             flaps = flaps + 1 if lost_at - connected_at < FLAP_S else 0
             if flaps > 1:
-                await asyncio.sleep(random.uniform(FIRST_RETRY_S, min(FLAP_S, FIRST_RETRY_S * 2 ** min(flaps, 16))))
+                longest = min(FLAP_S, FIRST_RETRY_S * 2 ** min(flaps, 16))
+                await asyncio.sleep(random.uniform(FIRST_RETRY_S, longest))  # noqa: S311  jitter, not a secret
 
     async def _connect(self) -> None:
         settings, options = self.settings, self.options

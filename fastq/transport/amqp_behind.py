@@ -1,0 +1,202 @@
+"""Publishing to RabbitMQ with the confirm collected behind the caller's back: ``confirm_publish="behind"``.
+
+A publish returns once the message is with the kernel. Each message is kept until the broker has confirmed it, and sent
+again on a new connection when the old one is lost, so a crash of the broker or of the connection loses nothing; only a
+crash of this process in that moment can. What the broker refuses is logged, as nobody waits for it any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fastq.amqp.connection import BlockingConnection
+from fastq.amqp.tcp import lost
+from fastq.errors import ConnectionLost, FastqError
+from fastq.transport.amqp_blocking import BASIC_ACK, BASIC_NACK, BASIC_RETURN, CHANNEL, WINDOW, AmqpPublisher
+from fastq.transport.limits import check_sizes
+from fastq.wire.amqp import decode_method
+from fastq.wire.frames import publish_frames
+
+if TYPE_CHECKING:
+    from fastq.settings import Settings
+    from fastq.wire.message import Message
+
+logger = logging.getLogger(__name__)
+
+COLLECT_EVERY = 64  # messages between two looks at what has been confirmed, while they follow each other
+LOOK_EVERY_S = 0.25  # how soon a broker that went away after the last message is noticed
+
+
+class BehindPublisher(AmqpPublisher):
+    """An AmqpPublisher that does not wait for confirms but for room: at most WINDOW messages are unconfirmed."""
+
+    def __init__(self, url: str | Sequence[str], settings: Settings) -> None:
+        super().__init__(url, settings)
+        self._unconfirmed: dict[int, Message] = {}  # by delivery tag, in the order of sending
+        self._uncollected = 0
+        self._oldest_at = 0.0
+        self._watcher: threading.Thread | None = None
+        self._wake = threading.Event()
+
+    def publish(self, messages: Sequence[Message]) -> None:
+        """Return when the messages are on their way; errors of the connection are raised, later ones are logged."""
+        check_sizes(messages, self._settings.fastq_max_message_bytes)
+        with self._lock:
+            self._uncollected += len(messages)
+            if self._uncollected >= COLLECT_EVERY:
+                self._collect()
+            try:
+                self._send(messages)
+            except FastqError:
+                # The caller hears of these: they are its own to send again.
+                told = {id(message) for message in messages}
+                self._unconfirmed = {tag: kept for tag, kept in self._unconfirmed.items() if id(kept) not in told}
+                raise
+            finally:
+                self._watch()
+
+    def flush(self, timeout_s: float | None = None) -> int:
+        """Wait until everything is confirmed and return how many messages are not, 0 when all is well."""
+        with self._lock:
+            self._settle(0, self._timeout_s if timeout_s is None else timeout_s)
+            return len(self._unconfirmed)
+
+    def close(self) -> None:
+        """Wait for the confirms, at most ``fastq_publish_timeout``, and close the connection."""
+        left = self.flush()
+        if left:
+            logger.error("closed with %d unconfirmed message(s) to %r: %s", left, self, self._some_ids())
+        super().close()
+
+    def close_at_exit(self) -> None:
+        """Close unless a thread is still publishing."""
+        if self._lock.acquire(timeout=0.2):
+            self._lock.release()
+            self.close()
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: the parent keeps what it has sent."""
+        super().forget_after_fork()
+        self._unconfirmed = {}
+        self._uncollected = 0
+        self._watcher = None
+        self._wake = threading.Event()
+
+    # --- with the lock held
+
+    def _send(self, messages: Sequence[Message]) -> None:
+        connection = self._connection or self._reconnect()
+        for message in messages:
+            if not message.exchange and message.routing_key not in connection.declared:
+                self._declare_missing(connection, message.routing_key)
+        self._transmit(connection, messages)
+        if len(self._unconfirmed) > WINDOW:
+            self._settle(WINDOW // 2, self._timeout_s)
+
+    def _transmit(self, connection: BlockingConnection, messages: Sequence[Message]) -> None:
+        frames = b"".join([publish_frames(CHANNEL, message, connection.frame_max, True) for message in messages])
+        if not self._unconfirmed:
+            self._oldest_at = time.monotonic()
+        for message in messages:
+            connection.published += 1
+            self._unconfirmed[connection.published] = message
+        try:
+            if (sent := connection.send(frames)) != len(frames):
+                connection.transmit(frames[sent:])
+        except (OSError, ValueError, ConnectionLost) as error:
+            cause = error if isinstance(error, ConnectionLost) else lost(connection.url, error, "publishing")
+            logger.warning("%s; what is not confirmed is sent again", cause)
+            self._drop()
+            self._reconnect()
+
+    def _reconnect(self) -> BlockingConnection:
+        """Open a connection and send everything again that is not confirmed."""
+        connection = self._connect()
+        again, self._unconfirmed = list(self._unconfirmed.values()), {}
+        if again:
+            for queue in {message.routing_key for message in again if not message.exchange}:
+                self._declare_missing(connection, queue)
+            for start in range(0, len(again), WINDOW):
+                self._transmit(connection, again[start : start + WINDOW])
+        return connection
+
+    def _collect(self) -> None:
+        """Take the confirms that have come; never waits."""
+        self._uncollected = 0
+        connection = self._connection
+        if connection is None:
+            return
+        try:
+            connection.refresh()
+            for event in connection.take_events():
+                self._take(connection, event.method_id, event.arguments)
+        except FastqError as error:
+            logger.warning("%s; what is not confirmed is sent again", error)
+            self._drop()
+
+    def _settle(self, left: int, timeout_s: float) -> None:
+        """Wait until at most ``left`` messages are unconfirmed, through reconnects, or the time is over."""
+        deadline = time.monotonic() + timeout_s
+        while len(self._unconfirmed) > left and time.monotonic() < deadline:
+            try:
+                connection = self._connection or self._reconnect()
+                event = connection.next_event(min(deadline, time.monotonic() + LOOK_EVERY_S))
+                if event is not None:
+                    self._take(connection, event.method_id, event.arguments)
+            except FastqError as error:
+                logger.warning("%s; what is not confirmed is sent again", error)
+                self._drop()
+                time.sleep(min(LOOK_EVERY_S, max(0.0, deadline - time.monotonic())))
+
+    def _take(self, connection: BlockingConnection, method_id: int, arguments: bytes) -> None:
+        if method_id in (BASIC_ACK, BASIC_NACK):
+            _, fields = decode_method(method_id, arguments)
+            tag = fields["delivery_tag"]
+            done = [each for each in self._unconfirmed if each <= tag] if fields["multiple"] else [tag]
+            for each in done:
+                message = self._unconfirmed.pop(each, None)
+                if message is not None and method_id == BASIC_NACK:
+                    logger.error(
+                        "RabbitMQ at %s refused task %s: its queue is full or has failed", connection.url, message.id
+                    )
+            self._oldest_at = time.monotonic()
+        elif method_id == BASIC_RETURN:
+            _, fields = decode_method(method_id, arguments)
+            connection.declared.discard(fields["routing_key"])
+            logger.error(
+                "RabbitMQ at %s has no queue %r: a message to it is lost", connection.url, fields["routing_key"]
+            )
+
+    def _some_ids(self) -> str:
+        return ", ".join(message.id for message in list(self._unconfirmed.values())[:5])
+
+    # --- the watcher
+
+    def _watch(self) -> None:
+        """See to it that somebody looks after the last message, too."""
+        if self._watcher is None:
+            self._watcher = threading.Thread(target=self._look, name="fastq-confirms", daemon=True)
+            self._watcher.start()
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def _look(self) -> None:
+        while True:
+            self._wake.wait()
+            time.sleep(LOOK_EVERY_S)
+            with self._lock:
+                self._collect()
+                if self._connection is None and self._unconfirmed:
+                    try:
+                        self._reconnect()
+                    except FastqError as error:
+                        logger.warning("%d message(s) wait for a connection: %s", len(self._unconfirmed), error)
+                elif self._unconfirmed and time.monotonic() - self._oldest_at > self._timeout_s:
+                    logger.warning("RabbitMQ has not confirmed %d message(s); connecting anew", len(self._unconfirmed))
+                    self._drop()
+                if not self._unconfirmed:
+                    self._wake.clear()

@@ -1,0 +1,88 @@
+"""Confirms collected behind the caller's back: nothing waits, nothing is lost when the connection is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import pytest
+
+from fastq.errors import FastqError
+from fastq.settings import Settings
+from fastq.transport import open_publisher
+from fastq.transport.amqp_behind import WINDOW, BehindPublisher
+from fastq.transport.amqp_blocking import AmqpPublisher
+from fastq.wire.message import Message, encode_task, new_id
+from tests.faults import FaultProxy
+
+BEHIND = {"broker_transport_options": {"confirm_publish": "behind"}}
+
+
+def message(queue: str = "behind") -> Message:
+    return encode_task("t", new_id(), b"[[],{},{}]", routing_key=queue)
+
+
+@pytest.fixture
+def publisher(amqp_url: str) -> Iterator[BehindPublisher]:
+    opened = open_publisher(amqp_url, Settings(BEHIND))
+    assert isinstance(opened, BehindPublisher)
+    yield opened
+    opened.close()
+
+
+def test_every_message_is_stored_and_confirmed(publisher: BehindPublisher) -> None:
+    for _ in range(3 * WINDOW):
+        publisher.publish([message()])
+    assert publisher.flush() == 0
+    assert publisher.depth("behind") == 3 * WINDOW
+
+
+def test_what_was_not_confirmed_when_the_connection_was_cut_is_sent_again(amqp_url: str) -> None:
+    parts = urlsplit(amqp_url)
+    with FaultProxy(parts.hostname or "", parts.port or 0) as proxy:
+        through = proxy.url(amqp_url)
+        publisher = BehindPublisher(through, Settings(BEHIND))
+        direct = AmqpPublisher(amqp_url, Settings())
+        publisher.publish([message()])
+        assert publisher.flush() == 0
+        proxy.stall()
+        publisher.publish([message() for _ in range(20)])
+        assert direct.depth("behind") == 1
+        proxy.cut()
+        proxy.resume()
+        # Nobody calls the publisher again: its watcher notices.
+        deadline = time.monotonic() + 10
+        while direct.depth("behind") < 21 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert direct.depth("behind") == 21
+        assert publisher.flush() == 0
+        publisher.close()
+        direct.close()
+
+
+def test_a_broker_that_is_away_is_the_callers_error_and_is_not_tried_again_behind_its_back(amqp_url: str) -> None:
+    parts = urlsplit(amqp_url)
+    with FaultProxy(parts.hostname or "", parts.port or 0) as proxy:
+        through = proxy.url(amqp_url)
+    publisher = BehindPublisher(through, Settings(BEHIND))
+    with pytest.raises(FastqError):
+        publisher.publish([message()])
+    assert publisher.flush(0) == 0
+
+
+def test_a_script_that_ends_at_once_has_its_messages_confirmed(amqp_url: str) -> None:
+    script = (
+        "from fastq import FastQ\n"
+        f"app = FastQ('s', broker={amqp_url!r}, broker_transport_options={{'confirm_publish': 'behind'}})\n"
+        "for _ in range(100): app.send_task('t', queue='behind')\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, timeout=30, env={**os.environ, "PYTHONPATH": os.getcwd()}
+    )
+    direct = AmqpPublisher(amqp_url, Settings())
+    assert direct.depth("behind") == 100
+    direct.close()
