@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from bench.measure import SystemCalls, cpu_of, frozen, pss_bytes, tree_of
 from bench.run import TASK_TIMEOUT_S, Bench, Broker, Figures, Run
-from bench.systems import CELERY, DRAMATIQ, FASTQ, HUEY, HUEY_FSYNC, System
+from bench.systems import CELERY, DRAMATIQ, FASTQ, FASTQ_BEHIND, HUEY, HUEY_FSYNC, System
 
 ROUND_TRIPS = 300
 SETTLE_S = 0.3  # the last acks are still on their way when the last task has been counted
@@ -153,7 +153,7 @@ def system_calls(system: System, broker: Broker) -> Entrant:
     """Return how many system calls the worker's tree makes for one task, from a full queue."""
 
     def measure(bench: Bench, plan: Plan) -> Figures:
-        tasks = int((plan.fast_tasks if system is FASTQ else plan.tasks) * TRACED_SHARE)
+        tasks = plan.fast_tasks if system is FASTQ else int(plan.tasks * TRACED_SHARE)
         with bench.run(system, broker, results=False) as run, contextlib.ExitStack() as stack:
             worker = stack.enter_context(run.worker())
             run.warm_up()
@@ -305,6 +305,7 @@ METRICS: tuple[Metric, ...] = (
         "amqp",
         (
             round_trip(FASTQ, "amqp"),
+            round_trip(FASTQ_BEHIND, "amqp"),
             round_trip(CELERY, "amqp"),
             round_trip(DRAMATIQ, "amqp"),
             Entrant("floor", floor_round_trip),
@@ -324,6 +325,7 @@ METRICS: tuple[Metric, ...] = (
         "amqp",
         (
             publish(FASTQ, "amqp"),
+            publish(FASTQ_BEHIND, "amqp"),
             publish(FASTQ, "amqp", "batch"),
             publish(CELERY, "amqp"),
             publish(DRAMATIQ, "amqp"),

@@ -52,6 +52,7 @@ def huey_worker(children: int, recycle: int | None) -> list[str]:
 
 
 FASTQ = System("fastq", "fastq_app", "fastq", fastq_worker)
+FASTQ_BEHIND = System("fastq, confirms behind", "fastq_app", "fastq", fastq_worker, (("BENCH_CONFIRM", "behind"),))
 CELERY = System("celery", "celery_app", "celery", celery_worker)
 DRAMATIQ = System(
     "dramatiq", "dramatiq_app", "dramatiq", dramatiq_worker, (("dramatiq_queue_prefetch", str(PREFETCH)),)

@@ -16,7 +16,6 @@ from tests.faults import FaultProxy
 from tests.servers import RabbitMQ, Redis, ServerMissing
 from tests.workers import WorkerProcess
 
-
 # What depends on the interpreter most: the compiled parts and the task API.
 SMOKE_FILES = ("test_wire_", "test_core", "test_app", "test_task", "test_memory")
 

@@ -42,7 +42,7 @@ class Stage:
         self.ledger = Ledger(folder / "ledger.bin")
         self.sent: list[int] = []
         self.settings: dict[str, Any] = {"task_default_queue_type": "quorum"} if kind == "quorum" else {}
-        self._workers: list[WorkerProcess] = []
+        self.workers: list[WorkerProcess] = []
         self.client = FastQ("client", broker=url, backend=self.backend, **self.settings)
         if rabbitmq is not None:
             self._dead_letter_policy(rabbitmq)
@@ -54,7 +54,7 @@ class Stage:
 
     def close(self) -> None:
         """Kill what still runs and close the client's connections."""
-        for worker in self._workers:
+        for worker in self.workers:
             worker.kill9()
         self.client.close()
 
@@ -73,7 +73,7 @@ class Stage:
         self, *arguments: str, url: str | None = None, await_ready: bool = True, **settings: Any
     ) -> WorkerProcess:
         """Return a worker that is ready; ``url`` is its own way to the broker."""
-        folder = self.folder / f"worker{len(self._workers) + 1}"
+        folder = self.folder / f"worker{len(self.workers) + 1}"
         folder.mkdir()
         worker = WorkerProcess(
             folder,
@@ -82,7 +82,7 @@ class Stage:
             env=self.environment(url, **settings),
             await_ready=await_ready,
         )
-        self._workers.append(worker)
+        self.workers.append(worker)
         return worker.start()
 
     # -- messages
@@ -136,7 +136,7 @@ class Stage:
             timeout_s,
             lambda: TimeoutError(
                 f"{len(wanted - self.ledger.done().keys())} of {len(wanted)} tasks not done after {timeout_s} s\n"
-                + "\n".join(f"--- {worker.log_file}\n{worker.log()[-4000:]}" for worker in self._workers)
+                + "\n".join(f"--- {worker.log_file}\n{worker.log()[-4000:]}" for worker in self.workers)
             ),
         )
 

@@ -258,7 +258,7 @@ def test_an_oversized_message_is_rejected_and_those_behind_it_run(
         stage.wait_for(stage.send(1), 10)
         [(_, dead)] = stage.dead_letters()
         assert dead == body
-        assert worker.log().count(f"{REJECTED}size ") == 1
+        assert worker.log().count(f"{REJECTED}oversized ") == 1
         assert "Connection to broker lost" not in worker.log()
         assert stage.ledger.started() == {1: 1}
     finally:

@@ -215,28 +215,40 @@ def own_rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["amqp", "quorum"])
-def test_a_broker_that_restarts_in_the_middle_loses_nothing(kind: str, own_rabbitmq: RabbitMQ, tmp_path: Path) -> None:
-    stage = Stage(kind, own_rabbitmq.url(own_rabbitmq.new_vhost()), tmp_path, own_rabbitmq)  # type: ignore[arg-type]
+def test_a_broker_that_restarts_in_the_middle_loses_nothing(own_rabbitmq: RabbitMQ, tmp_path: Path) -> None:
+    """One restart for both kinds of queue: it takes 10 seconds."""
+    stages: list[Stage] = []
     try:
-        worker = stage.start_worker("-c", "2")
-        numbers = stage.send(600, "work", 0.01)
-        stage.ledger.wait_for_done(60, 15)
+        for kind in ("amqp", "quorum"):
+            folder = tmp_path / kind
+            folder.mkdir()
+            stage = Stage(kind, own_rabbitmq.url(own_rabbitmq.new_vhost()), folder, own_rabbitmq)  # type: ignore[arg-type]
+            stages.append(stage)
+            stage.start_worker("-c", "1")
+            stage.send(300, "work", 0.01)
+        for stage in stages:
+            stage.ledger.wait_for_done(60, 15)
         own_rabbitmq.stop()
-        in_flight = len(stage.ledger.started())
+        for stage in stages:
+            assert len(stage.ledger.started()) < 300
         own_rabbitmq.start_again()
-        port_open_at = time.time()
-        stage.wait_for(numbers, 30)
-        stage.wait_for_settled(10)
-        verdict = stage.verdict("RabbitMQ restarted in the middle")
-        first = min(entry.at_unix for entry in stage.ledger.entries()[in_flight:] if entry.at_unix > port_open_at)
-        print(f"the first task ran {first - port_open_at:.2f} s after the broker answered")
-        assert not verdict.lost
-        assert len(verdict.started_twice) <= 2 + UNFLUSHED
-        assert "Connection to broker lost" in worker.log()
-        assert worker.stop() == 0
+        answers_at = time.time()
+        for stage in stages:
+            stage.wait_for(stage.sent, 30)
+            stage.wait_for_settled(10)
+            verdict = stage.verdict("RabbitMQ restarted in the middle")
+            first = min(entry.at_unix for entry in stage.ledger.entries() if entry.at_unix > answers_at)
+            print(f"the first task ran {first - answers_at:.2f} s after the broker answered")
+            assert not verdict.lost
+            assert len(verdict.started_twice) <= 1 + UNFLUSHED
+            # The goal is 2 s after its port opens; a quorum queue elects its leader first, and this machine is shared.
+            assert first - answers_at < 6
+            worker = stage.workers[0]
+            assert "Connection to broker lost" in worker.log()
+            assert worker.stop() == 0
     finally:
-        stage.close()
+        for stage in stages:
+            stage.close()
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +61,9 @@ def test_a_stop_in_a_burst_of_short_tasks_loses_nothing(stage: Stage) -> None:
     for stop in range(1, 4):
         stage.ledger.wait_for_done(stop * 400, 15)
         assert worker.stop(10) == 0
+        # Nothing is taken in again once it was given back.
+        received = Counter(re.findall(r"Task work\[(\S+)\] received", worker.log()))
+        assert max(received.values()) == 1
         worker = stage.start_worker("-c", "2")
     stage.wait_for(stage.sent, 30)
     stage.wait_for_settled()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastq.errors import SoftTimeLimitExceeded, TimeLimitExceeded
-from tests.stage import Stage, open_stage
+from tests.stage import Stage, open_stage, until
 
 pytestmark = pytest.mark.rabbitmq
 
@@ -30,6 +30,7 @@ def started_at(stage: Stage, number: int) -> float:
 @pytest.mark.parametrize(("mode", "call"), [("--reliable", "read"), ("--compat", "read"), ("--reliable", "usleep")])
 def test_the_hard_limit_ends_a_child_that_is_stuck_in_c(stage: Stage, mode: str, call: str) -> None:
     worker = stage.start_worker("-c", "1", mode)
+    children = worker.children()
     result = stage.call("stuck_in_c", call, time_limit=1)
     good = stage.call("work")
     with pytest.raises(TimeLimitExceeded) as raised:
@@ -41,10 +42,10 @@ def test_the_hard_limit_ends_a_child_that_is_stuck_in_c(stage: Stage, mode: str,
     assert 1.0 <= took <= 1.0 + MARGIN_S
     assert good.get(timeout=10) == 1
     log = worker.log()
-    assert f"Hard time limit (1.0s) exceeded for stuck_in_c[{result.id}]" in log
+    limit = log.find(f"Hard time limit (1.0s) exceeded for stuck_in_c[{result.id}]")
     # Where it was stuck: the child's own stack, written although the interpreter's lock was never free.
-    limit, dump, end = (log.find(text) for text in ("Hard time limit", "in stuck_in_c", "exited with 'signal 9"))
-    assert -1 < limit < dump < end, log[-3000:]
+    assert -1 < limit < log.find(" in stuck_in_c\n"), log[-3000:]
+    until(lambda: worker.children() not in (children, []), 5, "another child is there")
     # It has ended for good: not run again, not lost.
     stage.wait_for_settled()
     assert stage.ledger.started() == {0: 1, 1: 1}

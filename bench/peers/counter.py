@@ -24,10 +24,16 @@ class Counter:
         finally:
             os.close(descriptor)
         self._slots = memoryview(self._memory).cast("Q")
+        self._choose_slot()
+        # Asked once per process and not per task: the system calls of a task are what is measured.
+        os.register_at_fork(after_in_child=self._choose_slot)
+
+    def _choose_slot(self) -> None:
+        self._slot = os.getpid() % SLOTS
 
     def add(self) -> None:
         """Count one completion in this process."""
-        self._slots[os.getpid() % SLOTS] += 1
+        self._slots[self._slot] += 1
 
     def total(self) -> int:
         """Return how many completions all processes have counted."""

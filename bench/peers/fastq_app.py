@@ -8,7 +8,13 @@ from bench.peers.counter import open_counter
 from fastq import FastQ
 
 BACKEND = os.environ.get("BENCH_BACKEND", "disabled")
-app = FastQ("bench", broker=os.environ["BENCH_BROKER"], backend=BACKEND)
+CONFIRM = os.environ.get("BENCH_CONFIRM", True)  # True: each send waits for its confirm
+app = FastQ(
+    "bench",
+    broker=os.environ["BENCH_BROKER"],
+    backend=BACKEND,
+    broker_transport_options={"confirm_publish": CONFIRM},
+)
 counter = open_counter()
 
 
