@@ -98,6 +98,15 @@ digest() { sha256sum "$@" | sha256sum | cut -c1-32; }
 
 sources() { find fastq \( -name '*.pyx' -o -name '*.pxd' -o -name '*.h' \) | LC_ALL=C sort; }
 
+# has_modules PYTHON : whether every compiled module is there for this Python.
+has_modules() {
+  "$1" - <<'P'
+import pathlib, sys, sysconfig
+suffix = sysconfig.get_config_var("EXT_SUFFIX")
+sys.exit(any(not path.with_name(path.stem + suffix).exists() for path in pathlib.Path("fastq").rglob("*.pyx")))
+P
+}
+
 is_current() { [ -f "$1" ] && [ "$(cat "$1")" = "$2" ]; }
 
 # make_environment FOLDER PYTHON EXTRAS : a virtual environment with fastq, built in place, and the named extras.
@@ -116,7 +125,7 @@ make_environment() {
     step "build and install fastq${extras:+ with $extras}" \
       "$folder/bin/python" -m pip install --quiet --no-build-isolation --editable ".${extras:+[$extras]}"
     printf '%s' "$wanted_packages" >"$folder/fastq-packages"
-  elif ! is_current "$folder/fastq-build" "$wanted_build"; then
+  elif ! is_current "$folder/fastq-build" "$wanted_build" || ! has_modules "$folder/bin/python"; then
     step "build what has changed" "$folder/bin/python" setup.py build_ext --inplace
   fi
   printf '%s' "$wanted_build" >"$folder/fastq-build"

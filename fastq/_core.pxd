@@ -19,7 +19,6 @@ cdef class TaskOptions:
     cdef readonly bint acks_late
     cdef readonly bint ignore_result
     cdef readonly bint requeue_lost         # run again when the child died
-    cdef readonly bint acks_on_failure
     cdef readonly double time_limit         # 0 = none
     cdef readonly double soft_time_limit
     cdef readonly double run_ns             # moving average of the run time; -1 before the first run

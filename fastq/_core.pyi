@@ -21,7 +21,6 @@ class TaskOptions:
     acks_late: bool
     ignore_result: bool
     requeue_lost: bool
-    acks_on_failure: bool
     time_limit: float
     soft_time_limit: float
     run_ns: float
@@ -33,7 +32,6 @@ class TaskOptions:
         acks_late: bool = True,
         ignore_result: bool = False,
         requeue_lost: bool = True,
-        acks_on_failure: bool = True,
         time_limit: float = 0,
         soft_time_limit: float = 0,
     ) -> None: ...

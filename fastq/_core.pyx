@@ -13,8 +13,8 @@ from libc.string cimport memcmp, memcpy
 from fastq.link cimport ACK, DISPATCHED, FINISHED, LEDGER_STATES, RECEIVED, REJECT, REQUEUE, RETURN, SETTLED, STARTED
 from fastq.wire.message cimport FINE, Head, encode_result_properties, read_clock, scan_head
 from fastq.wire.pipe cimport (
-    FLAG_RECYCLE, OUTCOME_FAILURE, OUTCOME_IGNORED, OUTCOME_MALFORMED, OUTCOME_REJECTED, OUTCOME_REQUEUE, OUTCOME_RETRY,
-    OUTCOME_RETURNED, OUTCOME_SUCCESS, OUTCOME_UNKNOWN, RECORD_CALL, RECORD_OUTCOME, RECORD_PUBLISH, RECORD_READY, RECORD_STATE,
+    FLAG_RECYCLE, OUTCOME_MALFORMED, OUTCOME_REJECTED, OUTCOME_REQUEUE,
+    OUTCOME_RETURNED, OUTCOME_UNKNOWN, RECORD_CALL, RECORD_OUTCOME, RECORD_PUBLISH, RECORD_READY, RECORD_STATE,
     RECORD_STOP, CallRecord, OutcomeRecord, PublishRecord, StateRecord, load32, load64s, monotonic_ns, store32)
 
 from heapq import heappop, heappush
@@ -41,14 +41,13 @@ _STATES = ("SUCCESS", "FAILURE", "RETRY", "IGNORED", "REJECTED", "REJECTED", "RE
 cdef class TaskOptions:
     """What the main process knows of a task: its name and how its calls are to be treated. Limits in seconds, 0 = none."""
 
-    def __init__(self, str name, *, bint acks_late=True, bint ignore_result=False, bint requeue_lost=True, bint acks_on_failure=True,
+    def __init__(self, str name, *, bint acks_late=True, bint ignore_result=False, bint requeue_lost=True,
                  double time_limit=0, double soft_time_limit=0):
         self.name = name
         self.key = name.encode()
         self.acks_late = acks_late
         self.ignore_result = ignore_result
         self.requeue_lost = requeue_lost
-        self.acks_on_failure = acks_on_failure
         self.time_limit = time_limit
         self.soft_time_limit = soft_time_limit
         self.run_ns = -1
@@ -169,7 +168,9 @@ cdef class Child:
         record.seq = self.next
         record.deliveries = <uint32_t> delivery.deliveries
         record.time_limit = self.core.limit_of(delivery)
-        record.soft_time_limit = delivery.head.soft_time_limit or task.soft_time_limit or self.core.soft_time_limit
+        record.soft_time_limit = delivery.head.soft_time_limit
+        if record.soft_time_limit < 0:
+            record.soft_time_limit = task.soft_time_limit or self.core.soft_time_limit
         record.exchange_size = <uint16_t> PyBytes_GET_SIZE(delivery.exchange)
         record.routing_key_size = <uint16_t> PyBytes_GET_SIZE(delivery.routing_key)
         record.props_size = <uint32_t> PyBytes_GET_SIZE(delivery.props)
@@ -316,6 +317,8 @@ cdef class Core(Sink):
 
     cdef int release(self, Delivery delivery) except -1:
         """A call that did not start is to be run by another child, or goes back to its broker."""
+        if delivery.state == SETTLED:
+            return 0
         if delivery.source.dead and not delivery.settled:
             self.move(delivery, SETTLED)
         elif self.stopping and not delivery.settled:
@@ -328,7 +331,8 @@ cdef class Core(Sink):
     cdef int lost(self, Delivery delivery, Child child, str reason) except -1:
         """The child died while it ran this call."""
         cdef TaskOptions task = <TaskOptions> delivery.options
-        cdef int verdict
+        if delivery.state == SETTLED:
+            return 0    # given back already, as the worker is stopping
         if child.killed_for:
             return self.fail(delivery, "time-limit", child.killed_for, ACK)
         if delivery.settled or not task.requeue_lost:
@@ -399,7 +403,7 @@ cdef class Core(Sink):
             self.refused[kind] = self.refused.get(kind, 0) + 1
         self.move(delivery, FINISHED)
         delivery.verdict = verdict
-        if meta is not None and (delivery.options is None or self.wants_result(delivery)):
+        if meta is not None and self.wants_result(delivery):
             self.save(delivery, state, meta, True)
         return self.conclude(delivery)
 
@@ -481,13 +485,18 @@ cdef class Core(Sink):
         cdef bint ignored
         if self.store is None and (not self.rpc_results or delivery.head.reply_to.length == 0):
             return False
-        ignored = (<TaskOptions> delivery.options).ignore_result
+        ignored = False
+        if delivery.options is not None:
+            ignored = (<TaskOptions> delivery.options).ignore_result
         if delivery.head.ignore_result >= 0:
             ignored = delivery.head.ignore_result
         return not ignored
 
     cdef double limit_of(self, Delivery delivery) except -1:
-        return delivery.head.time_limit or (<TaskOptions> delivery.options).time_limit or self.time_limit
+        # What the message says wins, 0 (no limit) included.
+        if delivery.head.time_limit >= 0:
+            return delivery.head.time_limit
+        return (<TaskOptions> delivery.options).time_limit or self.time_limit
 
     cdef int started(self, Child child) except -1:
         """The oldest call a child holds starts now. Early acknowledgement happens here."""
@@ -584,8 +593,6 @@ cdef class Core(Sink):
             delivery.verdict = REJECT
         elif record.state == OUTCOME_REQUEUE:
             delivery.verdict = REQUEUE
-        elif record.state == OUTCOME_FAILURE and not task.acks_on_failure:
-            delivery.verdict = REJECT
         if meta is not None:
             self.save(delivery, <str> _STATES[record.state], meta, True)
         return self.conclude(delivery)

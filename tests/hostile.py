@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastq.wire.amqp import METHODS, decode_method, encode_method
-from fastq.wire.frames import FrameReader, method_frame
+from fastq.wire.frames import PROTOCOL_HEADER, FrameReader, method_frame
 
 FRAME_METHOD, FRAME_HEADER, FRAME_BODY = 1, 2, 3
 TIMEOUT_S = 20.0
@@ -69,7 +69,7 @@ class HostileBroker:
     subscriptions: int = 0
     connections: int = 0
     settled: list[tuple[str, int]] = field(default_factory=list)
-    closed_by_client: int = 0
+    ended: int = 0
     _listener: socket.socket | None = None
     _threads: list[threading.Thread] = field(default_factory=list)
     _sockets: list[socket.socket] = field(default_factory=list)
@@ -118,17 +118,19 @@ class HostileBroker:
             self._run(self._serve, Peer(connection))
 
     def _serve(self, peer: Peer) -> None:
-        connection = peer.socket
-        with connection, contextlib.suppress(OSError):
-            reader = FrameReader()
-            rest = _receive_exactly(connection, 8)
-            assert rest == b"AMQP\x00\x00\x09\x01", rest
-            connection.sendall(self._reply(peer, "connection.start", method("connection.start", **START)))
-            while data := connection.recv(65536):
-                for kind, channel, payload in reader.feed(data):
-                    if kind == FRAME_METHOD:
-                        self._answer(peer, channel, int.from_bytes(payload[:4], "big"), payload[4:])
-            self.closed_by_client += 1
+        with peer.socket, contextlib.suppress(OSError):
+            self._talk(peer)
+        self.ended += 1
+
+    def _talk(self, peer: Peer) -> None:
+        reader = FrameReader()
+        greeting = _receive_exactly(peer.socket, 8)
+        assert greeting == PROTOCOL_HEADER, greeting
+        peer.socket.sendall(self._reply(peer, "connection.start", method("connection.start", **START)))
+        while data := peer.socket.recv(65536):
+            for kind, channel, payload in reader.feed(data):
+                if kind == FRAME_METHOD:
+                    self._answer(peer, channel, int.from_bytes(payload[:4], "big"), payload[4:])
 
     def _answer(self, peer: Peer, channel: int, method_id: int, arguments: bytes) -> None:
         name, fields = decode_method(method_id, arguments)

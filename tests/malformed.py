@@ -55,7 +55,7 @@ ABSENT = object()
 def headers(**changes: Any) -> dict[str, Any]:
     """Return the headers of a good message with these changed; ABSENT leaves one out."""
     task_id = new_id()
-    good = {
+    good: dict[str, Any] = {
         "lang": "py",
         "task": "work",
         "id": task_id,

@@ -65,8 +65,8 @@ ATTACKS = [
     Attack("body-before-header", PLAIN_DELIVER + frame(FRAME_BODY, 1, b"x"), "body frame came without its header"),
     Attack("method-inside-content", PLAIN_DELIVER + PLAIN_DELIVER, "where a message's content was due"),
     Attack("short-header", PLAIN_DELIVER + frame(FRAME_HEADER, 1, bytes(11)), "content header of 11 bytes"),
-    Attack("body-of-8-EiB", PLAIN_DELIVER + header(1 << 63) + frame(FRAME_BODY, 1, b"x"), "message of 9223372036854"),
-    Attack("body-of-minus-1", PLAIN_DELIVER + header(0xFFFFFFFFFFFFFFFF), "message of 18446744073709551615 bytes"),
+    Attack("body-of-8-EiB", PLAIN_DELIVER + header(1 << 63) + frame(FRAME_BODY, 1, b"x"), "announces 9223372036854"),
+    Attack("body-of-minus-1", PLAIN_DELIVER + header(0xFFFFFFFFFFFFFFFF), "announces 18446744073709551615 bytes"),
     Attack("body-longer-than-said", PLAIN_DELIVER + header(2) + frame(FRAME_BODY, 1, b"xyz"), "longer than its header"),
     Attack("deliver-cut-in-tag", damaged_deliver(b"\xffabc"), "basic.deliver of 4 bytes is too short"),
     Attack("deliver-empty", damaged_deliver(b""), "basic.deliver of 0 bytes is too short"),
@@ -143,7 +143,7 @@ def test_the_worker_survives_every_attack_and_comes_back(start: Callable[..., Ta
     assert target.ledger.done() == {len(attacks): 1}
     assert "Traceback" not in log
     # What was opened was closed: three connections are left, for tasks, publishing and control.
-    until(lambda: target.broker.closed_by_client == target.broker.connections - 3, 5, "the worker closed the others")
+    until(lambda: target.broker.ended == target.broker.connections - 3, 5, "the worker closed the others")
     assert worker.stop(10) == 0
 
 

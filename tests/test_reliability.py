@@ -128,7 +128,7 @@ def test_a_poison_task_runs_three_times_and_goes_to_the_dead_letters(stage: Stag
 
 @every_broker
 def test_a_worker_killed_with_its_whole_tree_loses_nothing(stage: Stage) -> None:
-    total, kills, concurrency = 1500, 3, 2
+    total, kills, concurrency = 1200, 3, 2
     worker = stage.start_worker("-c", str(concurrency))
     numbers = stage.send(total, "work", 0.002)
     recovery_s = []
@@ -165,8 +165,8 @@ def test_children_do_not_outlive_a_killed_parent(stage: Stage) -> None:
 @every_broker
 def test_compat_loses_only_what_ran_when_the_worker_was_killed(stage: Stage) -> None:
     worker = stage.start_worker("-c", "2", "--compat")
-    stage.send(60, "work", 0.12)
-    stage.ledger.wait_for_done(10, 15)
+    stage.send(30, "work", 0.12)
+    stage.ledger.wait_for_done(6, 15)
     until(is_settled_at(stage), 5, "a moment between two starts")
     worker.kill9()
     running = stage.ledger.running()
@@ -222,7 +222,7 @@ def test_a_broker_that_restarts_in_the_middle_loses_nothing(own_rabbitmq: Rabbit
         for kind in ("amqp", "quorum"):
             folder = tmp_path / kind
             folder.mkdir()
-            stage = Stage(kind, own_rabbitmq.url(own_rabbitmq.new_vhost()), folder, own_rabbitmq)  # type: ignore[arg-type]
+            stage = Stage(kind, own_rabbitmq.url(own_rabbitmq.new_vhost()), folder, own_rabbitmq)
             stages.append(stage)
             stage.start_worker("-c", "1")
             stage.send(300, "work", 0.01)
@@ -266,7 +266,7 @@ def test_cut_connections_lose_nothing(stage: Stage, proxy: FaultProxy) -> None:
     for cut in range(1, cuts + 1):
         stage.ledger.wait_for_done(cut * 150, 20)
         seen = proxy.connections
-        assert proxy.cut() == 2
+        assert proxy.cut() >= 2  # for tasks and for publishing
         until(lambda: proxy.connections >= seen + 2, 10, "the worker has connected again")  # noqa: B023
     stage.wait_for(numbers, 20)
     stage.wait_for_settled()

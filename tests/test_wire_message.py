@@ -120,7 +120,7 @@ def test_the_scanner_reads_what_librabbitmq_wrote() -> None:
     assert (found["problem"], found["task"], found["id"], found["delivery_count"]) == ("retries", "t", "i", 5)
     headers["retries"] = 2
     found = scan(amqp.encode_properties({"headers": headers, "reply_to": "r", "priority": 3}))
-    assert (found["problem"], found["time_limit"], found["soft_time_limit"]) == ("fine", 0, 7)
+    assert (found["problem"], found["time_limit"], found["soft_time_limit"]) == ("fine", -1, 7)
 
 
 def test_both_encoders_of_properties_agree() -> None:

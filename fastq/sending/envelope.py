@@ -16,6 +16,7 @@ from datetime import datetime, timezone, tzinfo
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fastq import codecs
+from fastq.amqp.topology import named_options
 from fastq.codecs import compression
 from fastq.codecs._walk import short_repr
 from fastq.errors import SettingsError
@@ -253,7 +254,7 @@ class Envelopes:
         """Return the queue's name. Raises SettingsError when ``task_queues`` lists all there are, without it."""
         settings = self._settings
         if not settings.task_create_missing_queues:
-            known = {settings.task_default_queue, *(settings.task_queues or ())}
+            known = {settings.task_default_queue, *(name for name, _ in named_options(settings.task_queues))}
             if queue not in known:
                 raise SettingsError(
                     f"unknown queue {queue!r}; declared: {', '.join(sorted(known))}. "

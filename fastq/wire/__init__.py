@@ -1,1 +1,1 @@
-"""Bytes to values and back, compiled. No sockets, no clock."""
+"""Bytes to values and back, compiled. No connections; only the pipe between processes makes system calls of its own."""

@@ -30,7 +30,7 @@ cdef struct Head:
     Span correlation_id
     double eta              # unix seconds, 0 = none
     double expires          # unix seconds, 0 = none
-    double time_limit       # seconds, 0 = none given
+    double time_limit       # seconds, 0 = no limit, -1 = not said
     double soft_time_limit
     int64_t retries
     int64_t delivery_count  # RabbitMQ's count on quorum queues: former deliveries, 0 = first

@@ -230,7 +230,7 @@ cdef int read_limits(const uint8_t *p, Py_ssize_t size, Head *head) noexcept nog
     cdef Py_ssize_t at = 0, taken
     cdef int count = 0
     cdef uint8_t kind
-    limits[0] = limits[1] = 0
+    limits[0] = limits[1] = -1
     while at < size:
         kind = p[at]
         at += 1
@@ -337,6 +337,7 @@ cdef int scan_head(const uint8_t *props, Py_ssize_t size, Head *head) noexcept n
     cdef int problem = FINE, bit
     memset(head, 0, sizeof(Head))
     head.ignore_result = -1
+    head.time_limit = head.soft_time_limit = -1
     if size < 2:
         return BAD_PROPERTIES
     flags = load_u16(props)

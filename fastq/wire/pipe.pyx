@@ -399,10 +399,6 @@ cdef class ChildPipe:
         self.write(&record, sizeof(OutcomeRecord))
         self.noted(True)
 
-    def has_more(self) -> bool:
-        """Whether another call has arrived already."""
-        return self.end - self.start >= 4
-
 
 cdef bint is_plain_json(const uint8_t *props, Py_ssize_t size) noexcept nogil:
     """Whether the properties begin with content type application/json and encoding utf-8, as nearly all do."""

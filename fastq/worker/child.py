@@ -8,8 +8,6 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-import random
-import resource
 import signal
 import sys
 import time
@@ -35,6 +33,7 @@ from fastq.errors import (
     SoftTimeLimitExceeded,
 )
 from fastq.interfaces import Meta, ResultStore
+from fastq.pool.process import set_name
 from fastq.request import Request, pop_request, push_request
 from fastq.results import open_store
 from fastq.states import FAILURE, REJECTED, RETRY, STARTED, SUCCESS
@@ -169,8 +168,12 @@ def decode_call(call: Call, accept: frozenset[str]) -> tuple[list[Any], dict[str
     for name in kwargs:
         if type(name) is not str:
             raise Malformed("kwargs")
-    if type(embed) is not dict and embed is not None:
-        raise Malformed("embed")
+    if embed is not None:
+        if type(embed) is not dict:
+            raise Malformed("embed")
+        # To run the task and forget what is to follow it would lose work without a word.
+        if any(embed.values()):
+            raise Malformed("follow-ups")
     return args, kwargs, embed
 
 
@@ -410,9 +413,11 @@ class Runner:
         )
 
     def _flags(self) -> int:
-        if self._max_memory_kib and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > self._max_memory_kib:
-            return _RECYCLE
-        return 0
+        if not self._max_memory_kib:
+            return 0
+        from psutil import Process  # only those who set a limit pay for it
+
+        return _RECYCLE if Process().memory_info().rss > self._max_memory_kib * 1024 else 0
 
     def _runtime(self, call: Call) -> float:
         return time.monotonic() - call.started_s
@@ -449,7 +454,7 @@ class ChildMain:
         app = self._app
         pipe = ChildPipe(sock, shared)
         os.close(shared)
-        random.seed()
+        set_name(b"fastq-child")
         faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2, all_threads=True, chain=False)
         if self._options.setup is not None:
             self._options.setup(slot + 1 if slot >= 0 else os.getpid())

@@ -40,6 +40,7 @@ CANCEL_S = 5.0
 COLD_S = 2.0
 UNBOUNDED_WINDOW = 4096  # what "no prefetch limit" means for brokers that are asked for messages
 MAX_WINDOW = 1024
+MAX_SCHEDULED = 100_000  # reliability rules, section 6.2: beyond this the broker keeps what waits for its time
 ADAPT_EVERY_S = 0.2
 AMQP_SCHEMES = ("amqp:", "amqps:", "pyamqp:", "librabbitmq:")
 #: Work to hold in advance while tasks are short: hides the acks' way to the broker and back many times over.
@@ -244,7 +245,7 @@ class Life:
                 per_child = min(MAX_WINDOW, WINDOW_NS / max(self.core.run_ns, 1.0))
                 wanted = max(base, min(MAX_WINDOW, int(per_child * (self.options.concurrency or 1))))
             grown = scheduled - held_for_eta >= current // 2 > 0
-            if grown or wanted >= 2 * current or wanted * 4 <= current:
+            if (grown and scheduled < MAX_SCHEDULED) or wanted >= 2 * current or wanted * 4 <= current:
                 # A new consumer's window counts from zero: what waits for its time does not fill it.
                 current, held_for_eta = wanted, scheduled
                 consumer.source.window = wanted + scheduled
