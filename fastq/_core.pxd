@@ -46,6 +46,8 @@ cdef class Child:
     cdef readonly bint retiring
     cdef readonly bint gone
     cdef readonly double killed_for         # the hard limit it was killed for, 0 = none
+    cdef uint32_t killed_seq                # the call that ran past it
+    cdef bint answered                      # what it says from here on comes too late
     cdef int write_call(self, Delivery delivery, bint wants_result) except -1
     cdef int flush(self) except -1
     cdef Delivery running(self)

@@ -5,13 +5,12 @@ Everything happens on the event loop's thread. Per message nothing leaves compil
 for what is rare: refusals, failures that are recorded here, a child that must be killed or replaced.
 """
 
-cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.string cimport memcmp, memcpy
 
 from fastq.link cimport ACK, DISPATCHED, FINISHED, LEDGER_STATES, RECEIVED, REJECT, REQUEUE, RETURN, SETTLED, STARTED
-from fastq.wire.message cimport FINE, Head, encode_result_properties, read_clock, scan_head
+from fastq.wire.message cimport FINE, Head, encode_result_properties, is_utf8, read_clock, scan_head
 from fastq.wire.pipe cimport (
     FLAG_RECYCLE, OUTCOME_MALFORMED, OUTCOME_REJECTED, OUTCOME_REQUEUE,
     OUTCOME_RETURNED, OUTCOME_UNKNOWN, RECORD_CALL, RECORD_OUTCOME, RECORD_PUBLISH, RECORD_READY, RECORD_STATE,
@@ -19,7 +18,7 @@ from fastq.wire.pipe cimport (
 
 from heapq import heappop, heappush
 
-from fastq.errors import LocalProtocolError
+from fastq.errors import EncodeError, LocalProtocolError
 from fastq.wire.message import PROBLEMS
 
 cdef enum:
@@ -130,8 +129,10 @@ cdef class Child:
         self.flush()
 
     def kill_for(self, double limit) -> None:
-        """Note that the process is being killed because a call ran past its hard limit."""
+        """Note that the process is being killed because the call that runs is past its hard limit; it starts no other."""
         self.killed_for = limit
+        self.killed_seq = load32(&self.reader.shared.started)
+        store32(&self.reader.shared.limit, self.killed_seq)
         self.retire()
 
     @property
@@ -300,7 +301,7 @@ cdef class Core(Sink):
         child.accepting = False
         if child in self.children:
             self.children.remove(child)
-        started = load32(&child.reader.shared.started)
+        started = child.killed_seq if child.killed_for else load32(&child.reader.shared.started)
         for seq in range(child.first, child.next):
             delivery = <Delivery> child.sent[seq & (SENT_SLOTS - 1)]
             child.sent[seq & (SENT_SLOTS - 1)] = None
@@ -365,6 +366,10 @@ cdef class Core(Sink):
             return self.refuse(delivery, "oversized")
         if problem != FINE:
             return self.refuse(delivery, <str> PROBLEMS[problem])
+        if delivery.head.reply_to.length and not is_utf8(
+                <const uint8_t *> PyBytes_AS_STRING(delivery.props) + delivery.head.reply_to.offset, delivery.head.reply_to.length):
+            # Nobody can be listening there.
+            delivery.head.reply_to.length = 0
         name = PyBytes_AS_STRING(delivery.props) + delivery.head.task.offset
         size = delivery.head.task.length
         if task is None or PyBytes_GET_SIZE(task.key) != size or memcmp(PyBytes_AS_STRING(task.key), name, size) != 0:
@@ -552,6 +557,12 @@ cdef class Core(Sink):
             raise LocalProtocolError(f"child {child.pid} answered call {record.seq}, call {child.first} was due")
         if <Py_ssize_t> (sizeof(OutcomeRecord) + record.meta_size) > size:
             raise LocalProtocolError("outcome record is cut short")
+        if child.killed_for and record.seq == child.killed_seq:
+            # Its time was up. What it still says (the stack dump may have interrupted what it waited in) comes too late;
+            # it is decided when the process has ended.
+            child.answered = True
+        if child.answered:
+            return 0
         delivery = <Delivery> child.sent[record.seq & (SENT_SLOTS - 1)]
         child.sent[record.seq & (SENT_SLOTS - 1)] = None
         child.first += 1
@@ -674,7 +685,12 @@ cdef class Core(Sink):
         if self.outlet is None:
             self.backlog.append((message, owner))
             return 0
-        return self.outlet.send(message, owner)
+        try:
+            return self.outlet.send(message, owner)
+        except EncodeError as error:
+            self.hooks.unsendable(message.id, message.routing_key, str(error))
+        # Running the task again would not help: the message stays what it is.
+        return 0 if owner is None else self.on_confirmed(owner, True)
 
     cdef int on_confirmed(self, Delivery delivery, bint stored) except -1:
         """A result or a follow-up of this delivery is safe, or the broker refused it."""
@@ -744,7 +760,6 @@ cdef class Core(Sink):
         """Set the timer for the next thing that only time brings."""
         cdef double delay = 0, now
         cdef Child child
-        cdef Delivery running
         for each in self.sources:
             if (<Source> each).owes():
                 delay = TICK_S

@@ -124,8 +124,8 @@ class HostileBroker:
 
     def _talk(self, peer: Peer) -> None:
         reader = FrameReader()
-        greeting = _receive_exactly(peer.socket, 8)
-        assert greeting == PROTOCOL_HEADER, greeting
+        if _receive_exactly(peer.socket, 8) != PROTOCOL_HEADER:
+            return
         peer.socket.sendall(self._reply(peer, "connection.start", method("connection.start", **START)))
         while data := peer.socket.recv(65536):
             for kind, channel, payload in reader.feed(data):

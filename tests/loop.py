@@ -144,6 +144,9 @@ class RecordingHooks:
         self.events.append(("failure", kind, name, detail))
         return "FAILURE", b"{}"
 
+    def unsendable(self, task_id: str, queue: str, reason: str) -> None:
+        self.events.append(("unsendable", queue, reason))
+
     def unconfirmed(self, name: str, task_id: str) -> None:
         self.events.append(("unconfirmed", name))
 

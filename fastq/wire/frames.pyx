@@ -11,7 +11,7 @@ from libc.string cimport memcpy
 
 from fastq.wire.buffer cimport load_u16, load_u32, store_u16, store_u32, store_u64
 
-from fastq.errors import LocalProtocolError, RemoteProtocolError
+from fastq.errors import EncodeError, RemoteProtocolError
 
 PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"
 HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
@@ -33,9 +33,9 @@ cdef int put_publish(Writer out, uint16_t channel, const char *exchange, Py_ssiz
     cdef uint8_t *p
     cdef Py_ssize_t part
     if exchange_size > 255 or routing_key_size > 255:
-        raise LocalProtocolError("an exchange name or routing key is longer than 255 bytes")
+        raise EncodeError("an exchange name or routing key is longer than 255 bytes")
     if props_size + 12 + FRAME_OVERHEAD > frame_max:
-        raise LocalProtocolError(
+        raise EncodeError(
             f"message headers take {props_size} bytes, more than one AMQP frame of {frame_max} holds: send less in headers")
     p = open_frame(out, FRAME_METHOD, channel, <uint32_t> (9 + exchange_size + routing_key_size))
     store_u32(p, 0x003C0028)

@@ -1,8 +1,8 @@
 # cython: language_level=3, cdivision=True
 """Task message protocol 2: encode it, and scan what the worker decides on out of its encoded properties.
 
-No sockets; the only clock is the one that makes ``expiration``. Properties are AMQP 0-9-1 basic properties (specification 4.2.5 and 1.8.3.1),
-the layout of the headers is Celery's task message protocol 2. Rare work (full decoding) goes through librabbitmq in ``wire.amqp``.
+No sockets; the clock is read for ``expiration`` and ids. Properties are AMQP 0-9-1 basic properties (specification 4.2.5 and
+1.8.3.1), the layout of the headers is Celery's protocol 2. Rare work (full decoding) is librabbitmq's, in ``wire.amqp``.
 """
 
 cimport cython
@@ -58,6 +58,7 @@ cdef enum:
     HAS_APP_ID = 1 << 3
     HAS_CLUSTER_ID = 1 << 2
     MAX_NAME = 1024     # chosen: longer task names and ids are not task messages
+    MAX_DEPTH = 32      # specified: reliability rules, section 6.1
 
 #: What a message was refused for, by the numbers ``scan_head`` returns; also the names under which they are counted.
 PROBLEMS = ("fine", "properties", "no-task", "task", "no-id", "id", "eta", "expires", "timelimit", "retries")
@@ -248,6 +249,41 @@ cdef int read_limits(const uint8_t *p, Py_ssize_t size, Head *head) noexcept nog
     return 0
 
 
+cdef bint is_nested_well(uint8_t kind, const uint8_t *p, Py_ssize_t size, int depth) noexcept nogil:
+    """Whether a table or array is whole and nested no deeper than MAX_DEPTH; ``p`` is behind its length."""
+    cdef Py_ssize_t at = 0, taken
+    cdef uint8_t inner
+    if depth > MAX_DEPTH:
+        return False
+    while at < size:
+        if kind == c'F':
+            at += 1 + p[at]
+            if at >= size:
+                return False
+        inner = p[at]
+        at += 1
+        taken = value_size(inner, p + at, size - at)
+        if taken < 0:
+            return False
+        if (inner == c'F' or inner == c'A') and not is_nested_well(inner, p + at + 4, taken - 4, depth + 1):
+            return False
+        at += taken
+    return True
+
+
+cdef bint is_utf8(const uint8_t *p, Py_ssize_t size) noexcept:
+    """Whether text decodes; nearly all of it is ASCII."""
+    cdef Py_ssize_t i
+    for i in range(size):
+        if p[i] >= 0x80:
+            try:
+                PyUnicode_DecodeUTF8(<const char *> p, size, NULL)
+            except UnicodeDecodeError:
+                return False
+            return True
+    return True
+
+
 cdef inline bint is_key(const uint8_t *key, Py_ssize_t size, const char *name, Py_ssize_t length) noexcept nogil:
     return size == length and memcmp(key, name, length) == 0
 
@@ -306,7 +342,7 @@ cdef int scan_field(const uint8_t *base, const uint8_t *key, Py_ssize_t key_size
 
 
 cdef int scan_table(const uint8_t *base, const uint8_t *p, Py_ssize_t size, Head *head) noexcept nogil:
-    """Walk the top level of the headers table; nested tables are skipped by their length, not entered."""
+    """Walk the top level of the headers table; nested tables are only checked, not read."""
     cdef Py_ssize_t at = 0, key_size, taken
     cdef const uint8_t *key
     cdef uint8_t kind
@@ -321,6 +357,8 @@ cdef int scan_table(const uint8_t *base, const uint8_t *p, Py_ssize_t size, Head
         at += 1
         taken = value_size(kind, p + at, size - at)
         if taken < 0:
+            return BAD_PROPERTIES
+        if (kind == c'F' or kind == c'A') and not is_nested_well(kind, p + at + 4, taken - 4, 2):
             return BAD_PROPERTIES
         problem = scan_field(base, key, key_size, kind, p + at, taken, head)
         # Go on after a bad field: the id may still come, and the failure can then be stored under it.
@@ -565,7 +603,8 @@ def encode_task(
     Raises EncodeError for a value that AMQP properties cannot hold."""
     # User code can only run while headers are written (str() of a key): then the shared buffer must not be in use.
     cdef Writer out = scratch if headers is None else Writer()
-    cdef uint16_t flags = HAS_CONTENT_TYPE | HAS_CONTENT_ENCODING | HAS_HEADERS | HAS_DELIVERY_MODE | HAS_PRIORITY | HAS_CORRELATION_ID
+    cdef uint16_t flags = (HAS_CONTENT_TYPE | HAS_CONTENT_ENCODING | HAS_HEADERS | HAS_DELIVERY_MODE | HAS_PRIORITY
+                           | HAS_CORRELATION_ID)
     cdef Py_ssize_t table, start
     cdef double left
     if priority is not None and not 0 <= priority <= 255:

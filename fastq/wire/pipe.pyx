@@ -13,11 +13,10 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memmove
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
-from posix.types cimport off_t
 
-from fastq.wire.message cimport FINE, Head, Message, scan_head
+from fastq.wire.message cimport Head, Message, scan_head
 
-from fastq.errors import LocalProtocolError
+from fastq.errors import EncodeError, LocalProtocolError
 
 cdef extern from "sys/socket.h" nogil:
     ssize_t c_recv "recv"(int fd, void *buf, size_t size, int flags)
@@ -31,6 +30,7 @@ OUTCOME_NAMES = ("SUCCESS", "FAILURE", "RETRY", "IGNORED", "REJECTED", "REQUEUE"
 SHARED_SIZE = SHARED_BYTES
 
 cdef enum:
+    MAX_PROPS = 131072 - 20     # what is left of the usual largest AMQP frame
     NO_LIMIT = 0xFFFFFFFF
     BELL_AFTER = 64             # records that may wait for the doorbell; the acks' bound of the reliability rules
     BELL_AFTER_NS = 1000000     # and for how long while calls follow each other
@@ -351,7 +351,11 @@ cdef class ChildPipe:
         cdef bytes whole
         cdef uint8_t *p
         if exchange_size > 255 or routing_key_size > 255:
-            raise LocalProtocolError("an exchange name or routing key is longer than 255 bytes")
+            raise EncodeError("an exchange name or routing key is longer than 255 bytes")
+        if PyBytes_GET_SIZE(message.props) > MAX_PROPS:
+            raise EncodeError(
+                f"message headers take {PyBytes_GET_SIZE(message.props)} bytes, at most {MAX_PROPS} fit an AMQP frame: "
+                "send less in headers")
         record.kind = RECORD_PUBLISH
         record.pad = 0
         record.pad2 = 0

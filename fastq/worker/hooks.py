@@ -69,6 +69,10 @@ class Hooks:
             logger.error("Task %s[%s] raised unexpected: %r", name, task_id, error)
         return FAILURE, encode_meta(task_id, FAILURE, error)
 
+    def unsendable(self, task_id: str, queue: str, reason: str) -> None:
+        """A result or a message of a task has no form that the broker takes."""
+        logger.error("A message of task %s to %r could not be sent: %s", task_id or "?", queue, reason)
+
     def unconfirmed(self, name: str, task_id: str) -> None:
         """A message that a task sent was refused by the broker: the task runs again."""
         logger.error("A message sent by task %s[%s] reached no queue; the task will run again", name, task_id)
