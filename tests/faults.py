@@ -158,8 +158,9 @@ class FaultProxy:
                     await writer.drain()
                     pair.close(reset=True)
                     return
-                writer.write(chunk)
+                # Counted first: what the peer has must be in the figures by then.
                 self._count(direction, len(chunk))
+                writer.write(chunk)
                 await writer.drain()
         if not pair.half_open and not writer.is_closing() and writer.can_write_eof():
             with contextlib.suppress(OSError):

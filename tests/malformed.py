@@ -236,8 +236,13 @@ def all_cases() -> Iterator[Case]:
     yield Case(29, "corrupt-zlib", "rejected", "compression", compressed, lambda: bytes(corrupt))
     yield Case(29, "zlib-cut-off", "rejected", "compression", compressed, lambda: zlib.compress(BODY)[:-6])
     yield Case(29, "zlib-and-more", "rejected", "compression", compressed, lambda: zlib.compress(BODY) + b"more")
-    embed = b'[[%s], {}, {"callbacks": 5, "errbacks": [1], "chain": {}, "chord": "x"}]' % NUMBER
-    yield harmless(30, "callbacks-and-chord-of-wrong-types", body=embed)
+    # This version carries out no follow-ups: a message that asks for them is refused, whatever the form.
+    for key, value in (("callbacks", b"5"), ("errbacks", b"[1]"), ("chain", b'[{"task": 7}]'), ("chord", b'"x"')):
+        body = b'[[%s], {}, {"%s": %s}]' % (NUMBER, key.encode(), value)
+        yield bad_body(30, f"{key}-of-a-wrong-type", "follow-ups", body)
+    yield harmless(
+        30, "follow-ups-null", body=b'[[%s], {}, {"callbacks": null, "chain": null, "chord": null}]' % NUMBER
+    )
     yield bad_body(31, "6000-digits", "json", b"[[" + b"9" * 6000 + b"], {}, {}]")
     yield Case(32, "nul-in-task-name", "unknown", "", properties(headers(task="work\0")), lambda: BODY)
     long_id = properties(headers(), reply_to="no\nsuch\0queue", correlation_id="x" * 200)

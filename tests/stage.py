@@ -179,10 +179,10 @@ class Stage:
 
     def _take_dead_rows(self) -> list[tuple[bytes, bytes]]:
         with self._database() as database:
+            database.execute("BEGIN IMMEDIATE")  # nothing is added between the two
             rows: list[tuple[bytes, bytes]] = database.execute("SELECT props, body FROM dead ORDER BY id").fetchall()
-            if rows:
-                database.execute("DELETE FROM dead")
-                database.commit()
+            database.execute("DELETE FROM dead")
+            database.commit()
         return rows
 
     def _database(self) -> _Database:
