@@ -42,6 +42,7 @@ cdef class Child:
     cdef readonly int slot
     cdef readonly int pid
     cdef readonly bint accepting
+    cdef bint is_waking                     # was idle, and is given its first calls in this batch
     cdef readonly bint limited              # some calls were taken back: nothing new until they are answered
     cdef readonly bint retiring
     cdef readonly bint gone

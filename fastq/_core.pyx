@@ -29,6 +29,8 @@ cdef enum:
 # A child is given calls in advance for as long as they will probably take less than this together: long enough to hide the
 # hand-over (measured about 0.1 ms with both sides asleep), short enough that nothing waits noticeably behind them.
 cdef double ADVANCE_NS = 2e6
+# Calls of one batch go to the same idle child for as long as this together: waking another costs more (measured 50 to 100 µs).
+cdef double PACK_NS = 0.2e6
 cdef double STUCK_NS = 10e6     # after this a running call is long: what waits behind it is taken back
 cdef double TICK_S = 0.005      # acks and held outcomes wait at most this long
 cdef double LIMIT_TICK_S = 0.05     # precision of hard time limits
@@ -189,6 +191,7 @@ cdef class Child:
         return 0
 
     cdef int flush(self) except -1:
+        self.is_waking = False
         if self.out.size and not self.gone and self.write_bytes is not None:
             self.write_bytes(self.out.take())
         return 0
@@ -433,8 +436,9 @@ cdef class Core(Sink):
     # --- dispatch
 
     cdef Child pick(self, TaskOptions task):
-        """The child to give the next call to: an idle one, else the least loaded one that may be given calls in advance."""
-        cdef Child child, best = None
+        """The child to give the next call to: one that is being woken for short calls, an idle one, or the least loaded one
+        that may be given calls in advance."""
+        cdef Child child, best = None, idle = None
         cdef uint32_t load
         for each in self.children:
             child = <Child> each
@@ -442,6 +446,10 @@ cdef class Core(Sink):
                 continue
             load = child.outstanding()
             if load == 0:
+                if idle is None:
+                    idle = child
+                continue
+            if child.is_waking and task.run_ns >= 0 and child.expected_ns + task.run_ns <= PACK_NS and load < MAX_ADVANCE:
                 return child
             if task.run_ns < 0 or child.expected_ns + task.run_ns > ADVANCE_NS or load >= MAX_ADVANCE:
                 continue
@@ -449,7 +457,7 @@ cdef class Core(Sink):
                 continue
             if best is None or load < best.outstanding():
                 best = child
-        return best
+        return best if idle is None else idle
 
     cdef int dispatch(self) except -1:
         """Hand waiting deliveries to children for as long as one takes them."""
@@ -480,6 +488,7 @@ cdef class Core(Sink):
         child.expected_ns += task.run_ns if task.run_ns > 0 else ADVANCE_NS
         self.move(delivery, DISPATCHED)
         if idle:
+            child.is_waking = True
             self.started(child)
         if self.max_tasks_per_child and child.given >= self.max_tasks_per_child:
             child.retire()
