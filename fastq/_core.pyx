@@ -562,6 +562,8 @@ cdef class Core(Sink):
         if size < <Py_ssize_t> sizeof(OutcomeRecord):
             raise LocalProtocolError("outcome record is cut short")
         memcpy(&record, p, sizeof(OutcomeRecord))
+        if child.answered:
+            return 0    # the calls behind one whose time was up are decided with it
         if record.seq != child.first or child.outstanding() == 0 or record.state >= STATE_COUNT:
             raise LocalProtocolError(f"child {child.pid} answered call {record.seq}, call {child.first} was due")
         if <Py_ssize_t> (sizeof(OutcomeRecord) + record.meta_size) > size:
@@ -570,7 +572,6 @@ cdef class Core(Sink):
             # Its time was up. What it still says (the stack dump may have interrupted what it waited in) comes too late;
             # it is decided when the process has ended.
             child.answered = True
-        if child.answered:
             return 0
         delivery = <Delivery> child.sent[record.seq & (SENT_SLOTS - 1)]
         child.sent[record.seq & (SENT_SLOTS - 1)] = None

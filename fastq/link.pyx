@@ -526,10 +526,6 @@ cdef class BatchSource(Source):
                 self.sink.on_confirmed(owner, False)
         self.sink.on_batch()
 
-    def discard(self) -> None:
-        """The connection is gone: verdicts have nowhere to go."""
-        self.dead = True
-
     cdef int tell(self, Delivery delivery, int verdict) except -1:
         self.forget(delivery)
         if not self.dead:
