@@ -16,7 +16,7 @@ from pathlib import Path
 from bench import machine, report
 from bench.metrics import METRICS, Entrant, Metric, Plan
 from bench.run import Bench, BenchError
-from tests.servers import RabbitMQ, ServerMissing
+from tests.servers import RabbitMQ, Redis, ServerMissing
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -28,7 +28,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fast-tasks", type=int, help="tasks of one run of fastq and the floor (default 4 × --tasks)")
     parser.add_argument("--only", metavar="NAMES", help=f"metrics, separated by commas: {names}")
     parser.add_argument("--systems", metavar="NAMES", help="entrants, separated by commas, such as fastq,celery,floor")
-    parser.add_argument("--broker", choices=("amqp", "sqlite"), help="only what is measured on this broker")
+    parser.add_argument("--broker", choices=("amqp", "sqlite", "redis"), help="only what is measured on this broker")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single run")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the main figures (.svg or .png)")
     parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="show an earlier --json FILE again")
@@ -53,6 +53,10 @@ def installed(python: str, distributions: set[str]) -> set[str]:
     }
 
 
+#: Beyond this RabbitMQ stops producers: replies that nobody reads, as in a drain with results, take more than 512 MB.
+MEMORY = "4GB"
+
+
 @contextlib.contextmanager
 def private_rabbitmq(needed: bool, folder: Path) -> Iterator[RabbitMQ | None]:
     """Run a RabbitMQ of our own while the body runs; none when no metric needs it."""
@@ -60,10 +64,28 @@ def private_rabbitmq(needed: bool, folder: Path) -> Iterator[RabbitMQ | None]:
         yield None
         return
     try:
-        server = RabbitMQ(folder)
+        server = RabbitMQ(folder, {"vm_memory_high_watermark.absolute": MEMORY})
     except ServerMissing as error:
         raise SystemExit(str(error)) from None
     say("starting a private RabbitMQ")
+    server.start()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@contextlib.contextmanager
+def private_redis(needed: bool, folder: Path) -> Iterator[Redis | None]:
+    """Run a Redis of our own while the body runs; none when no metric needs it."""
+    if not needed:
+        yield None
+        return
+    folder.mkdir()
+    try:
+        server = Redis(folder)
+    except ServerMissing as error:
+        raise SystemExit(str(error)) from None
     server.start()
     try:
         yield server
@@ -145,10 +167,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="fastq-bench-") as name:
         folder = Path(name)
         (folder / "rabbitmq").mkdir()
-        with private_rabbitmq(any(m.broker == "amqp" for m in metrics), folder / "rabbitmq") as rabbitmq:
+        brokers = {metric.broker for metric in metrics}
+        with (
+            private_rabbitmq("amqp" in brokers, folder / "rabbitmq") as rabbitmq,
+            private_redis("redis" in brokers, folder / "redis") as redis,
+        ):
             version = rabbitmq.evaluate("rabbit_misc:version()").strip('"') if rabbitmq else "none"
             described = machine.describe(peers, version)
-            bench = Bench(peers, folder, rabbitmq)
+            bench = Bench(peers, folder, rabbitmq, redis)
             samples = measure_all(bench, metrics, entrants, plan, options.rounds)
     described["load_after"] = machine.load()
 

@@ -1,10 +1,11 @@
-/* The floor: what a client costs that speaks AMQP through librabbitmq and does nothing else.
+/* The floor: what a client costs that speaks AMQP through librabbitmq, or Redis's protocol, and does nothing else.
  *
  *   floor fill      HOST PORT VHOST QUEUE COUNT           publish COUNT persistent messages of a Celery task's size
  *   floor drain     HOST PORT VHOST QUEUE COUNT           consume and ack them, 64 tags with one ack
  *   floor publish   HOST PORT VHOST QUEUE COUNT           publish one by one without confirms
  *   floor confirm   HOST PORT VHOST QUEUE COUNT           publish one by one, each waiting for its confirm
  *   floor roundtrip HOST PORT VHOST QUEUE COUNT           request and reply with a second C client, one by one
+ *   floor lpush     HOST PORT -     QUEUE COUNT           put messages into a list of Redis, each waiting for its reply
  *
  * Each prints one line of JSON. No task runs, nothing is decoded, an error ends the program: not a worker, a yardstick.
  * Built by bench/floor.py: cc -O2 floor.c -lrabbitmq. Source: rabbitmq-c 0.11, <amqp.h>.
@@ -13,17 +14,20 @@
 #include <amqp.h>
 #include <amqp_framing.h>
 #include <amqp_tcp_socket.h>
+#include <arpa/inet.h>
+#include <netinet/tcp.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { CHANNEL = 1, PREFETCH = 1000, ACK_EVERY = 64, WARM_UP = 50, MAX_ROUND_TRIPS = 1000000 };
+enum { CHANNEL = 1, PREFETCH = 1000, ACK_EVERY = 64, WARM_UP = 50, MAX_ROUND_TRIPS = 1000000, ENVELOPE = 900 };
 
 static const char BODY[] = "[[1], {}, {\"callbacks\": null, \"errbacks\": null, \"chain\": null, \"chord\": null}]";
 
@@ -257,11 +261,36 @@ static void round_trip(amqp_connection_state_t connection, const char *queue, co
     free(times);
 }
 
+static void lpush(const char *host, int port, const char *queue, long count) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
+    char command[ENVELOPE + 256], envelope[ENVELOPE + 1], reply[64];
+    int yes = 1, connection = socket(AF_INET, SOCK_STREAM, 0);
+    if (inet_pton(AF_INET, host, &address.sin_addr) != 1) stop("not an address");
+    if (connect(connection, (struct sockaddr *)&address, sizeof address) != 0) stop("cannot connect");
+    setsockopt(connection, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
+    memset(envelope, 'x', ENVELOPE);
+    envelope[ENVELOPE] = '\0';
+    int size = snprintf(command, sizeof command, "*3\r\n$5\r\nLPUSH\r\n$%zu\r\n%s\r\n$%d\r\n%s\r\n", strlen(queue),
+                        queue, ENVELOPE, envelope);
+    if (size >= (int)sizeof command) stop("the queue's name is too long");
+    double cpu = cpu_seconds(), began = now();
+    for (long i = 0; i < count; i++) {
+        if (send(connection, command, (size_t)size, 0) != size) stop("cannot send");
+        if (recv(connection, reply, sizeof reply, 0) <= 0 || reply[0] != ':') stop("Redis has not taken it");
+    }
+    printf("{\"count\": %ld, \"wall_s\": %.6f, \"cpu_s\": %.6f}\n", count, now() - began, cpu_seconds() - cpu);
+    close(connection);
+}
+
 int main(int argc, char **argv) {
-    if (argc != 7) stop("usage: floor fill|drain|publish|confirm|roundtrip HOST PORT VHOST QUEUE COUNT");
+    if (argc != 7) stop("usage: floor fill|drain|publish|confirm|roundtrip|lpush HOST PORT VHOST QUEUE COUNT");
     const char *what = argv[1], *host = argv[2], *vhost = argv[4], *queue = argv[5];
     int port = atoi(argv[3]);
     long count = atol(argv[6]);
+    if (strcmp(what, "lpush") == 0) {
+        lpush(host, port, queue, count);
+        return 0;
+    }
     amqp_connection_state_t connection = open_connection(host, port, vhost);
     if (strcmp(what, "fill") == 0 || strcmp(what, "publish") == 0) fill(connection, queue, count);
     else if (strcmp(what, "drain") == 0) drain(connection, queue, count);

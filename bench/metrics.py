@@ -12,13 +12,25 @@ from dataclasses import dataclass
 
 from bench.measure import SystemCalls, cpu_of, frozen, pss_bytes, tree_of
 from bench.run import TASK_TIMEOUT_S, Bench, Broker, Figures, Run
-from bench.systems import CELERY, DRAMATIQ, FASTQ, FASTQ_BEHIND, HUEY, HUEY_FSYNC, System
+from bench.systems import (
+    CELERY,
+    CELERY_ACCELERATED,
+    CELERY_BEHIND,
+    DRAMATIQ,
+    FASTQ,
+    FASTQ_BEHIND,
+    FASTQ_DROP_IN,
+    HUEY,
+    HUEY_FSYNC,
+    System,
+)
 
 ROUND_TRIPS = 300
 SETTLE_S = 0.3  # the last acks are still on their way when the last task has been counted
 START_TIMEOUT_S = 60.0
 MANY_CHILDREN = 8
 RECYCLE_AFTER = 50
+FORKS = 200
 TRACED_SHARE = 0.2  # strace slows a worker down about tenfold
 
 UNITS = {
@@ -88,7 +100,7 @@ def drain_once(run: Run, tasks: int, children: int = 1, recycle: int | None = No
             "worker_us": (cpu_of(tree_of(worker)) - worker_before) / tasks * 1e6,
             "tasks_s": tasks / wall_s,
         }
-        if run.broker == "amqp":
+        if run.broker_pids():
             figures["broker_us"] = (cpu_of(run.broker_pids()) - broker_before) / tasks * 1e6
         return figures
 
@@ -98,7 +110,7 @@ def drain(system: System, broker: Broker, results: bool) -> Entrant:
 
     def measure(bench: Bench, plan: Plan) -> Figures:
         with bench.run(system, broker, results) as run:
-            return drain_once(run, plan.fast_tasks if system is FASTQ else plan.tasks)
+            return drain_once(run, plan.fast_tasks if system in (FASTQ, FASTQ_DROP_IN) else plan.tasks)
 
     return Entrant(system.name, measure, system.distribution)
 
@@ -114,11 +126,11 @@ def round_trip(system: System, broker: Broker) -> Entrant:
     return Entrant(system.name, measure, system.distribution)
 
 
-def publish(system: System, broker: Broker, command: str = "publish") -> Entrant:
+def publish(system: System, broker: Broker, command: str = "publish", results: bool = False) -> Entrant:
     """Return what sending one task costs the producer."""
 
     def measure(bench: Bench, plan: Plan) -> Figures:
-        with bench.run(system, broker, results=False) as run:
+        with bench.run(system, broker, results) as run:
             return per_task(run.ask(command, plan.tasks))
 
     name = f"{system.name}, in a batch" if command == "batch" else system.name
@@ -195,14 +207,20 @@ def recycling(system: System, broker: Broker) -> Entrant:
     return Entrant(system.name, measure, system.distribution)
 
 
+def floor_recycling(bench: Bench, plan: Plan) -> Figures:
+    """Return what each task's share is of forking and ending a process of a worker's size that does nothing."""
+    with bench.run(FASTQ, "amqp", results=False) as run:
+        measured = run.forks(FORKS)
+    return {"recycled_us": measured["cpu_s"] / FORKS / RECYCLE_AFTER * 1e6}
+
+
 def floor_drain(bench: Bench, plan: Plan) -> Figures:
     """Return what a C client needs that only consumes and acks."""
-    assert bench.floor is not None
     assert bench.rabbitmq is not None
     vhost = bench.rabbitmq.new_vhost()
-    bench.floor.run("fill", vhost, plan.fast_tasks)
+    bench.floor.run("fill", bench.rabbitmq.port, vhost, plan.fast_tasks)
     before = cpu_of(bench.broker_pids("amqp"))
-    measured = bench.floor.run("drain", vhost, plan.fast_tasks)
+    measured = bench.floor.run("drain", bench.rabbitmq.port, vhost, plan.fast_tasks)
     time.sleep(SETTLE_S)
     broker_s = cpu_of(bench.broker_pids("amqp")) - before
     bench.rabbitmq.delete_vhost(vhost)
@@ -215,10 +233,9 @@ def floor_drain(bench: Bench, plan: Plan) -> Figures:
 
 def floor_round_trip(bench: Bench, plan: Plan) -> Figures:
     """Return the time from a C client through the broker to another and back."""
-    assert bench.floor is not None
     assert bench.rabbitmq is not None
     vhost = bench.rabbitmq.new_vhost()
-    measured = bench.floor.run("roundtrip", vhost, ROUND_TRIPS)
+    measured = bench.floor.run("roundtrip", bench.rabbitmq.port, vhost, ROUND_TRIPS)
     bench.rabbitmq.delete_vhost(vhost)
     return milliseconds(measured)
 
@@ -234,12 +251,17 @@ def floor_confirm(bench: Bench, plan: Plan) -> Figures:
 
 
 def _floor_publish(bench: Bench, plan: Plan, confirmed: bool) -> Figures:
-    assert bench.floor is not None
     assert bench.rabbitmq is not None
     vhost = bench.rabbitmq.new_vhost()
-    measured = bench.floor.run("confirm" if confirmed else "publish", vhost, plan.tasks)
+    measured = bench.floor.run("confirm" if confirmed else "publish", bench.rabbitmq.port, vhost, plan.tasks)
     bench.rabbitmq.delete_vhost(vhost)
     return per_task(measured)
+
+
+def floor_push(bench: Bench, plan: Plan) -> Figures:
+    """Return what a C client needs to put one message into a list of Redis and wait for the reply."""
+    assert bench.redis is not None
+    return per_task(bench.floor.run("lpush", bench.redis.port, "-", plan.tasks))
 
 
 def milliseconds(measured: Figures) -> Figures:
@@ -257,6 +279,8 @@ def per_task(measured: Figures) -> Figures:
 
 # -- what is compared with what
 
+DELAYS: tuple[tuple[str, Broker, str], ...] = (("rabbitmq", "amqp", "RabbitMQ"), ("redis", "redis", "Redis"))
+
 METRICS: tuple[Metric, ...] = (
     Metric(
         "drain",
@@ -264,6 +288,7 @@ METRICS: tuple[Metric, ...] = (
         "amqp",
         (
             drain(FASTQ, "amqp", results=False),
+            drain(FASTQ_DROP_IN, "amqp", results=False),
             drain(CELERY, "amqp", results=False),
             drain(DRAMATIQ, "amqp", results=False),
             Entrant("floor", floor_drain),
@@ -274,7 +299,33 @@ METRICS: tuple[Metric, ...] = (
         "drain-results",
         "The same with results over RabbitMQ (rpc)",
         "amqp",
-        (drain(FASTQ, "amqp", results=True), drain(CELERY, "amqp", results=True)),
+        (
+            drain(FASTQ, "amqp", results=True),
+            drain(FASTQ_DROP_IN, "amqp", results=True),
+            drain(CELERY, "amqp", results=True),
+        ),
+        (("celery", "worker_us"),),
+    ),
+    Metric(
+        "drain-redis",
+        "No-op tasks from a full Redis queue, 1 child, no results",
+        "redis",
+        (
+            drain(FASTQ, "redis", results=False),
+            drain(FASTQ_DROP_IN, "redis", results=False),
+            drain(CELERY, "redis", results=False),
+        ),
+        (("celery", "worker_us"),),
+    ),
+    Metric(
+        "drain-redis-results",
+        "The same with results in Redis",
+        "redis",
+        (
+            drain(FASTQ, "redis", results=True),
+            drain(FASTQ_DROP_IN, "redis", results=True),
+            drain(CELERY, "redis", results=True),
+        ),
         (("celery", "worker_us"),),
     ),
     Metric(
@@ -313,6 +364,13 @@ METRICS: tuple[Metric, ...] = (
         (("celery", "p50_ms"), ("dramatiq", "p50_ms"), ("floor", "p50_ms")),
     ),
     Metric(
+        "roundtrip-redis",
+        "Call and result, one by one, Redis",
+        "redis",
+        (round_trip(FASTQ, "redis"), round_trip(CELERY, "redis")),
+        (("celery", "p50_ms"),),
+    ),
+    Metric(
         "roundtrip-sqlite",
         "Call and result, one by one, SQLite (huey polls each 0.5 ms)",
         "sqlite",
@@ -335,6 +393,19 @@ METRICS: tuple[Metric, ...] = (
         (("celery", "producer_us"), ("dramatiq", "producer_us"), ("floor", "producer_us")),
     ),
     Metric(
+        "publish-redis",
+        "Sending tasks to Redis",
+        "redis",
+        (
+            publish(FASTQ, "redis"),
+            publish(FASTQ_BEHIND, "redis"),
+            publish(FASTQ, "redis", "batch"),
+            publish(CELERY, "redis"),
+            Entrant("floor", floor_push),
+        ),
+        (("celery", "producer_us"), ("floor", "producer_us")),
+    ),
+    Metric(
         "publish-sqlite",
         "Sending tasks to SQLite",
         "sqlite",
@@ -345,6 +416,22 @@ METRICS: tuple[Metric, ...] = (
             publish(HUEY_FSYNC, "sqlite"),
         ),
         (("huey", "producer_us"),),
+    ),
+    *(
+        Metric(
+            f"delay-{name}{'-results' if results else ''}",
+            f"Celery's delay() to {words}{', with results' if results else ''}; accelerated: fastq.accelerate",
+            broker,
+            (
+                publish(CELERY, broker, results=results),
+                publish(CELERY_ACCELERATED, broker, results=results),
+                *([publish(CELERY_BEHIND, broker, results=results)] if broker == "redis" else []),
+                Entrant("floor", floor_push if broker == "redis" else floor_publish),
+            ),
+            (("celery", "producer_us"), ("floor", "producer_us")),
+        )
+        for name, broker, words in DELAYS
+        for results in (False, True)
     ),
     Metric(
         "memory",
@@ -391,6 +478,6 @@ METRICS: tuple[Metric, ...] = (
         "recycle",
         f"A new child every {RECYCLE_AFTER} tasks, RabbitMQ",
         "amqp",
-        (recycling(FASTQ, "amqp"), recycling(CELERY, "amqp")),
+        (recycling(FASTQ, "amqp"), recycling(CELERY, "amqp"), Entrant("floor: empty forks", floor_recycling)),
     ),
 )

@@ -18,15 +18,16 @@ from bench.floor import Floor
 from bench.measure import tree_of
 from bench.peers.counter import Counter
 from bench.systems import ROOT, System
-from tests.servers import RabbitMQ
+from tests.servers import RabbitMQ, Redis
 
-Broker = Literal["amqp", "sqlite"]
+Broker = Literal["amqp", "sqlite", "redis"]
 Figures = dict[str, float]
 
 WARM_UP_TASKS = 100
 START_TIMEOUT_S = 60.0
 TASK_TIMEOUT_S = 0.05  # per task; a system that needs more than 50 ms for a no-op is stuck
 POLL_S = 0.002
+REDIS_DATABASES = 16  # a server has so many unless it is told otherwise
 
 
 class BenchError(Exception):
@@ -34,17 +35,28 @@ class BenchError(Exception):
 
 
 class Bench:
-    """What all runs share: the private broker, the floor's program, the peers' interpreter, a folder."""
+    """What all runs share: the private brokers, the floor's program, the peers' interpreter, a folder."""
 
-    def __init__(self, peers: str, folder: Path, rabbitmq: RabbitMQ | None) -> None:
+    def __init__(self, peers: str, folder: Path, rabbitmq: RabbitMQ | None, redis: Redis | None = None) -> None:
         self.peers = peers
         self.folder = folder
         self.rabbitmq = rabbitmq
-        self.floor = Floor(folder, rabbitmq) if rabbitmq is not None else None
+        self.redis = redis
+        self._databases = 0
+        self.floor = Floor(folder)
 
     def broker_pids(self, broker: Broker) -> list[int]:
         """Return the broker's processes; [] when the broker is a file."""
-        return self.rabbitmq.pids() if broker == "amqp" and self.rabbitmq is not None else []
+        server = {"amqp": self.rabbitmq, "redis": self.redis, "sqlite": None}[broker]
+        return server.pids() if server is not None else []
+
+    def _redis_url(self) -> str:
+        """Return the URL of an empty database; Redis has sixteen."""
+        assert self.redis is not None
+        self._databases += 1
+        if self._databases % REDIS_DATABASES == 0:
+            self.redis.restart()
+        return self.redis.url(self._databases % REDIS_DATABASES)
 
     @contextlib.contextmanager
     def run(self, system: System, broker: Broker, results: bool) -> Iterator[Run]:
@@ -52,7 +64,10 @@ class Bench:
         folder = Path(tempfile.mkdtemp(prefix=f"{system.module}-", dir=self.folder))
         vhost = self.rabbitmq.new_vhost() if broker == "amqp" and self.rabbitmq is not None else None
         try:
-            url = self.rabbitmq.url(vhost) if vhost and self.rabbitmq else f"sqlite:///{folder / 'queue.db'}"
+            if broker == "redis":
+                url = self._redis_url()
+            else:
+                url = self.rabbitmq.url(vhost) if vhost and self.rabbitmq else f"sqlite:///{folder / 'queue.db'}"
             backend = "disabled" if not results else "rpc://" if broker == "amqp" else url
             yield Run(self, system, broker, folder, url, backend)
         finally:
@@ -135,6 +150,21 @@ class Run:
         if process.returncode != 0 or not output:
             raise BenchError(f"{command} failed: {errors[-2000:]}")
         figures: Figures = json.loads(output.splitlines()[-1])
+        return figures
+
+    def forks(self, count: int) -> Figures:
+        """Return what forking and ending so many empty processes of a worker's size took."""
+        command = [self._python, "-m", "bench.peers.forks", str(count)]
+        done = subprocess.run(
+            command,
+            env=self._environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=START_TIMEOUT_S,
+        )
+        figures: Figures = json.loads(done.stdout)
         return figures
 
     def wait_for(self, total: Callable[[], int], target: int, timeout_s: float) -> None:

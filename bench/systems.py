@@ -32,6 +32,12 @@ def fastq_worker(children: int, recycle: int | None) -> list[str]:
     return [*arguments, "--max-tasks-per-child", str(recycle)] if recycle else arguments
 
 
+def drop_in_worker(children: int, recycle: int | None) -> list[str]:
+    arguments = ["-m", "fastq", "-A", "bench.peers.celery_app", "worker", "-c", str(children), "-l", "WARNING"]
+    arguments += ["-O", "fair", "--without-gossip", "--without-mingle", "--without-heartbeat"]
+    return [*arguments, "--max-tasks-per-child", str(recycle)] if recycle else arguments
+
+
 def celery_worker(children: int, recycle: int | None) -> list[str]:
     arguments = ["-m", "celery", "-A", "bench.peers.celery_app", "worker", "-c", str(children), "-l", "WARNING"]
     arguments += ["-P", "prefork", "-O", "fair", "--without-gossip", "--without-mingle", "--without-heartbeat"]
@@ -53,6 +59,11 @@ def huey_worker(children: int, recycle: int | None) -> list[str]:
 
 FASTQ = System("fastq", "fastq_app", "fastq", fastq_worker)
 FASTQ_BEHIND = System("fastq, confirms behind", "fastq_app", "fastq", fastq_worker, (("BENCH_CONFIRM", "behind"),))
+CELERY_ACCELERATED = System("celery, accelerated", "celery_app", "fastq", celery_worker, (("BENCH_ACCELERATE", "1"),))
+CELERY_BEHIND = System(
+    "celery, accelerated, confirms behind", "celery_app", "fastq", celery_worker, (("BENCH_ACCELERATE", "behind"),)
+)
+FASTQ_DROP_IN = System("fastq, Celery app", "celery_app", "fastq", drop_in_worker)
 CELERY = System("celery", "celery_app", "celery", celery_worker)
 DRAMATIQ = System(
     "dramatiq", "dramatiq_app", "dramatiq", dramatiq_worker, (("dramatiq_queue_prefetch", str(PREFETCH)),)

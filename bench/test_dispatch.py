@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import uvloop
 
-from fastq._core import Core, TaskOptions
+from fastq._child import TaskOptions
+from fastq._core import Core
 from fastq.pool.supervisor import Pool
 from fastq.pool.zygote import start_zygote
-from fastq.wire.message import encode_task, new_id
+from fastq.wire.ids import new_id
+from fastq.wire.message import encode_task
 from tests.loop import ListBroker, RecordingHooks, child_main
 
 MESSAGES = 2000

@@ -145,3 +145,29 @@ need_servers() {
   need rabbitmq-server "RabbitMQ" test -x /usr/lib/rabbitmq/bin/rabbitmq-server
   need redis-server "Redis" command -v redis-server
 }
+
+# Clients in other languages: Node.js with the locked npm packages, PHP with Debian's libraries.
+need_clients() {
+  local folder=tests/clients/node wanted
+  need nodejs "Node.js" command -v node
+  need npm "npm" command -v npm
+  need php-cli "PHP" command -v php
+  need php-amqplib "php-amqplib" test -d /usr/share/php/PhpAmqpLib
+  need php-nrk-predis "Predis" test -d /usr/share/php/Predis
+  wanted=$(digest "$folder/package.json" "$folder/package-lock.json")
+  is_current "$folder/node_modules/fastq-lock" "$wanted" && return
+  # npm knows its own certificate authorities only; behind a proxy with one of its own, the system's are needed.
+  export NODE_EXTRA_CA_CERTS=${NODE_EXTRA_CA_CERTS:-/etc/ssl/certs/ca-certificates.crt}
+  step "install clients for Node.js" npm --prefix "$folder" ci --ignore-scripts --no-audit --no-fund
+  printf '%s' "$wanted" >"$folder/node_modules/fastq-lock"
+}
+
+# Tools attached to Celery that declare lower limits, on Celery's, redis-py's or Python's version, than they work with.
+need_tools() {
+  local list=tests/celery/tools/requirements-no-deps.txt wanted
+  wanted=$(digest "$list")
+  is_current "$VENV/fastq-tools" "$wanted" && return
+  step "install tools attached to Celery" \
+    "$VENV/bin/python" -m pip install --quiet --no-deps --ignore-requires-python --requirement "$list"
+  printf '%s' "$wanted" >"$VENV/fastq-tools"
+}

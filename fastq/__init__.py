@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastq import states
     from fastq.app import FastQ, current_app, shared_task
+    from fastq.celery.accelerate import accelerate
+    from fastq.celery.patch import patch
     from fastq.errors import (
         ConnectionLost,
         FastqError,
@@ -51,7 +53,9 @@ __all__ = [
     "Task",
     "TaskError",
     "__version__",
+    "accelerate",
     "current_app",
+    "patch",
     "shared_task",
     "states",
 ]
@@ -62,7 +66,9 @@ _MODULES = {
     "FastQ": "fastq.app",
     "Request": "fastq.request",
     "Task": "fastq.task",
+    "accelerate": "fastq.celery.accelerate",
     "current_app": "fastq.app",
+    "patch": "fastq.celery.patch",
     "shared_task": "fastq.app",
 }
 

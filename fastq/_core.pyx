@@ -7,14 +7,16 @@ for what is rare: refusals, failures that are recorded here, a child that must b
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeUTF8
+from libc.stdint cimport int64_t
 from libc.string cimport memcmp, memcpy
 
+from fastq._child cimport MAX_ADVANCE, SENT_SLOTS, Child, Keeper, TaskOptions, delivery_id, delivery_task
 from fastq.link cimport ACK, DISPATCHED, FINISHED, LEDGER_STATES, RECEIVED, REJECT, REQUEUE, RETURN, SETTLED, STARTED
-from fastq.wire.message cimport FINE, Head, encode_result_properties, is_utf8, read_clock, scan_head
+from fastq.wire.message cimport FINE, NO_TASK, Head, encode_result_properties, is_utf8, read_clock, scan_head
 from fastq.wire.pipe cimport (
-    FLAG_RECYCLE, OUTCOME_MALFORMED, OUTCOME_REJECTED, OUTCOME_REQUEUE,
-    OUTCOME_RETURNED, OUTCOME_UNKNOWN, RECORD_CALL, RECORD_OUTCOME, RECORD_PUBLISH, RECORD_READY, RECORD_STATE,
-    RECORD_STOP, CallRecord, OutcomeRecord, PublishRecord, StateRecord, load32, load64s, monotonic_ns, store32)
+    FLAG_FOR_HOOKS, FLAG_RECYCLE, OUTCOME_FAILURE, OUTCOME_MALFORMED, OUTCOME_REJECTED, OUTCOME_REQUEUE,
+    OUTCOME_RETURNED, OUTCOME_UNKNOWN, RECORD_OUTCOME, RECORD_PUBLISH, RECORD_READY, RECORD_STATE,
+    OutcomeRecord, PublishRecord, StateRecord, load32, load64s, monotonic_ns, store32)
 
 from heapq import heappop, heappush
 
@@ -25,191 +27,30 @@ cdef enum:
     NO_LIMIT = 0xFFFFFFFF
     MAX_ADVANCE_BYTES = 1 << 20
     STATE_COUNT = 9
+    MAX_ETAS = 1000     # messages that wait here for their time, as long as there is another place: about a megabyte
 
 # A child is given calls in advance for as long as they will probably take less than this together: long enough to hide the
 # hand-over (measured about 0.1 ms with both sides asleep), short enough that nothing waits noticeably behind them.
 cdef double ADVANCE_NS = 2e6
-# Calls of one batch go to the same idle child for as long as this together: waking another costs more (measured 50 to 100 µs).
+# Calls go to a child that is awake for as long as they take this together: waking another costs more (measured 50 to 100 µs).
 cdef double PACK_NS = 0.2e6
 cdef double STUCK_NS = 10e6     # after this a running call is long: what waits behind it is taken back
 cdef double TICK_S = 0.005      # acks and held outcomes wait at most this long
 cdef double LIMIT_TICK_S = 0.05     # precision of hard time limits
+cdef double FAR_S = 10.0        # what is due sooner is not worth a way through the broker
+cdef double OVERTAKE_S = 0.002  # a retry that comes before the run that asked for it has ended is looked at again then
 cdef double ETA_TICK_S = 1.0    # the wall clock is looked at again at least this often, so a jump delays nothing longer
 
 _STATES = ("SUCCESS", "FAILURE", "RETRY", "IGNORED", "REJECTED", "REJECTED", "REJECTED", "RECEIVED", "FAILURE")
 
 
-cdef class TaskOptions:
-    """What the main process knows of a task: its name and how its calls are to be treated. Limits in seconds, 0 = none."""
-
-    def __init__(self, str name, *, bint acks_late=True, bint ignore_result=False, bint requeue_lost=True,
-                 double time_limit=0, double soft_time_limit=0):
-        self.name = name
-        self.key = name.encode()
-        self.acks_late = acks_late
-        self.ignore_result = ignore_result
-        self.requeue_lost = requeue_lost
-        self.time_limit = time_limit
-        self.soft_time_limit = soft_time_limit
-        self.run_ns = -1
-        self.runs = 0
-
-    cdef int note_run(self, double ns) except -1:
-        self.runs += 1
-        # Slow runs count at once, fast ones by and by: being too generous hoards, being too careful only costs time.
-        if self.run_ns < 0 or ns > self.run_ns * 4:
-            self.run_ns = ns
-        else:
-            self.run_ns += (ns - self.run_ns) * 0.125
-        return 0
-
-
-# --- children ---------------------------------------------------------------------------------------------------------
-
-cdef class Child:
-    """One process of the pool: an asyncio.BufferedProtocol over its socket, which carries calls one way and doorbells the other."""
-
-    def __init__(self, Core core, int slot, int pid, RingReader reader):
-        self.core = core
-        self.slot = slot
-        self.pid = pid
-        self.reader = reader
-        self.bell = bytearray(4096)
-        self.bell_view = memoryview(self.bell)
-        self.out = Writer()
-        self.sent = [None] * SENT_SLOTS
-        self.first = 1
-        self.next = 1
-        self.accepting = False
-
-    def connection_made(self, transport: object) -> None:
-        self.transport = transport
-        self.write_bytes = transport.write
-        self.flush()
-
-    def get_buffer(self, Py_ssize_t sizehint) -> object:
-        return self.bell_view
-
-    def buffer_updated(self, Py_ssize_t count) -> None:
-        # Lower the flag before looking: what the child writes from here on rings again.
-        store32(&self.reader.shared.rung, 0)
-        self.core.collect(self)
-        self.core.on_batch()
-
-    def eof_received(self) -> bool:
-        return False
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.gone = True
-        self.accepting = False
-
-    def pause_writing(self) -> None:
-        pass
-
-    def resume_writing(self) -> None:
-        pass
-
-    def activate(self) -> None:
-        """Take calls from now on."""
-        self.accepting = not self.retiring
-        self.core.on_batch()
-
-    def retire(self) -> None:
-        """Take no more calls; what it holds is finished."""
-        self.retiring = True
-        self.accepting = False
-
-    def stop(self) -> None:
-        """Ask the process to end after the call it runs."""
-        cdef CallRecord record
-        self.retire()
-        if self.gone:
-            return
-        record.size = sizeof(CallRecord)
-        record.kind = RECORD_STOP
-        self.out.put(&record, sizeof(CallRecord))
-        self.flush()
-
-    def kill_for(self, double limit) -> None:
-        """Note that the process is being killed because the call that runs is past its hard limit; it starts no other."""
-        self.killed_for = limit
-        self.killed_seq = load32(&self.reader.shared.started)
-        store32(&self.reader.shared.limit, self.killed_seq)
-        self.retire()
-
-    @property
-    def busy(self) -> int:
-        """Calls it holds."""
-        return self.outstanding()
-
-    @property
-    def running_task(self) -> tuple[str, str, float] | None:
-        """Name, id and seconds since its start of the call that runs, None when idle."""
-        cdef Delivery delivery = self.running()
-        if delivery is None:
-            return None
-        return ((<TaskOptions> delivery.options).name, delivery_id(delivery),
-                (monotonic_ns() - load64s(&self.reader.shared.started_ns)) * 1e-9)
-
-    cdef uint32_t outstanding(self) noexcept:
-        return self.next - self.first
-
-    cdef Delivery running(self):
-        """The call it has started and not answered, None when there is none."""
-        cdef uint32_t seq = load32(&self.reader.shared.started)
-        if seq < self.first or seq >= self.next:
-            return None
-        return <Delivery> self.sent[seq & (SENT_SLOTS - 1)]
-
-    cdef int write_call(self, Delivery delivery, bint wants_result) except -1:
-        cdef CallRecord record
-        cdef TaskOptions task = <TaskOptions> delivery.options
-        record.kind = RECORD_CALL
-        record.redelivered = delivery.deliveries > 1
-        record.wants_result = wants_result
-        record.pad = 0
-        record.seq = self.next
-        record.deliveries = <uint32_t> delivery.deliveries
-        record.time_limit = self.core.limit_of(delivery)
-        record.soft_time_limit = delivery.head.soft_time_limit
-        if record.soft_time_limit < 0:
-            record.soft_time_limit = task.soft_time_limit or self.core.soft_time_limit
-        record.exchange_size = <uint16_t> PyBytes_GET_SIZE(delivery.exchange)
-        record.routing_key_size = <uint16_t> PyBytes_GET_SIZE(delivery.routing_key)
-        record.props_size = <uint32_t> PyBytes_GET_SIZE(delivery.props)
-        record.body_size = <uint32_t> PyBytes_GET_SIZE(delivery.body)
-        record.size = sizeof(CallRecord) + record.exchange_size + record.routing_key_size + record.props_size + record.body_size
-        self.out.put(&record, sizeof(CallRecord))
-        self.out.put(PyBytes_AS_STRING(delivery.exchange), record.exchange_size)
-        self.out.put(PyBytes_AS_STRING(delivery.routing_key), record.routing_key_size)
-        self.out.put(PyBytes_AS_STRING(delivery.props), record.props_size)
-        self.out.put(PyBytes_AS_STRING(delivery.body), record.body_size)
-        delivery.seq = self.next
-        self.sent[self.next & (SENT_SLOTS - 1)] = delivery
-        self.next += 1
-        self.given += 1
-        return 0
-
-    cdef int flush(self) except -1:
-        self.is_waking = False
-        if self.out.size and not self.gone and self.write_bytes is not None:
-            self.write_bytes(self.out.take())
-        return 0
-
-
-cdef str delivery_id(Delivery delivery):
-    return PyUnicode_DecodeUTF8(
-        PyBytes_AS_STRING(delivery.props) + delivery.head.id.offset, delivery.head.id.length, b"replace")
-
-
-cdef str delivery_task(Delivery delivery):
-    return PyUnicode_DecodeUTF8(
-        PyBytes_AS_STRING(delivery.props) + delivery.head.task.offset, delivery.head.task.length, b"replace")
+def _due_first(tuple entry):
+    return entry[:2]
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
-cdef class Core(Sink):
+cdef class Core(Keeper):
     """The message loop of one worker.
 
     ``tasks`` are the TaskOptions by name. ``hooks`` is called for what is rare (see ``worker.hooks``): ``refused``, ``failure``,
@@ -232,6 +73,8 @@ cdef class Core(Sink):
         self.sources = []
         self.backlog = []
         self.etas = []
+        self.handed = set()
+        self.own_task = TaskOptions("", requeue_lost=reliable)
         self.ledger = [0] * LEDGER_STATES
         self.refused = {}
         self.outcomes = [0] * STATE_COUNT
@@ -268,6 +111,9 @@ cdef class Core(Sink):
                 self.move(<Delivery> entry[2], SETTLED)
         kept.sort()
         self.etas = kept
+        for each in [each for each in self.handed if (<Delivery> each).source is source]:
+            self.handed.remove(each)
+            self.move(each, SETTLED)
         for child in self.children:
             self.take_back(<Child> child)
 
@@ -286,9 +132,15 @@ cdef class Core(Sink):
             outlet.flush(True)
 
     def set_store(self, BatchSource store) -> None:
-        """Save results there."""
+        """Save results there, those first that the store before has not confirmed."""
+        cdef BatchSource old = self.store
         self.store = store
         store.bind(self)
+        if old is None or old is store:
+            return
+        for owner, task_id, state, meta, reply_to in old.take_unsaved():
+            store.keep_result(<Delivery> owner, task_id, state, meta, reply_to, owner is not None)
+        store.flush(True)
 
     def add_child(self, Child child) -> None:
         """Watch over a child; it gets calls once ``activate`` was called."""
@@ -304,7 +156,7 @@ cdef class Core(Sink):
         child.accepting = False
         if child in self.children:
             self.children.remove(child)
-        started = child.killed_seq if child.killed_for else load32(&child.reader.shared.started)
+        started = child.killed_seq if child.killed_for or child.terminated_by else load32(&child.reader.shared.started)
         for seq in range(child.first, child.next):
             delivery = <Delivery> child.sent[seq & (SENT_SLOTS - 1)]
             child.sent[seq & (SENT_SLOTS - 1)] = None
@@ -337,6 +189,8 @@ cdef class Core(Sink):
         cdef TaskOptions task = <TaskOptions> delivery.options
         if delivery.state == SETTLED:
             return 0    # given back already, as the worker is stopping
+        if child.terminated_by:
+            return self.fail(delivery, "terminated", child.terminated_by, ACK)
         if child.killed_for:
             return self.fail(delivery, "time-limit", child.killed_for, ACK)
         if delivery.settled or not task.requeue_lost:
@@ -362,11 +216,16 @@ cdef class Core(Sink):
         cdef const char *name
         cdef Py_ssize_t size
         cdef TaskOptions task = self.last_task
-        self.received += 1
         delivery.state = RECEIVED
         self.ledger[RECEIVED] += 1
+        if delivery.source.is_own:
+            return self.on_own_call(delivery)
+        self.received += 1
         if delivery.oversized:
             return self.refuse(delivery, "oversized")
+        if problem == NO_TASK and self.reads_foreign and self.read_foreign(delivery):
+            problem = scan_head(<const uint8_t *> PyBytes_AS_STRING(delivery.props), PyBytes_GET_SIZE(delivery.props),
+                                &delivery.head)
         if problem != FINE:
             return self.refuse(delivery, <str> PROBLEMS[problem])
         if delivery.head.reply_to.length and not is_utf8(
@@ -383,19 +242,127 @@ cdef class Core(Sink):
         delivery.options = task
         if delivery.head.delivery_count:
             delivery.deliveries = <int> delivery.head.delivery_count + 1
-        if self.log_received:
-            self.hooks.received(task.name, delivery_id(delivery))
+        if self.wants_received:
+            self.hooks.received(task.name, delivery_id(delivery), delivery)
         if self.stopping:
             return self.settle(delivery, RETURN)
         if self.reliable and delivery.deliveries > self.max_deliveries:
             return self.fail(delivery, "deliveries", delivery.deliveries, REJECT)
+        if task.handed_over:
+            return self.hand(delivery)
+        return self.admit(delivery)
+
+    cdef int on_own_call(self, Delivery delivery) except -1:
+        """A call that the main process has made: it waits for nothing but a child."""
+        delivery.options = self.tasks.get(delivery_task(delivery).encode(), self.own_task)
+        if self.stopping:
+            return self.settle(delivery, RETURN)
+        return self.enqueue(delivery)
+
+    cdef int hand(self, Delivery delivery) except -1:
+        """Give a delivery to the hooks, which say by ``judge`` what becomes of it."""
+        self.handed.add(delivery)
+        self.hooks.handed(delivery)
+        return 0
+
+    def judge(self, Delivery delivery, int verdict) -> None:
+        """Settle a delivery that the hooks have; it is no harm when it was given back or forgotten meanwhile."""
+        if delivery in self.handed:
+            self.handed.remove(delivery)
+            self.settle(delivery, verdict)
+            self.on_batch()
+
+    cdef int give_back_handed(self) except -1:
+        handed, self.handed = self.handed, set()
+        for each in handed:
+            self.settle(<Delivery> each, RETURN)
+        return 0
+
+    cdef int admit(self, Delivery delivery) except -1:
+        """Run a delivery, have it wait for its time or its turn, or end it because it must not run any more."""
+        cdef double now, turn
+        cdef TaskOptions task = <TaskOptions> delivery.options
         if delivery.head.expires and delivery.head.expires <= read_clock():
             return self.fail(delivery, "expired", delivery.head.expires, ACK)
+        if self.revoked_ids is not None and self.is_revoked(delivery):
+            return self.fail(delivery, "revoked", None, ACK)
         if delivery.head.eta and delivery.head.eta > read_clock():
-            self.eta_order += 1
-            heappush(self.etas, (delivery.head.eta, self.eta_order, delivery))
-            return 0
+            if len(self.etas) >= MAX_ETAS and delivery.source.postpone is not None and self.postpone(delivery):
+                return 0
+            return self.wait_until(delivery, delivery.head.eta)
+        if delivery.head.retries > 0 and self.runs_already(delivery):
+            return self.wait_until(delivery, read_clock() + OVERTAKE_S)
+        if task.rate_limit > 0 and not delivery.is_rated:
+            now = read_clock()
+            turn = self.turn_of(delivery, now)
+            if turn > now:
+                return self.wait_until(delivery, turn)
+        if task.handed_in_turn:
+            return self.hand(delivery)
         return self.enqueue(delivery)
+
+    cdef bint runs_already(self, Delivery delivery) except -1:
+        """Whether the run before this retry has not ended yet: what it still stores must not come last."""
+        cdef Delivery other
+        cdef Child child
+        for each in self.children:
+            child = <Child> each
+            other = child.running()
+            if (other is not None and other is not delivery and other.head.id.length == delivery.head.id.length
+                    and memcmp(PyBytes_AS_STRING(other.props) + other.head.id.offset,
+                               PyBytes_AS_STRING(delivery.props) + delivery.head.id.offset, delivery.head.id.length) == 0):
+                return True
+        return False
+
+    cdef double turn_of(self, Delivery delivery, double now) except -1:
+        """Assign the delivery the next turn that the task's rate limit has, and return its time."""
+        cdef TaskOptions task = <TaskOptions> delivery.options
+        cdef double turn = task.next_turn if task.next_turn > now else now
+        task.next_turn = turn + 1 / task.rate_limit
+        delivery.is_rated = True
+        return turn
+
+    cdef bint postpone(self, Delivery delivery) except -1:
+        """Have the broker keep a message until nearer its time; False when it is near, or cannot be kept there now."""
+        if self.stopping or delivery.head.eta - read_clock() < FAR_S:
+            return False
+        message = delivery.source.postpone(delivery.describe() | {"id": delivery_id(delivery)}, delivery.head.eta)
+        if message is None:
+            return False
+        self.postponed += 1
+        self.move(delivery, FINISHED)
+        delivery.verdict = ACK
+        # Acknowledged once its copy is confirmed.
+        delivery.pending += 1
+        self.publish(<Message> message, delivery)
+        return True
+
+    def postpone_far(self) -> None:
+        """The broker keeps messages from now on: give it what is far, beyond the number that is held here anyway."""
+        cdef Delivery delivery
+        cdef list kept = []
+        for entry in sorted(self.etas, key=_due_first):
+            delivery = <Delivery> entry[2]
+            if len(kept) < MAX_ETAS or delivery.source.postpone is None or not self.postpone(delivery):
+                kept.append(entry)
+        self.etas = kept
+        self.on_batch()
+
+    cdef int wait_until(self, Delivery delivery, double due) except -1:
+        self.eta_order += 1
+        heappush(self.etas, (due, self.eta_order, delivery))
+        return 0
+
+    cdef bint is_revoked(self, Delivery delivery) except -1:
+        return delivery_id(delivery) in self.revoked_ids
+
+    cdef bint read_foreign(self, Delivery delivery) except -1:
+        """Put a message of an older form into today's; False when it is none."""
+        found = self.hooks.foreign(delivery.props, delivery.body)
+        if found is None:
+            return False
+        delivery.props, delivery.body = found
+        return True
 
     cdef int refuse(self, Delivery delivery, str reason) except -1:
         """Reject a message that is not a task message; counted under its class."""
@@ -406,14 +373,30 @@ cdef class Core(Sink):
 
     cdef int fail(self, Delivery delivery, str kind, object detail, int verdict) except -1:
         """End a delivery that no child can end: record its failure, then settle it."""
-        state, meta = self.hooks.failure(kind, delivery_task(delivery), delivery_id(delivery), detail)
+        recorded = self.hooks.failure(kind, delivery_task(delivery), delivery_id(delivery), detail, delivery)
         if kind == "unknown" or kind == "deliveries":
             self.refused[kind] = self.refused.get(kind, 0) + 1
         self.move(delivery, FINISHED)
         delivery.verdict = verdict
+        if recorded is None:
+            # Somebody else records it, and says so by ``recorded``.
+            delivery.pending += 1
+            return 0
+        state, meta = recorded
         if meta is not None and self.wants_result(delivery):
             self.save(delivery, state, meta, True)
         return self.conclude(delivery)
+
+    def confirmed(self, Delivery delivery) -> None:
+        """What the hooks were given of this delivery is done."""
+        self.on_confirmed(delivery, True)
+        self.on_batch()
+
+    def recorded(self, Delivery delivery, int verdict) -> None:
+        """The failure for which the hooks have returned None is recorded: settle the delivery, with this verdict."""
+        delivery.verdict = verdict
+        self.on_confirmed(delivery, True)
+        self.on_batch()
 
     cdef int enqueue(self, Delivery delivery) except -1:
         delivery.next = None
@@ -436,10 +419,11 @@ cdef class Core(Sink):
     # --- dispatch
 
     cdef Child pick(self, TaskOptions task):
-        """The child to give the next call to: one that is being woken for short calls, an idle one, or the least loaded one
-        that may be given calls in advance."""
+        """The child to give the next call to: one that is awake with little to do, an idle one, or the least loaded one that
+        may be given calls in advance."""
         cdef Child child, best = None, idle = None
         cdef uint32_t load
+        cdef int64_t now = monotonic_ns()
         for each in self.children:
             child = <Child> each
             if not child.accepting or child.limited:
@@ -449,7 +433,8 @@ cdef class Core(Sink):
                 if idle is None:
                     idle = child
                 continue
-            if child.is_waking and task.run_ns >= 0 and child.expected_ns + task.run_ns <= PACK_NS and load < MAX_ADVANCE:
+            if (task.run_ns >= 0 and child.expected_ns + task.run_ns <= PACK_NS and load < MAX_ADVANCE
+                    and (now - child.woken_ns < PACK_NS or now - load64s(&child.reader.shared.started_ns) < PACK_NS)):
                 return child
             if task.run_ns < 0 or child.expected_ns + task.run_ns > ADVANCE_NS or load >= MAX_ADVANCE:
                 continue
@@ -463,7 +448,7 @@ cdef class Core(Sink):
         """Hand waiting deliveries to children for as long as one takes them."""
         cdef Delivery delivery
         cdef Child child
-        while self.waiting_first is not None:
+        while self.waiting_first is not None and not self.on_hold:
             delivery = self.waiting_first
             child = self.pick(<TaskOptions> delivery.options)
             if child is None:
@@ -476,6 +461,9 @@ cdef class Core(Sink):
             if delivery.head.expires and delivery.head.expires <= read_clock():
                 self.fail(delivery, "expired", delivery.head.expires, ACK)
                 continue
+            if self.revoked_ids is not None and self.is_revoked(delivery):
+                self.fail(delivery, "revoked", None, ACK)
+                continue
             self.hand_over(child, delivery)
         for each in self.children:
             (<Child> each).flush()
@@ -484,11 +472,12 @@ cdef class Core(Sink):
     cdef int hand_over(self, Child child, Delivery delivery) except -1:
         cdef TaskOptions task = <TaskOptions> delivery.options
         cdef bint idle = child.outstanding() == 0
-        child.write_call(delivery, self.wants_result(delivery))
+        child.write_call(delivery, self.wants_result(delivery), self.wants_outcomes, self.limit_of(delivery),
+                         self.soft_limit_of(delivery))
         child.expected_ns += task.run_ns if task.run_ns > 0 else ADVANCE_NS
         self.move(delivery, DISPATCHED)
         if idle:
-            child.is_waking = True
+            child.woken_ns = monotonic_ns()
             self.started(child)
         if self.max_tasks_per_child and child.given >= self.max_tasks_per_child:
             child.retire()
@@ -497,7 +486,9 @@ cdef class Core(Sink):
 
     cdef bint wants_result(self, Delivery delivery) except -1:
         cdef bint ignored
-        if self.store is None and (not self.rpc_results or delivery.head.reply_to.length == 0):
+        if delivery.source.is_own:
+            return False
+        if self.store is None and (not self.rpc_results or delivery.head.reply_to.length == 0 and not self.answers_all):
             return False
         ignored = False
         if delivery.options is not None:
@@ -512,18 +503,32 @@ cdef class Core(Sink):
             return delivery.head.time_limit
         return (<TaskOptions> delivery.options).time_limit or self.time_limit
 
+    cdef double soft_limit_of(self, Delivery delivery) except -1:
+        if delivery.head.soft_time_limit >= 0:
+            return delivery.head.soft_time_limit
+        return (<TaskOptions> delivery.options).soft_time_limit or self.soft_time_limit
+
     cdef int started(self, Child child) except -1:
         """The oldest call a child holds starts now. Early acknowledgement happens here."""
         cdef Delivery delivery = <Delivery> child.sent[child.first & (SENT_SLOTS - 1)]
         if delivery is None:
             return 0
         self.move(delivery, STARTED)
+        if delivery.source.is_own:
+            self.hooks.accepted(delivery, child.pid)
+            return 0
+        if self.wants_outcomes:
+            self.hooks.started(delivery_id(delivery), child.pid)
         if not (<TaskOptions> delivery.options).acks_late and not delivery.settled:
             delivery.settled = True
             delivery.source.tell(delivery, ACK)
         return 0
 
     # --- collect
+
+    cdef int on_bell(self, Child child) except -1:
+        self.collect(child)
+        return self.on_batch()
 
     cdef int collect(self, Child child) except -1:
         """Take every record a child has written. A child whose memory makes no sense is killed."""
@@ -568,7 +573,7 @@ cdef class Core(Sink):
             raise LocalProtocolError(f"child {child.pid} answered call {record.seq}, call {child.first} was due")
         if <Py_ssize_t> (sizeof(OutcomeRecord) + record.meta_size) > size:
             raise LocalProtocolError("outcome record is cut short")
-        if child.killed_for and record.seq == child.killed_seq:
+        if (child.killed_for or child.terminated_by) and record.seq == child.killed_seq:
             # Its time was up. What it still says (the stack dump may have interrupted what it waited in) comes too late;
             # it is decided when the process has ended.
             child.answered = True
@@ -606,6 +611,10 @@ cdef class Core(Sink):
             reason = PyUnicode_DecodeUTF8(payload + record.meta_size, size - sizeof(OutcomeRecord) - record.meta_size, b"replace")
         self.move(delivery, FINISHED)
         delivery.verdict = ACK
+        if record.flags & FLAG_FOR_HOOKS:
+            delivery.pending += 1
+            self.hooks.reported(delivery, <str> _STATES[record.state], meta)
+            return 0
         if record.state == OUTCOME_MALFORMED:
             self.refused[reason] = self.refused.get(reason, 0) + 1
             self.hooks.refused(reason, delivery.routing_key, delivery.props, delivery.body)
@@ -614,6 +623,10 @@ cdef class Core(Sink):
             delivery.verdict = REJECT
         elif record.state == OUTCOME_REQUEUE:
             delivery.verdict = REQUEUE
+        elif record.state == OUTCOME_FAILURE and task.reject_failed and task.acks_late:
+            delivery.verdict = REJECT
+        if self.wants_outcomes and record.state != OUTCOME_MALFORMED:
+            self.hooks.finished(task.name, delivery_id(delivery), _STATES[record.state], reason, record.runtime_ns * 1e-9)
         if meta is not None:
             self.save(delivery, <str> _STATES[record.state], meta, True)
         return self.conclude(delivery)
@@ -689,6 +702,9 @@ cdef class Core(Sink):
             if final:
                 delivery.pending += 1
             return self.publish(Message("", self.reply_to(delivery), props, meta), delivery if final else None)
+        if self.rpc_results and final and self.answers_all:
+            delivery.pending += 1
+            self.hooks.unaddressed(delivery_id(delivery), meta, delivery)
         return 0
 
     cdef int publish(self, Message message, Delivery owner) except -1:
@@ -752,6 +768,9 @@ cdef class Core(Sink):
         try:
             self.dispatch()
             idle = self.unsettled() == 0
+            if idle and self.stopping and self.handed:
+                # Nothing runs any more that could bring their verdicts.
+                self.give_back_handed()
             self.flush(idle)
             self.arm()
             if idle and self.on_idle is not None:
@@ -861,10 +880,16 @@ cdef class Core(Sink):
     cdef int wake_etas(self) except -1:
         cdef double now = read_clock()
         while self.etas and self.etas[0][0] <= now:
-            self.enqueue(<Delivery> heappop(self.etas)[2])
+            self.admit(<Delivery> heappop(self.etas)[2])
         return 0
 
     # --- stop
+
+    def hold(self) -> None:
+        """Start nothing more. What waits stays here, where others cannot take it, until ``quiet`` gives it back."""
+        self.on_hold = True
+        for child in self.children:
+            self.take_back(<Child> child)
 
     def quiet(self) -> None:
         """Start nothing more: give back what waits and what children have not started. What runs goes on."""
@@ -897,6 +922,76 @@ cdef class Core(Sink):
                     self.settle(delivery, REQUEUE)
         self.flush(True)
 
+    # --- a look inside, and remote control
+
+    @property
+    def revoked(self) -> object:
+        """The container of ids that must not run; None: nothing is revoked."""
+        return self.revoked_ids
+
+    @revoked.setter
+    def revoked(self, object ids) -> None:
+        self.revoked_ids = ids
+        if ids is None:
+            return
+        # What children hold in advance passes here again before it runs.
+        for child in self.children:
+            self.take_back(<Child> child)
+        self.on_batch()
+
+    @property
+    def load(self) -> int:
+        """How many calls run or wait for a child."""
+        return self.waiting + self.ledger[DISPATCHED] + self.ledger[STARTED]
+
+    @property
+    def running(self) -> int:
+        """How many calls run."""
+        return self.ledger[STARTED]
+
+    @property
+    def prefetch(self) -> int:
+        """How many messages may be here, ETA tasks not counted; 0: any number."""
+        return sum([(<Source> source).window for source in self.sources])
+
+    def active(self) -> list[dict[str, object]]:
+        """Return the running calls."""
+        return [self.describe(call, child.pid, ran) for child in self.children for call, ran in child.calls if ran >= 0]
+
+    def reserved(self) -> list[dict[str, object]]:
+        """Return what is here and waits for a child, its time not counted."""
+        cdef Delivery each = self.waiting_first
+        cdef list found = [self.describe(call, None, -1.0) for child in self.children for call, ran in child.calls if ran < 0]
+        while each is not None:
+            found.append(self.describe(each, None, -1.0))
+            each = each.next
+        return found
+
+    def scheduled(self) -> list[dict[str, object]]:
+        """Return what waits for its time or for its turn under a rate limit."""
+        return [self.describe(delivery, None, -1.0) | {"eta": due} for due, _, delivery in sorted(self.etas, key=_due_first)]
+
+    def describe(self, Delivery delivery, object pid, double ran) -> dict[str, object]:
+        """Return a delivery as inspection shows it; ``ran``: seconds since its start, -1 when it has not started."""
+        return {
+            "id": delivery_id(delivery), "name": delivery_task(delivery), "pid": pid,
+            "started": read_clock() - ran if ran >= 0 else None, **delivery.describe(),
+        }
+
+    def terminate(self, set ids, int signum) -> list[str]:
+        """Have the calls with these ids that run now ended by a signal to their process; return their ids."""
+        cdef Child child
+        cdef Delivery running
+        cdef list found = []
+        for each in list(self.children):
+            child = <Child> each
+            running = child.running()
+            if running is not None and not child.terminated_by and delivery_id(running) in ids:
+                found.append(delivery_id(running))
+                child.terminate_for(signum)
+                self.hooks.terminate(child, signum)
+        return found
+
     @property
     def is_idle(self) -> bool:
         """Whether nothing runs, waits to run or waits for a confirmation."""
@@ -905,7 +1000,8 @@ cdef class Core(Sink):
     def stats(self) -> dict[str, object]:
         """Return the counters: deliveries by ledger state, outcomes, refusals by class."""
         return {
-            "received": self.received, "done": self.done, "waiting": self.waiting, "scheduled": len(self.etas),
+            "received": self.received, "done": self.done, "postponed": self.postponed, "waiting": self.waiting,
+            "scheduled": len(self.etas) + self.parked,
             "ledger": dict(zip(("received", "dispatched", "started", "finished", "settled"), self.ledger)),
             "outcomes": dict(zip(("success", "failure", "retry", "ignored", "rejected", "requeued", "malformed", "returned",
                                   "unknown"), self.outcomes)),

@@ -23,12 +23,14 @@ from fastq.sending.envelope import Envelope, Envelopes, PublishRetry
 from fastq.sending.options import SendOptions, TaskOptions, check_names, text_option
 from fastq.settings import Settings, settings_of
 from fastq.task import Task
-from fastq.wire.message import Message, new_id
+from fastq.wire.ids import new_id
+from fastq.wire.message import Message
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from fastq.interfaces import Publisher, ResultStore
+    from fastq.sending.sent import SentEvents
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -78,6 +80,7 @@ class FastQ:
         self._publisher: Publisher | None = None
         self._store: ResultStore | None = None
         self._declared: set[str] = set()
+        self._sent: SentEvents | None = None
         if config is not None:
             self.config_from_object(config)
         for shared in _shared:
@@ -124,8 +127,21 @@ class FastQ:
     def _settle(self) -> None:
         self._envelopes = Envelopes(self.conf)
         self._named.clear()
+        self._settle_events()
         for task in self.tasks.values():
             task.settle(self.conf)
+
+    def _settle_events(self) -> None:
+        sent, self._sent = self._sent, None
+        if sent is not None:
+            sent.close()
+        url = str(self.conf.broker_url)
+        if not self.conf.task_send_sent_event:
+            return
+        from fastq.sending.sent import SentEvents
+        from fastq.transport.bus import has_bus
+
+        self._sent = SentEvents(url, self.conf) if has_bus(url) else None
 
     # --- tasks -------------------------------------------------------------------------------------------------------
 
@@ -310,6 +326,8 @@ class FastQ:
             if not message.exchange and message.routing_key not in self._declared:
                 self._declare(publisher, message.routing_key)
         publisher.publish(messages)
+        if self._sent is not None:
+            self._sent.tell(messages)
 
     def _declare(self, publisher: Publisher, queue: str) -> None:
         if self.conf.task_create_missing_queues or queue == self.conf.task_default_queue:
@@ -389,6 +407,8 @@ class FastQ:
         with self._lock:
             store, publisher = self._store, self._publisher
             self._store = self._publisher = None
+        if self._sent is not None:
+            self._sent.close()
         if store is not None:
             store.close()
         if publisher is not None:
@@ -404,6 +424,8 @@ class FastQ:
         """Drop what belongs to the parent process; runs in every forked child by itself."""
         self._lock = threading.RLock()
         self._thread.batch = None
+        if self._sent is not None:
+            self._sent.after_fork()
         self.forget_envelopes()
 
 

@@ -4,6 +4,7 @@ FastqError
 ├── SettingsError            a setting, option or URL is wrong: fix it and start again
 ├── ConnectionLost           the broker or store went away: safe to try again
 ├── RemoteProtocolError      the peer broke its protocol
+│   └── RedisError           Redis answered a command with an error
 ├── LocalProtocolError       fastq broke the protocol: a bug here
 ├── PublishError             a message was not confirmed by the broker
 ├── EncodeError              a value has no form in the chosen serializer
@@ -42,6 +43,15 @@ class ConnectionLost(FastqError):
 
 class RemoteProtocolError(FastqError):
     """The peer sent bytes that its protocol does not allow."""
+
+
+class RedisError(RemoteProtocolError):
+    """Redis answered a command with an error; the text is Redis's own and begins with its code, as in ``WRONGTYPE``."""
+
+    @property
+    def code(self) -> str:
+        """The first word: ``ERR``, ``NOSCRIPT``, ``OOM``…"""
+        return str(self).partition(" ")[0]
 
 
 class LocalProtocolError(FastqError):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 if TYPE_CHECKING:
     import asyncio
 
-    from fastq.link import Source
+    from fastq.amqp.topology import QueueSpec
+    from fastq.link import BatchSource, Source
     from fastq.wire.message import Message
 
 #: A stored result in Celery's layout: ``status``, ``result``, ``traceback``, ``children``, ``date_done``, ``task_id``…
@@ -77,6 +78,19 @@ class ResultStore(Protocol):
         """Release connections and threads."""
 
 
+class Saver(Protocol):
+    """The worker's side of a result store, on the parent's event loop; the core saves through ``source``."""
+
+    source: BatchSource
+    lost: asyncio.Future[Exception]
+
+    async def open(self) -> None:
+        """Connect. Raises ConnectionLost (try again) or SettingsError (do not)."""
+
+    async def close(self) -> None:
+        """Store what was handed over and close the connection."""
+
+
 class Consumer(Protocol):
     """The worker's side of a broker: the cold half, on the parent's event loop. ``source`` is the compiled hot half."""
 
@@ -84,6 +98,8 @@ class Consumer(Protocol):
     #: Where follow-ups and replies are published: a second connection with AMQP, else the source itself.
     outlet: Source
     lost: asyncio.Future[Exception]
+    #: Whether results of this URL are stored through ``source`` too, in one transaction with the verdicts.
+    saves_results: bool
     #: The worker's node name, for brokers that list their workers.
     name: str
 
@@ -95,6 +111,22 @@ class Consumer(Protocol):
 
     async def set_prefetch(self, prefetch: int) -> None:
         """Change how many unsettled messages may be here; what waits already does not count with AMQP."""
+
+    @property
+    def queue_specs(self) -> Sequence[QueueSpec]:
+        """Return the queues that are received from; nothing where queues do not come and go."""
+
+    async def add_queue(self, spec: QueueSpec) -> None:
+        """Declare a queue and receive from it too."""
+
+    async def cancel_queue(self, name: str) -> None:
+        """Receive from a queue no longer."""
+
+    async def prepare_answers(self) -> None:
+        """Get ready to ``answer``: with AMQP, declare what clients look for."""
+
+    async def answer(self, task_id: str, meta: bytes) -> None:
+        """Send a result to a client that gave no address for replies, where the broker has a place to put it."""
 
     async def cancel(self) -> None:
         """Stop receiving; nothing new arrives after it returns. Settling goes on."""

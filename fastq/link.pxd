@@ -27,13 +27,15 @@ cdef enum LedgerState:
 
 cdef class Delivery:
     cdef Source source
-    cdef uint64_t tag
+    cdef readonly uint64_t tag
     cdef bytes exchange
     cdef bytes routing_key
+    cdef bytes consumer         # tag of the subscription that brought it, with AMQP
     cdef bytes props
     cdef bytes body
     cdef Head head
     cdef object options         # the core's TaskOptions
+    cdef public object request  # what the hooks have made of it
     cdef int deliveries         # how often the broker has handed it out, this time included
     cdef int deaths             # children that died of it here
     cdef int state
@@ -42,6 +44,7 @@ cdef class Delivery:
     cdef bint oversized         # above max_message_bytes: its body was not kept
     cdef bint unsafe            # a follow-up of it was refused: it must run again
     cdef bint settled           # told to the source (early acknowledgement: before it ran)
+    cdef bint is_rated          # its turn under the task's rate limit is assigned
     cdef uint32_t seq
     cdef Delivery next
 
@@ -61,6 +64,8 @@ cdef class Source:
     cdef readonly Py_ssize_t held       # deliveries that are
     cdef readonly Py_ssize_t held_bytes
     cdef public Py_ssize_t max_held_bytes   # reading stops above this
+    cdef public bint is_own             # it brings calls that the main process has made itself, not a broker's messages
+    cdef public object postpone         # (delivery as a dict, unix time) -> Message that brings it back then, or None
 
     cdef int bind(self, Sink sink) except -1
     cdef int give(self, Delivery delivery) except -1
@@ -103,7 +108,7 @@ cdef class AmqpLink(Source):
     cdef uint64_t content_tag
     cdef bint content_redelivered
     cdef bint content_oversized
-    cdef bytes content_exchange, content_routing_key, content_props, content_body
+    cdef bytes content_exchange, content_routing_key, content_consumer, content_props, content_body
     cdef list content_parts      # of a body in several frames
     cdef object content_arguments
     cdef uint64_t body_size
@@ -130,7 +135,9 @@ cdef class BatchSource(Source):
     cdef list verdicts
     cdef list results
     cdef list messages
-    cdef dict owners
+    cdef dict owners            # deliveries by the token of what they wait for
+    cdef dict sent              # messages by token, until they are confirmed
+    cdef dict unsaved           # results by token, until they are confirmed
     cdef uint64_t next_token
     cdef Py_ssize_t pulled
 

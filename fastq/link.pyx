@@ -34,6 +34,20 @@ cdef enum:
 cdef class Delivery:
     """A message as received: headers scanned, body and properties still encoded."""
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a call that the main process has made itself."""
+        return self.source.is_own
+
+    def describe(self) -> dict[str, object]:
+        """Return what came with the message, for those who look at single deliveries: hooks, inspection."""
+        return {
+            "props": self.props, "body": self.body, "exchange": self.exchange.decode("utf-8", "replace"),
+            "routing_key": self.routing_key.decode("utf-8", "replace"), "deliveries": self.deliveries,
+            "consumer": None if self.consumer is None else self.consumer.decode("utf-8", "replace"),
+            "redelivered": self.deliveries > 1, "acknowledged": bool(self.settled), "eta": self.head.eta or None,
+        }
+
 
 cdef class Sink:
     cdef int on_delivery(self, Delivery delivery) except -1:
@@ -104,7 +118,7 @@ cdef class AmqpLink(Source):
         self.unconfirmed = {}
         self.known_queues = set()
         self.held_back = {}
-        self.content_exchange = self.content_routing_key = b""
+        self.content_exchange = self.content_routing_key = self.content_consumer = b""
         self.window = 0
 
     # --- asyncio.BufferedProtocol
@@ -287,6 +301,8 @@ cdef class AmqpLink(Source):
         if size < 1 or size < 1 + p[0] + 9 + 1:
             raise RemoteProtocolError(f"basic.deliver of {size} bytes is too short")
         at = 1 + p[0]
+        if p[0] != PyBytes_GET_SIZE(self.content_consumer) or memcmp(PyBytes_AS_STRING(self.content_consumer), p + 1, p[0]) != 0:
+            self.content_consumer = PyBytes_FromStringAndSize(<const char *> p + 1, p[0])
         self.content_tag = load_u64(p + at)
         self.content_redelivered = p[at + 8] & 1
         at += 9
@@ -338,6 +354,7 @@ cdef class AmqpLink(Source):
         delivery.tag = self.content_tag
         delivery.exchange = self.content_exchange
         delivery.routing_key = self.content_routing_key
+        delivery.consumer = self.content_consumer
         delivery.props = self.content_props
         delivery.body = self.content_body
         delivery.deliveries = 2 if self.content_redelivered else 1
@@ -490,17 +507,21 @@ cdef class BatchSource(Source):
         self.results = []
         self.messages = []
         self.owners = {}
+        self.sent = {}
+        self.unsaved = {}
         self.next_token = 1
         self.pulled = -1
 
     def receive(self, list rows) -> None:
-        """Take deliveries: (tag, queue, props, body, deliveries counted so far including this one)."""
+        """Take deliveries: (tag, queue, props, body, deliveries counted so far including this one), and, where the message
+        came through an exchange, this and its routing key."""
         cdef Delivery delivery
-        for tag, queue, props, body, deliveries in rows:
+        for tag, queue, props, body, deliveries, *route in rows:
             delivery = Delivery.__new__(Delivery)
             delivery.tag = tag
-            delivery.exchange = b""
-            delivery.routing_key = queue
+            delivery.exchange = route[0] if route else b""
+            delivery.routing_key = route[1] if route else queue
+            delivery.consumer = queue
             delivery.props = props
             delivery.body = body
             delivery.deliveries = deliveries
@@ -513,6 +534,8 @@ cdef class BatchSource(Source):
         cdef Delivery owner
         for token in tokens:
             owner = self.owners.pop(token, None)
+            self.sent.pop(token, None)
+            self.unsaved.pop(token, None)
             if owner is not None:
                 self.sink.on_confirmed(owner, True)
         self.sink.on_batch()
@@ -522,9 +545,29 @@ cdef class BatchSource(Source):
         cdef Delivery owner
         for token in tokens:
             owner = self.owners.pop(token, None)
+            self.sent.pop(token, None)
+            self.unsaved.pop(token, None)
             if owner is not None:
                 self.sink.on_confirmed(owner, False)
         self.sink.on_batch()
+
+    def take_unconfirmed(self) -> list[tuple[Message, object]]:
+        """Return and forget what was to be published and was never confirmed, oldest first: (Message, owner)."""
+        cdef list left = [(message, self.owners.pop(token, None)) for token, message in self.sent.items()]
+        self.sent = {}
+        self.messages = []
+        return left
+
+    def take_unsaved(self) -> list[tuple[object, ...]]:
+        """Return and forget results that were never confirmed, oldest first: (owner, task id, state, meta, reply_to)."""
+        cdef list left = [(self.owners.pop(token, None), *result) for token, result in self.unsaved.items()]
+        self.unsaved = {}
+        self.results = []
+        return left
+
+    def bury(self) -> None:
+        """The connection is gone: nothing is carried out any more."""
+        self.dead = True
 
     cdef int tell(self, Delivery delivery, int verdict) except -1:
         self.forget(delivery)
@@ -539,11 +582,13 @@ cdef class BatchSource(Source):
             token = self.next_token
             self.next_token += 1
             self.owners[token] = delivery
+            self.unsaved[token] = (task_id, state, meta, reply_to)
         self.results.append((task_id, state, meta, reply_to, token))
         return 0
 
     cdef int send(self, Message message, Delivery owner) except -1:
         self.owners[self.next_token] = owner
+        self.sent[self.next_token] = message
         self.messages.append((self.next_token, message))
         self.next_token += 1
         return 0

@@ -29,10 +29,13 @@ ENVIRONMENT_NAMES = {
 DEFAULT_BROKER_URL = "sqlite:///fastq.db"
 
 #: Their values may hold passwords: an error shows only what kind of value it was.
-_SECRET = frozenset({"broker_url", "result_backend", "broker_use_ssl", "broker_transport_options"})
+_SECRET = frozenset(
+    {"broker_url", "result_backend", "broker_use_ssl", "broker_transport_options"}
+    | {"redis_password", "redis_backend_use_ssl", "result_backend_transport_options"}
+)
 
 #: A plain object is read for names that start so; anything else in it is none of our business.
-_PREFIXES = ("broker_", "task_", "worker_", "result_", "fastq_", "accept_", "enable_")
+_PREFIXES = ("broker_", "task_", "worker_", "result_", "fastq_", "accept_", "enable_", "event_", "control_")
 
 
 class Settings:
@@ -47,7 +50,10 @@ class Settings:
         None  # None: for ever, as a worker without a broker has nothing else to do
     )
     broker_heartbeat: float = 10.0  # chosen: a dead peer is noticed in 20 s, where Celery's 120 s takes four minutes
+    broker_login_method: str | None = None  # None: the best that the broker offers
     broker_failover_strategy: Literal["round-robin", "shuffle"] = "round-robin"
+    # None: the delay queues of Celery's senders are not declared. A Celery application's worker does, as Celery's.
+    broker_native_delayed_delivery_queue_type: Literal["classic", "quorum"] | None = None
     broker_transport_options: Mapping[str, Any] = types.MappingProxyType({})
     broker_use_ssl: bool | Mapping[str, Any] = False
 
@@ -55,6 +61,22 @@ class Settings:
     result_backend: str | None = None
     result_expires: float | None = 86400.0
     result_extended: bool = False
+    result_failure_expires: float | None = None  # None: as result_expires
+    result_serializer: str = "json"
+    result_accept_content: Sequence[str] | None = None  # None: as accept_content
+    result_compression: str | None = None
+    result_backend_transport_options: Mapping[str, Any] = types.MappingProxyType({})
+
+    # Redis as result store, beside result_backend. The broker's are in broker_transport_options.
+    redis_host: str | None = None
+    redis_port: int | None = None
+    redis_db: int | None = None
+    redis_username: str | None = None
+    redis_password: str | None = None
+    redis_backend_use_ssl: bool | Mapping[str, Any] | None = None
+    redis_socket_timeout: float | None = 120.0
+    redis_socket_connect_timeout: float | None = None  # None: as broker_connection_timeout
+    redis_backend_health_check_interval: float | None = None  # None: 10 s
 
     # Tasks: where they go.
     task_default_queue: str = "celery"
@@ -64,6 +86,8 @@ class Settings:
     task_queue_max_priority: int | None = None
     task_queues: Sequence[str | Mapping[str, Any]] | Mapping[str, Any] | None = None
     task_create_missing_queues: bool = True
+    task_create_missing_queue_type: Literal["classic", "quorum"] | None = None  # None: as task_default_queue_type
+    task_create_missing_queue_exchange_type: str | None = None  # None: direct
     task_routes: Any = None
 
     # Tasks: how they are written.
@@ -84,17 +108,41 @@ class Settings:
     task_always_eager: bool = False
     task_eager_propagates: bool = False
 
+    # Events, for monitors. The lifetimes are of a monitor's own queue, in seconds.
+    task_send_sent_event: bool = False
+    worker_send_task_events: bool = False
+    event_exchange: str = "celeryev"
+    event_queue_prefix: str = "celeryev"
+    event_queue_ttl: float = 5.0
+    event_queue_expires: float = 60.0
+    event_queue_exclusive: bool = True
+    event_queue_durable: bool = False
+
     # Worker.
+    worker_direct: bool = False  # a queue of its own, <node name>.dq2
     worker_concurrency: int | None = None
     worker_prefetch_multiplier: int = 4
+    worker_disable_prefetch: bool = False  # Redis only: take a message only when a child is free
     worker_max_tasks_per_child: int | None = None
     worker_max_memory_per_child: int | None = None  # KiB of resident memory
     worker_hijack_root_logger: bool = True
     worker_log_color: bool | None = None
     worker_log_format: str = "[%(asctime)s: %(levelname)s/%(processName)s] %(message)s"
     worker_task_log_format: str = "[%(asctime)s: %(levelname)s/%(processName)s] %(task_name)s[%(task_id)s]: %(message)s"
+    worker_log_datefmt: str | None = None
+    worker_task_log_datefmt: str | None = None
     worker_redirect_stdouts: bool = True
     worker_redirect_stdouts_level: str = "WARNING"
+
+    # Remote control.
+    worker_enable_remote_control: bool = True
+    worker_pool_restarts: bool = False
+    worker_state_db: str | None = None
+    control_exchange: str = "celery"
+    control_queue_ttl: float | None = 300.0
+    control_queue_expires: float | None = 10.0
+    control_queue_exclusive: bool = True
+    control_queue_durable: bool = False
 
     # General.
     include: Sequence[str] = ()

@@ -23,7 +23,7 @@ from fastq.sending.options import CHECKS, RetryOptions, SendOptions, TaskOptions
 from fastq.sending.parameters import ANY, Parameters
 from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, SUCCESS
 from fastq.steps import retry as retries
-from fastq.wire.message import new_id
+from fastq.wire.ids import new_id
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -10,6 +10,7 @@ from typing import Any
 from fastq.app import FastQ
 from fastq.errors import FastqError
 from fastq.worker.options import WorkerOptions
+from fastq.worker.program import FastQProgram
 from fastq.worker.worker import Worker
 
 
@@ -21,7 +22,7 @@ def worker(app: FastQ, *, concurrency: int = 1, timeout_s: float = 30.0, **optio
     a ``memory://`` broker this is the way to have a worker at all. Raises FastqError when it is not ready in time.
     """
     app.finalize()
-    running = Worker(app, WorkerOptions(concurrency=concurrency, **options).resolved(app.conf))
+    running = Worker(FastQProgram(app), WorkerOptions(concurrency=concurrency, **options).resolved(app.conf))
     zygote = running.start_zygote()
     ready = threading.Event()
     failed: list[BaseException] = []

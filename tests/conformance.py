@@ -20,7 +20,8 @@ from fastq.interfaces import Publisher, ResultStore
 from fastq.results import open_store
 from fastq.settings import Settings
 from fastq.transport import open_publisher
-from fastq.wire.message import Message, encode_task, new_id
+from fastq.wire.ids import new_id
+from fastq.wire.message import Message, encode_task
 from tests.consuming import ACK, REJECT, REQUEUE, TIMEOUT_S, Consuming
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fastq import app as fastq_app
 from tests.faults import FaultProxy
 from tests.servers import RabbitMQ, Redis, ServerMissing
 from tests.workers import WorkerProcess
@@ -21,10 +22,12 @@ SMOKE_FILES = ("test_wire_", "test_core", "test_app", "test_task", "test_memory"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the files of the smoke test."""
+    """Mark the files of the smoke test, and what says how stock Celery alone behaves."""
     for item in items:
-        if item.path.name.startswith(SMOKE_FILES):
+        if item.path.parent == Path(__file__).parent and item.path.name.startswith(SMOKE_FILES):
             item.add_marker(pytest.mark.smoke)
+        if "under_celery" in item.name:
+            item.add_marker(pytest.mark.reference)
 
 
 def missing(error: ServerMissing) -> None:
@@ -32,6 +35,14 @@ def missing(error: ServerMissing) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(str(error), pytrace=False)
     pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def closed_applications() -> Iterator[None]:
+    """Close what a file's applications have left open: the last one made is kept alive by the next one only."""
+    yield
+    for application in list(fastq_app._apps):
+        application.close()
 
 
 @pytest.fixture(scope="session")

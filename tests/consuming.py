@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastq.settings import Settings
 from fastq.transport.memory import MemoryConsumer, MemorySource
+from fastq.transport.redis import RedisConsumer
+from fastq.transport.redis_source import RedisSource
 from fastq.transport.sqlite import SqliteConsumer, SqliteSource
 
 T = TypeVar("T")
@@ -62,6 +64,18 @@ class RecordingMemorySource(_Recording, MemorySource):
     pass
 
 
+class RecordingRedisSource(_Recording, RedisSource):
+    pass
+
+
+#: Consumer and recording source by the beginning of the URL.
+KINDS: Mapping[str, tuple[Any, Any]] = {
+    "memory:": (MemoryConsumer, RecordingMemorySource),
+    "sqlite:": (SqliteConsumer, RecordingSqliteSource),
+    "redis:": (RedisConsumer, RecordingRedisSource),
+}
+
+
 class Consuming:
     """One open consumer. ``window`` messages may be on their way; ``allow`` asks for more."""
 
@@ -70,9 +84,7 @@ class Consuming:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        is_memory = url.startswith("memory:")
-        base: Any = MemoryConsumer if is_memory else SqliteConsumer
-        source = RecordingMemorySource if is_memory else RecordingSqliteSource
+        base, source = next(classes for scheme, classes in KINDS.items() if url.startswith(scheme))
         record = self.record
         self.consumer = type("Recorder", (base,), {"source_class": type("Source", (source,), {"record": record})})(
             url, settings
@@ -129,6 +141,9 @@ class Consuming:
 
     def fence(self) -> None:
         """Wait until everything handed over so far is stored."""
+        if isinstance(self.consumer, RedisConsumer):
+            self.run(self.consumer.settled())
+            return
         self.save(("fence", "STARTED", b'{"status":"STARTED"}', "", FENCE))
         self.record.wait(lambda: FENCE in self.record.stored)
         self.record.stored.remove(FENCE)

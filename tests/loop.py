@@ -15,11 +15,13 @@ from typing import Any
 
 import uvloop
 
-from fastq._core import Child, Core, TaskOptions
-from fastq.link import BatchSource
+from fastq._child import Child, TaskOptions
+from fastq._core import Core
+from fastq.link import BatchSource, Delivery
 from fastq.pool.supervisor import Pool
 from fastq.pool.zygote import start_zygote
-from fastq.wire.message import Message, encode_task, new_id
+from fastq.wire.ids import new_id
+from fastq.wire.message import Message, encode_task
 from fastq.wire.pipe import ChildPipe
 
 ACK, REJECT, REQUEUE, RETURN = range(4)
@@ -133,15 +135,45 @@ class RecordingHooks:
         self.pool: Pool
         self.events: list[tuple[Any, ...]] = []
         self.lost: list[tuple[int, str]] = []
+        self.converted: tuple[bytes, bytes] | None = None
+        self.records_elsewhere = False
+        self.unrecorded: list[Delivery] = []
 
-    def received(self, name: str, task_id: str) -> None:
+    def received(self, name: str, task_id: str, delivery: Delivery) -> None:
         self.events.append(("received", name))
+
+    def started(self, task_id: str, pid: int) -> None:
+        self.events.append(("started", task_id))
+
+    def handed(self, delivery: Delivery) -> None:
+        self.events.append(("handed",))
+
+    def accepted(self, delivery: Delivery, pid: int) -> None:
+        self.events.append(("accepted", pid))
+
+    def reported(self, delivery: Delivery, state: str, report: bytes | None) -> None:
+        self.events.append(("reported", state, report))
+
+    def unaddressed(self, task_id: str, meta: bytes, delivery: Delivery) -> None:
+        self.events.append(("unaddressed", task_id, meta))
+
+    def finished(self, name: str, task_id: str, state: str, report: str | None, runtime_s: float) -> None:
+        self.events.append(("finished", name, state, report))
+
+    def foreign(self, props: bytes, body: bytes) -> tuple[bytes, bytes] | None:
+        self.events.append(("foreign", body))
+        return self.converted
 
     def refused(self, reason: str, queue: bytes, props: bytes, body: bytes) -> None:
         self.events.append(("refused", reason))
 
-    def failure(self, kind: str, name: str, task_id: str, detail: Any) -> tuple[str, bytes | None]:
+    def failure(
+        self, kind: str, name: str, task_id: str, detail: Any, delivery: Delivery
+    ) -> tuple[str, bytes | None] | None:
         self.events.append(("failure", kind, name, detail))
+        if self.records_elsewhere:
+            self.unrecorded.append(delivery)
+            return None
         return "FAILURE", b"{}"
 
     def unsendable(self, task_id: str, queue: str, reason: str) -> None:
@@ -166,6 +198,10 @@ class RecordingHooks:
     def hard_limit(self, child: Child, name: str, task_id: str, limit: float) -> None:
         self.events.append(("hard_limit", name, limit))
         self.pool.kill_child(child)
+
+    def terminate(self, child: Child, signum: int) -> None:
+        self.events.append(("terminate", signum))
+        self.pool.terminate(child, signum)
 
 
 class Running:

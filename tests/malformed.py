@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastq.wire.message import encode_properties, new_id
+from fastq.wire.ids import new_id
+from fastq.wire.message import encode_properties
 
 #: In the arguments of every message; must not be in any log.
 SECRET = "correct-horse-battery-staple"

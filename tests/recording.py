@@ -13,8 +13,9 @@ from fastq.codecs.meta import decode_meta
 from fastq.errors import ResultTimeout
 from fastq.interfaces import Meta
 from fastq.states import READY_STATES
-from fastq.wire.message import Call, Message, decode_properties
+from fastq.wire.message import Call, Message
 from fastq.wire.pipe import SHARED_SIZE, ChildPipe, RingReader, call_record
+from fastq.wire.properties import decode_properties
 
 
 class RecordingPublisher:

@@ -349,13 +349,14 @@ class _Control:
 
 
 class Redis:
-    """One Redis server without persistence."""
+    """One Redis server without persistence. ``settings`` are lines of redis.conf."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: dict[str, str] | None = None) -> None:
         program = shutil.which("redis-server")
         if program is None:
             raise ServerMissing("Redis is not installed: apt-get install redis-server")
         self.folder = folder
+        self.settings = settings or {}
         self.port = 0
         self._program = program
         self._process: subprocess.Popen[bytes] | None = None
@@ -365,16 +366,9 @@ class Redis:
         self.port = self.port or free_ports(1)
         command = [self._program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
         command += ["--save", "", "--appendonly", "no", "--daemonize", "no"]
-        with (self.folder / "redis.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command,
-                env={"PATH": os.environ.get("PATH", "/usr/bin:/bin")},  # no LD_PRELOAD of a sanitizer
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        wait_until(self._answers, START_TIMEOUT_S, lambda: ServerFailed(f"Redis did not answer\n{self.log()}"))
+        for name, value in self.settings.items():
+            command += [f"--{name}", *value.split(" ")]
+        self._run(command)
         return self
 
     def url(self, database: int = 0) -> str:
@@ -414,11 +408,23 @@ class Redis:
         """Return what the server has logged so far."""
         return (self.folder / "redis.log").read_text(encoding="utf-8", errors="replace")
 
+    def _run(self, command: list[str]) -> None:
+        with (self.folder / "redis.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                env={"PATH": os.environ.get("PATH", "/usr/bin:/bin")},  # no LD_PRELOAD of a sanitizer
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_until(self._answers, START_TIMEOUT_S, lambda: ServerFailed(f"Redis did not answer\n{self.log()}"))
+
     def _answers(self) -> bool:
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=1.0) as connection:
                 connection.sendall(b"PING\r\n")
-                return connection.recv(16).startswith(b"+PONG")
+                return connection.recv(16).startswith((b"+PONG", b"-NOAUTH"))
         except OSError:
             return False
 
@@ -433,6 +439,35 @@ class Redis:
             self._process.kill()
             self._process.wait(STOP_TIMEOUT_S)
         self._process = None
+
+
+class RedisSentinel(Redis):
+    """One Sentinel that watches a master and needs nobody's consent to make a replica the master."""
+
+    def __init__(self, folder: Path, master_port: int, service: str = "mymaster") -> None:
+        super().__init__(folder)
+        self.service = service
+        self._master_port = master_port
+
+    def start(self) -> RedisSentinel:
+        """Return self when the Sentinel answers PING."""
+        self.port = self.port or free_ports(1)
+        lines = [
+            f"port {self.port}",
+            "bind 127.0.0.1",
+            f"dir {self.folder}",
+            f"sentinel monitor {self.service} 127.0.0.1 {self._master_port} 1",
+            f"sentinel down-after-milliseconds {self.service} 500",
+            f"sentinel failover-timeout {self.service} 3000",
+        ]
+        file = self.folder / "sentinel.conf"  # Sentinels write what they learn into it
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self._run([self._program, str(file), "--sentinel"])
+        return self
+
+    def url(self, database: int = 0) -> str:
+        """Return the URL by which clients find the master."""
+        return f"sentinel://127.0.0.1:{self.port}/{database}"
 
 
 def free_ports(count: int) -> int:

@@ -1,10 +1,11 @@
-"""One broker, one ledger, and the workers and clients of a test around them: the same words for RabbitMQ and SQLite.
+"""One broker, one ledger, and the workers and clients of a test around them: the same words for each broker.
 
 Tasks are those of ``tests.tasks_for_faults``, each with a number. What was confirmed by the broker is in ``sent``.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sqlite3
 import time
@@ -18,13 +19,18 @@ from fastq import AsyncResult, FastQ
 from fastq.amqp.connection import BlockingConnection, connect_any
 from fastq.amqp.handshake import frame
 from fastq.amqp.url import Endpoints
+from fastq.redis.blocking import BlockingRedis
+from fastq.redis.url import parse_redis_url
+from fastq.settings import Settings
 from fastq.wire.amqp import METHODS
-from fastq.wire.message import Message, encode_task, new_id
+from fastq.wire.envelope import decode_envelope
+from fastq.wire.ids import new_id
+from fastq.wire.message import Message, encode_task
 from tests.oracle import Ledger, Verdict
-from tests.servers import RabbitMQ, wait_until
+from tests.servers import RabbitMQ, Redis, wait_until
 from tests.workers import WorkerProcess
 
-Kind = Literal["amqp", "quorum", "sqlite"]
+Kind = Literal["amqp", "quorum", "redis", "sqlite"]
 
 QUEUE = "celery"
 DEAD = "dead"
@@ -34,29 +40,32 @@ APP = "tests.tasks_for_faults"
 class Stage:
     """See the module. ``url`` may lead workers through a proxy; the test itself talks to the broker directly."""
 
-    def __init__(self, kind: Kind, url: str, folder: Path, rabbitmq: RabbitMQ | None = None) -> None:
+    def __init__(self, kind: Kind, url: str, folder: Path, rabbitmq: RabbitMQ | None = None, **settings: Any) -> None:
         self.kind = kind
         self.url = url
         self.folder = folder
         self.rabbitmq = rabbitmq
         self.ledger = Ledger(folder / "ledger.bin")
         self.sent: list[int] = []
-        self.settings: dict[str, Any] = {"task_default_queue_type": "quorum"} if kind == "quorum" else {}
+        self.settings = {**({"task_default_queue_type": "quorum"} if kind == "quorum" else {}), **settings}
         self.workers: list[WorkerProcess] = []
         self.client = FastQ("client", broker=url, backend=self.backend, **self.settings)
+        self.redis = BlockingRedis(parse_redis_url(url, self.client.conf), 5.0, "test") if kind == "redis" else None
         if rabbitmq is not None:
             self._dead_letter_policy(rabbitmq)
         self.client.publisher.declare(QUEUE)
 
     @property
     def backend(self) -> str:
-        return self.url if self.kind == "sqlite" else "rpc://"
+        return self.url if self.kind in ("redis", "sqlite") else "rpc://"
 
     def close(self) -> None:
         """Kill what still runs and close the client's connections."""
         for worker in self.workers:
             worker.kill9()
         self.client.close()
+        if self.redis is not None:
+            self.redis.close()
 
     # -- workers
 
@@ -111,13 +120,18 @@ class Stage:
         """Return how many messages the queue holds, whoever has them at the moment."""
         if self.rabbitmq is not None:
             return self.rabbitmq.queue_depth(self.vhost, QUEUE)
+        if self.redis is not None:
+            self.redis.close()  # its server may be another one by now
+            return sum(self.redis.pipeline([("LLEN", QUEUE), ("ZCARD", f"{QUEUE}.delayed"), ("HLEN", "unacked")]))
         with self._database() as database:
             return int(database.execute("SELECT count(*) FROM messages").fetchone()[0])
 
     def dead_letters(self, count: int = 1, timeout_s: float = 5.0) -> list[tuple[bytes, bytes]]:
         """Take (properties, body) of what is in the dead letters, once that many are there."""
         found: list[tuple[bytes, bytes]] = []
-        take = self._take_dead_rows if self.rabbitmq is None else self._take_dead_messages
+        take = {"redis": self._take_dead_envelopes, "sqlite": self._take_dead_rows}.get(
+            self.kind, self._take_dead_messages
+        )
 
         def enough() -> bool:
             found.extend(take())
@@ -177,6 +191,10 @@ class Stage:
         finally:
             connection.close()
 
+    def _take_dead_envelopes(self) -> list[tuple[bytes, bytes]]:
+        assert self.redis is not None
+        return [decode_envelope(raw)[:2] for raw in self.redis.call("RPOP", f"{QUEUE}.dead", 100_000) or ()]
+
     def _take_dead_rows(self) -> list[tuple[bytes, bytes]]:
         with self._database() as database:
             database.execute("BEGIN IMMEDIATE")  # nothing is added between the two
@@ -211,11 +229,26 @@ def _get(connection: BlockingConnection) -> tuple[bytes, bytes] | None:
 
 
 def open_stage(kind: Kind, request: pytest.FixtureRequest, folder: Path) -> Stage:
-    """Return a stage on the session's RabbitMQ, in a virtual host of its own, or on a new database file."""
+    """Return a stage on the session's RabbitMQ or Redis, in a place of its own, or on a new database file."""
     if kind == "sqlite":
         return Stage(kind, f"sqlite:///{folder / 'fastq.db'}", folder)
+    if kind == "redis":
+        server: Redis = request.getfixturevalue("redis_server")
+        return Stage(kind, empty_database(server), folder)
     rabbitmq: RabbitMQ = request.getfixturevalue("rabbitmq")
     return Stage(kind, rabbitmq.url(rabbitmq.new_vhost()), folder, rabbitmq)
+
+
+_databases = itertools.cycle(range(5, 16))  # those below are other tests'
+
+
+def empty_database(server: Redis) -> str:
+    """Return the URL of a database of a Redis server that has nothing in it."""
+    url = server.url(next(_databases))
+    redis = BlockingRedis(parse_redis_url(url, Settings({})), 5.0, "test")
+    redis.call("FLUSHDB")
+    redis.close()
+    return url
 
 
 def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:

@@ -12,7 +12,7 @@ import os
 import signal
 import time
 
-from fastq import FastQ
+from fastq import FastQ, Task
 from fastq.errors import SoftTimeLimitExceeded
 from tests.oracle import record, record_done, record_start
 
@@ -39,6 +39,18 @@ def kill_own_child(number: int) -> None:
     """End the process that runs this, as a segmentation fault or the memory killer does."""
     record_start(LEDGER, number)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(name="once_more", bind=True, acks_late=False)
+def once_more(self: Task[..., None], number: int, gate: str) -> None:
+    """Be acknowledged at once, wait until a file exists, and run once more by a retry."""
+    record_start(LEDGER, number)
+    if self.request.retries:
+        record_done(LEDGER, number)
+        return
+    while not os.path.exists(gate):
+        time.sleep(0.01)
+    self.retry(countdown=0)
 
 
 @app.task(name="stuck_in_c")

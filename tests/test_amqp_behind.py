@@ -16,7 +16,8 @@ from fastq.settings import Settings
 from fastq.transport import open_publisher
 from fastq.transport.amqp_behind import WINDOW, BehindPublisher
 from fastq.transport.amqp_blocking import AmqpPublisher
-from fastq.wire.message import Message, encode_task, new_id
+from fastq.wire.ids import new_id
+from fastq.wire.message import Message, encode_task
 from tests.faults import FaultProxy
 
 BEHIND = {"broker_transport_options": {"confirm_publish": "behind"}}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fastq.amqp.refusal import refusal
-from fastq.amqp.topology import Topology
+from fastq.amqp.topology import Topology, direct_queue, names_by_alias, read_by_default
 from fastq.amqp.url import AmqpUrl
 from fastq.errors import ConnectionLost, FastqError, LocalProtocolError, PublishError, SettingsError
 from fastq.settings import Settings
@@ -21,9 +21,22 @@ def topology(queues: Any = None, **values: Any) -> Topology:
 
 def test_a_queue_is_declared_as_celery_does() -> None:
     assert list(topology().spec("mail").steps()) == [
-        ("queue.declare", {"queue": "mail", "durable": True, "auto_delete": False, "arguments": {}}),
-        ("exchange.declare", {"exchange": "mail", "type": "direct", "durable": True}),
-        ("queue.bind", {"queue": "mail", "exchange": "mail", "routing_key": "mail"}),
+        (
+            "queue.declare",
+            {"queue": "mail", "durable": True, "exclusive": False, "auto_delete": False, "arguments": {}},
+        ),
+        (
+            "exchange.declare",
+            {
+                "exchange": "mail",
+                "type": "direct",
+                "passive": False,
+                "durable": True,
+                "auto_delete": False,
+                "arguments": {},
+            },
+        ),
+        ("queue.bind", {"queue": "mail", "exchange": "mail", "routing_key": "mail", "arguments": {}}),
     ]
 
 
@@ -50,8 +63,10 @@ def test_task_queues_may_say_more_about_a_queue() -> None:
     }
     assert made.spec("fast").arguments == {"x-max-priority": 9, "x-message-ttl": 1000}
     steps = dict(made.spec("other").steps())
-    assert steps["exchange.declare"] == {"exchange": "ex", "type": "topic", "durable": False}
-    assert steps["queue.bind"] == {"queue": "other", "exchange": "ex", "routing_key": "#"}
+    assert steps["exchange.declare"]["exchange"] == "ex"
+    assert steps["exchange.declare"]["type"] == "topic"
+    assert steps["exchange.declare"]["durable"] is False
+    assert steps["queue.bind"] == {"queue": "other", "exchange": "ex", "routing_key": "#", "arguments": {}}
     assert [method for method, _ in made.spec("bare").steps()] == ["queue.declare"]
 
 
@@ -60,6 +75,73 @@ def test_task_queues_may_be_a_dict_in_celerys_words() -> None:
     assert made.spec("q").arguments == {"x-max-priority": 3}
     assert made.spec("q").exchange == "e"
     assert made.may_create("r")
+
+
+def test_a_queue_may_have_several_bindings() -> None:
+    bindings = [
+        {"exchange": "news", "exchange_type": "topic", "routing_key": "sport.#"},
+        {"exchange": "amq.headers", "exchange_type": "headers", "arguments": {"x-match": "any", "kind": "sport"}},
+        {"exchange": "theirs", "routing_key": "k", "exchange_no_declare": True},
+    ]
+    made = topology([{"name": "sport", "bindings": bindings, "exclusive": True}]).spec("sport")
+    steps = list(made.steps())
+    assert [method for method, _ in steps] == [
+        "queue.declare",
+        "exchange.declare",
+        "queue.bind",
+        "queue.bind",
+        "queue.bind",
+    ]
+    assert steps[0][1]["exclusive"] is True
+    assert steps[1][1]["exchange"] == "news"
+    assert steps[1][1]["type"] == "topic"
+    assert [(fields["exchange"], fields["routing_key"]) for method, fields in steps if method == "queue.bind"] == [
+        ("news", "sport.#"),
+        ("amq.headers", ""),
+        ("theirs", "k"),
+    ]
+    assert steps[3][1]["arguments"] == {"x-match": "any", "kind": "sport"}
+    beside = topology([{"name": "sport", "exchange": "own", "bindings": bindings[:1]}]).spec("sport")
+    assert [each.exchange for each in beside.all_bindings] == ["own", "news"]
+
+
+def test_an_exchange_may_differ_from_its_queue() -> None:
+    options = {"durable": False, "exchange_durable": True, "exchange_auto_delete": True, "exchange_arguments": {"x": 1}}
+    steps = dict(topology([{"name": "q", **options}]).spec("q").steps())
+    assert steps["queue.declare"]["durable"] is False
+    assert steps["exchange.declare"]["durable"] is True
+    assert steps["exchange.declare"]["auto_delete"] is True
+    assert steps["exchange.declare"]["arguments"] == {"x": 1}
+
+
+def test_a_queue_that_is_not_ours_to_declare_has_no_steps() -> None:
+    assert list(topology([{"name": "q", "no_declare": True}]).spec("q").steps()) == []
+
+
+def test_a_queue_is_found_by_its_alias() -> None:
+    made = topology([{"name": "bcast.1", "alias": "news", "exchange": "news", "exchange_type": "fanout"}])
+    assert made.spec("news") is made.spec("bcast.1")
+    assert names_by_alias([{"name": "bcast.1", "alias": "news"}, "plain"]) == {"news": "bcast.1"}
+
+
+def test_what_is_only_declared_is_not_read_by_default() -> None:
+    assert list(read_by_default(["a", {"name": "b", "consume": False}, {"name": "c", "consume": True}])) == ["a", "c"]
+
+
+def test_missing_queues_may_have_a_type_of_their_own() -> None:
+    made = topology(["known"], task_create_missing_queue_type="quorum", task_create_missing_queue_exchange_type="topic")
+    assert made.spec("known").arguments == made.spec("celery").arguments == {}
+    assert made.spec("new").arguments == {"x-queue-type": "quorum"}
+    assert (made.spec("new").exchange_type, made.spec("known").exchange_type) == ("topic", "direct")
+
+
+def test_a_workers_own_queue_hangs_on_celerys_exchange_for_such_queues() -> None:
+    name = direct_queue("w1@host")
+    made = topology(worker_direct=True, task_create_missing_queues=False)
+    assert name == "w1@host.dq2"
+    assert (made.spec(name).exchange, made.spec(name).routing_key) == ("C.dq2", "w1@host")
+    assert made.may_create(name)
+    assert topology().spec(name).exchange == name
 
 
 def test_a_queues_own_arguments_win_over_the_default_ones() -> None:
@@ -74,7 +156,13 @@ def test_a_queues_own_arguments_win_over_the_default_ones() -> None:
 
 @pytest.mark.parametrize(
     ("queues", "problem"),
-    [([{"name": "q", "max_prio": 3}], "unknown option 'max_prio'"), ([{"nam": "q"}], "neither"), ([3], "neither")],
+    [
+        ([{"name": "q", "max_prio": 3}], "unknown option 'max_prio'"),
+        ([{"nam": "q"}], "neither"),
+        ([3], "neither"),
+        ([{"name": "q", "bindings": [{"exchange": "e", "key": "k"}]}], "unknown option 'key'"),
+        ([{"name": "q", "bindings": [{"routing_key": "k"}]}], "names no exchange"),
+    ],
 )
 def test_mistakes_in_task_queues_are_named(queues: Any, problem: str) -> None:
     with pytest.raises(SettingsError, match=problem):

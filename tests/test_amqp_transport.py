@@ -23,7 +23,8 @@ from fastq.settings import Settings
 from fastq.transport.amqp import AmqpConsumer
 from fastq.transport.amqp_blocking import AmqpPublisher
 from fastq.wire.amqp import METHODS, decode_properties, encode_properties, encode_table
-from fastq.wire.message import Message, encode_task, new_id
+from fastq.wire.ids import new_id
+from fastq.wire.message import Message, encode_task
 from tests.faults import FaultProxy
 from tests.servers import RabbitMQ, free_ports
 

@@ -150,6 +150,14 @@ def test_round_robin_starts_where_the_last_round_ended() -> None:
     assert hosts(endpoints) == ["a", "b", "c"]
 
 
+def test_the_login_method_is_the_urls_or_else_the_settings() -> None:
+    settings = Settings({"broker_login_method": "AMQPLAIN"})
+    urls = list(Endpoints("amqp://a;amqp://b?auth_mechanism=PLAIN", settings))
+    assert [url.mechanism for url in urls] == ["AMQPLAIN", "PLAIN"]
+    with pytest.raises(SettingsError, match="unknown auth_mechanism 'MAGIC'"):
+        Endpoints("amqp://a", Settings({"broker_login_method": "MAGIC"}))
+
+
 def test_shuffle_tries_each_one() -> None:
     names = [f"h{number}" for number in range(20)]
     endpoints = Endpoints([f"amqp://{name}" for name in names], Settings({"broker_failover_strategy": "shuffle"}))

@@ -543,7 +543,7 @@ def test_the_pause_between_attempts_grows_to_its_bound() -> None:
 
 
 def test_messages_carry_the_reply_address_of_the_store() -> None:
-    from fastq.wire.message import decode_properties
+    from fastq.wire.properties import decode_properties
 
     app = make_app()
     app.store = RecordingStore(address="reply-queue")

@@ -1,48 +1,50 @@
-"""Remote control: what the messages look like, whom they are for, and a node that answers on a real RabbitMQ."""
+"""Remote control: what the messages look like, whom they are for, and a node that answers on real brokers."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
-import uvloop
 
 from fastq.amqp.connection import BlockingConnection, connect_any
 from fastq.amqp.url import Endpoints
-from fastq.cli.broadcast import broadcast
 from fastq.errors import DecodeError
 from fastq.settings import Settings
+from fastq.transport.bus import open_blocking_bus
+from fastq.transport.pidbox import MAX_REQUEST_BYTES, Mailbox, Request
 from fastq.wire.frames import publish_frames
-from fastq.wire.message import Message, decode_properties, encode_properties
-from fastq.worker.control import Control
-from fastq.worker.pidbox import REPLY_EXCHANGE, Request, decode_reply, decode_request, encode_reply, encode_request
+from fastq.wire.message import Message, encode_properties
+from tests.nodes import ROOT, Node, environment, row
 from tests.servers import RabbitMQ, wait_until
 from tests.workers import WorkerProcess
 
-JSON = encode_properties({"content_type": "application/json", "headers": {"clock": 7}})
+JSON = {"content_type": "application/json", "clock": 7}
+PROPS = encode_properties({"content_type": "application/json", "headers": {"clock": 7}})
+REPLIES = "reply.celery.pidbox"
+PONG = {"fastq@here": {"ok": "pong"}}
+
+
+@pytest.fixture
+def mailbox() -> Mailbox:
+    return Mailbox(Settings())
 
 
 # -- messages
 
 
-def test_a_request_comes_back_as_it_was_sent() -> None:
-    request = Request("ping", {"x": 1}, ["a@h"], "a*", "glob", "ticket", "address", 7)
-    message = encode_request(request, 1e9)
-    assert decode_request(message.props, message.body) == request
-    assert message.exchange == "celery.pidbox"
+def test_a_request_comes_back_as_it_was_sent(mailbox: Mailbox) -> None:
+    request = Request("ping", {"x": 1}, ["a@h"], "a*", "glob", "ticket", "address")
+    assert mailbox.decode_request(JSON, mailbox.encode_request(request)) == request
 
 
-def test_a_request_has_celery_s_form() -> None:
-    message = encode_request(Request("ping", {}, ticket="t", reply_to="oid"), 2e9)
-    assert orjson.loads(message.body) == {
+def test_a_request_has_celery_s_form(mailbox: Mailbox) -> None:
+    body = mailbox.encode_request(Request("ping", {}, ticket="t", reply_to="oid"))
+    assert orjson.loads(body) == {
         "method": "ping",
         "arguments": {},
         "destination": None,
@@ -51,18 +53,21 @@ def test_a_request_has_celery_s_form() -> None:
         "ticket": "t",
         "reply_to": {"exchange": "reply.celery.pidbox", "routing_key": "oid"},
     }
-    properties = decode_properties(message.props)
-    assert properties["content_type"] == "application/json"
-    assert properties["delivery_mode"] == 1
-    assert properties["headers"] == {"clock": 0, "expires": 2e9}
+    assert mailbox.requests == "celery.pidbox"
 
 
-def test_a_reply_has_celery_s_form() -> None:
-    message = encode_reply(Request("ping", {}, ticket="t", reply_to="oid"), "fastq@h", {"ok": "pong"}, 3)
-    assert (message.exchange, message.routing_key) == ("reply.celery.pidbox", "oid")
-    assert orjson.loads(message.body) == {"fastq@h": {"ok": "pong"}}
-    assert decode_properties(message.props)["headers"] == {"ticket": "t", "clock": 3}
-    assert decode_reply(message.props, message.body) == ("t", {"fastq@h": {"ok": "pong"}})
+def test_a_reply_has_celery_s_form_and_answers_one_question(mailbox: Mailbox) -> None:
+    body = mailbox.encode_reply("fastq@h", {"ok": "pong"})
+    assert orjson.loads(body) == {"fastq@h": {"ok": "pong"}}
+    headers = {**JSON, "ticket": "t"}
+    assert mailbox.decode_replies(headers, body, "t") == [("fastq@h", {"ok": "pong"})]
+    assert mailbox.decode_replies(headers, body, "u") == []
+    assert mailbox.decode_replies(headers, b"[]", "t") == []
+
+
+def test_a_reply_without_a_form_says_so(mailbox: Mailbox) -> None:
+    (reply,) = orjson.loads(mailbox.encode_reply("fastq@h", {"ok": object()})).values()
+    assert reply["error"].startswith("EncodeError(")
 
 
 @pytest.mark.parametrize(
@@ -70,18 +75,20 @@ def test_a_reply_has_celery_s_form() -> None:
     [
         ({}, True),
         ({"destination": ["other@h"]}, False),
+        ({"destination": [7]}, False),
         ({"destination": ["other@h", "fastq@host1"]}, True),
         ({"destination": ["other@h"], "pattern": "*", "matcher": "glob"}, False),
         ({"pattern": "fastq@*", "matcher": "glob"}, True),
         ({"pattern": "celery@*", "matcher": "glob"}, False),
+        ({"pattern": "*" * 300, "matcher": "glob"}, False),
         ({"pattern": "fastq@.*1$", "matcher": "pcre"}, True),
         ({"pattern": "host1", "matcher": "pcre"}, False),
         ({"pattern": "(", "matcher": "pcre"}, False),
         ({"pattern": "fastq*", "matcher": "unknown"}, False),
     ],
 )
-def test_a_request_is_for_the_nodes_it_names(fields: dict[str, object], expected: bool) -> None:
-    request = decode_request(JSON, orjson.dumps({"method": "ping", **fields}))
+def test_a_request_is_for_the_nodes_it_names(mailbox: Mailbox, fields: dict[str, object], expected: bool) -> None:
+    request = mailbox.decode_request(JSON, orjson.dumps({"method": "ping", **fields}))
     assert request.is_for("fastq@host1") is expected
 
 
@@ -95,25 +102,18 @@ def test_a_pattern_that_could_take_for_ever_matches_nothing(pattern: str) -> Non
 @pytest.mark.parametrize(
     "body",
     [b"", b"null", b"[]", b"7", b"{", b"{}", b'{"method": 3}', b'{"method": "ping", "arguments": [1]}',
-     b'{"method": "ping", "destination": "fastq@h"}', b"\xff\xfe", b'{"method": "ping"' + b"[" * 100_000],
+     b'{"method": "ping", "destination": "fastq@h"}', b"\xff\xfe", b'{"method": "ping"' + b"[" * 100_000,
+     b'{"method": "ping", "x": "' + b"x" * MAX_REQUEST_BYTES + b'"}'],
 )  # fmt: skip
-def test_a_body_that_is_no_request_is_a_decode_error(body: bytes) -> None:
+def test_a_body_that_is_no_request_is_a_decode_error(mailbox: Mailbox, body: bytes) -> None:
     with pytest.raises(DecodeError):
-        decode_request(JSON, body)
+        mailbox.decode_request(JSON, body)
 
 
-@pytest.mark.parametrize(
-    "props",
-    [
-        encode_properties({"content_type": "application/x-python-serialize"}),
-        encode_properties({}),
-        b"\xff\xff\xff",
-        b"",
-    ],
-)
-def test_properties_of_anything_but_json_are_a_decode_error(props: bytes) -> None:
+@pytest.mark.parametrize("content_type", ["application/x-python-serialize", None, "", 7, "application/data"])
+def test_anything_but_an_accepted_type_is_a_decode_error(mailbox: Mailbox, content_type: object) -> None:
     with pytest.raises(DecodeError):
-        decode_request(props, b'{"method": "ping"}')
+        mailbox.decode_request({"content_type": content_type}, b'{"method": "ping"}')
 
 
 @pytest.mark.parametrize(
@@ -126,47 +126,11 @@ def test_properties_of_anything_but_json_are_a_decode_error(props: bytes) -> Non
         7,
     ],
 )
-def test_a_reply_goes_nowhere_but_to_the_reply_exchange(reply_to: object) -> None:
-    assert decode_request(JSON, orjson.dumps({"method": "ping", "reply_to": reply_to})).reply_to == ""
+def test_a_reply_goes_nowhere_but_to_the_reply_exchange(mailbox: Mailbox, reply_to: object) -> None:
+    assert mailbox.decode_request(JSON, orjson.dumps({"method": "ping", "reply_to": reply_to})).reply_to == ""
 
 
 # -- a node on a real broker
-
-
-class Node:
-    """A Control on a loop of its own, in a thread."""
-
-    def __init__(self, url: str, hostname: str) -> None:
-        self._loop = uvloop.new_event_loop()
-        self._is_ready = threading.Event()
-        self._settings = Settings({"broker_url": url})
-        self.hostname = hostname
-        self.control: Control
-        self._task: asyncio.Task[None]
-        # Daemonic: a test that fails half-way must not keep pytest from ending.
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=[self._main()], daemon=True)
-
-    async def _main(self) -> None:
-        self.control = Control(self._settings, self.hostname)
-        self._task = asyncio.ensure_future(self.control.serve())
-        self._is_ready.set()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
-
-    def start(self) -> Node:
-        self._thread.start()
-        self._is_ready.wait(10)
-        self.wait_until_listening()
-        return self
-
-    def wait_until_listening(self) -> None:
-        wait_until(self.control.ready.is_set, 30, lambda: AssertionError("the node did not get to listen in 30 s"))
-
-    def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._task.cancel)
-        self._thread.join(10)
-        assert not self._thread.is_alive()
-        self._loop.close()
 
 
 @pytest.fixture
@@ -184,21 +148,14 @@ def connection(amqp_url: str) -> Iterator[BlockingConnection]:
     connection.close()
 
 
-def ask(url: str, *destination: str, timeout_s: float = 0.5, method: str = "ping") -> dict[str, object]:
-    return dict(broadcast(Settings({"broker_url": url}), method, timeout_s, destination))
-
-
-@pytest.mark.rabbitmq
-def test_a_node_answers_a_ping(node: Node, amqp_url: str) -> None:
-    assert ask(amqp_url) == {"fastq@here": {"ok": "pong"}}
-    assert ask(amqp_url, "fastq@there") == {}
-
-
-@pytest.mark.rabbitmq
-def test_asking_named_nodes_waits_no_longer_than_their_answers_take(node: Node, amqp_url: str) -> None:
-    start = time.monotonic()
-    assert ask(amqp_url, "fastq@here", timeout_s=20) == {"fastq@here": {"ok": "pong"}}
-    assert time.monotonic() - start < 10
+def ask(
+    url: str, *destination: str, timeout_s: float = 0.5, method: str = "ping", **arguments: object
+) -> dict[str, Any]:
+    bus = open_blocking_bus(url, Settings({"broker_url": url}))
+    try:
+        return dict(bus.ask(method, arguments, timeout_s, destination))
+    finally:
+        bus.close()
 
 
 @pytest.mark.rabbitmq
@@ -207,44 +164,103 @@ def test_an_unknown_command_is_answered_as_celery_answers_it(node: Node, amqp_ur
 
 
 @pytest.mark.rabbitmq
+def test_a_command_that_fails_is_answered_with_the_error(node: Node, amqp_url: str) -> None:
+    reply = ask(amqp_url, "fastq@here", method="revoke")["fastq@here"]
+    assert reply["error"].startswith("TypeError(")
+    assert ask(amqp_url, "fastq@here") == PONG
+
+
+@pytest.mark.rabbitmq
+def test_a_node_without_a_worker_behind_it_answers_ping_alone(amqp_url: str) -> None:
+    node = Node(amqp_url, "fastq@here", with_view=False).start()
+    try:
+        assert ask(amqp_url, "fastq@here") == PONG
+        assert ask(amqp_url, "fastq@here", method="stats") == {"fastq@here": {"error": "KeyError('stats')"}}
+    finally:
+        node.stop()
+
+
+@pytest.mark.rabbitmq
+def test_the_user_s_own_commands_are_run_beside_the_loop(node: Node, amqp_url: str) -> None:
+    assert node.view is not None
+
+    def slow(view: object, seconds: float) -> str:
+        time.sleep(seconds)
+        return f"slept in {view.hostname}"  # type: ignore[attr-defined]
+
+    def bad(view: object) -> None:
+        raise RuntimeError("no")
+
+    node.view.custom_commands = {"slow": slow, "bad": bad}
+    bus = open_blocking_bus(amqp_url, Settings({"broker_url": amqp_url}))
+    asking = bus.ask("slow", {"seconds": 1.0}, 10.0, ["fastq@here"])
+    bus.tell("slow", {"seconds": 1.0})
+    start = time.monotonic()
+    assert ask(amqp_url, "fastq@here", timeout_s=5) == PONG
+    assert time.monotonic() - start < 0.9
+    assert dict(asking) == {"fastq@here": "slept in fastq@here"}
+    assert ask(amqp_url, "fastq@here", method="bad") == {"fastq@here": {"error": "RuntimeError('no')"}}
+    bus.close()
+
+
+@pytest.mark.rabbitmq
+def test_the_clock_jumps_past_what_a_peer_says(node: Node, amqp_url: str, connection: BlockingConnection) -> None:
+    connection.open_channel(1)
+    for clock in (1000, 2**62 + 5, -5, "x"):
+        props = encode_properties({"content_type": "application/json", "headers": {"clock": clock}})
+        body = orjson.dumps({"method": "ping"})
+        connection.transmit(publish_frames(1, Message("celery.pidbox", "", props, body), connection.frame_max))
+    (reply,) = ask(amqp_url, "fastq@here", method="clock").values()
+    assert 1000 < reply["clock"] < 1020
+
+
+@pytest.mark.rabbitmq
 def test_messages_that_are_no_requests_change_nothing(
     node: Node, amqp_url: str, connection: BlockingConnection
 ) -> None:
     connection.open_channel(1)
     hostile = [
-        (JSON, b""), (JSON, b"null"), (JSON, b'{"method": []}'), (encode_properties({}), b"x" * 300_000),
-        (JSON, orjson.dumps({"method": "ping", "reply_to": {"exchange": REPLY_EXCHANGE, "routing_key": "x" * 400}})),
-        (JSON, orjson.dumps({"method": "ping", "arguments": {"surprise": 1}})),
+        (PROPS, b""), (PROPS, b"null"), (PROPS, b'{"method": []}'), (encode_properties({}), b"x" * 300_000),
+        (PROPS, b'{"method": "ping", "x": "' + b"x" * (2 << 20) + b'"}'), (PROPS, b"x" * (40 << 20)),
+        (encode_properties({}), b"{}"),
+        (PROPS, orjson.dumps({"method": "ping", "reply_to": {"exchange": REPLIES, "routing_key": "x" * 400}})),
+        (PROPS, orjson.dumps({"method": "ping", "arguments": {"surprise": 1, "view": 2}})),
+        (PROPS, orjson.dumps({"method": "revoke", "arguments": {"task_id": {"a": [None]}}})),
+        (PROPS, orjson.dumps({"method": "pool_grow", "arguments": {"n": 10**9}})),
     ]  # fmt: skip
     for props, body in hostile:
         connection.transmit(publish_frames(1, Message("celery.pidbox", "", props, body), connection.frame_max))
-    assert ask(amqp_url) == {"fastq@here": {"ok": "pong"}}
-    assert node.control.malformed == 4
+    assert ask(amqp_url, timeout_s=3) == PONG
+    assert node.control.malformed == 7
 
 
 @pytest.mark.rabbitmq
 def test_a_node_listens_again_after_the_broker_was_away(rabbitmq: RabbitMQ, node: Node, amqp_url: str) -> None:
     rabbitmq.restart()
     node.wait_until_listening()
-    pong = {"fastq@here": {"ok": "pong"}}
-    wait_until(lambda: ask(amqp_url, "fastq@here") == pong, 60, lambda: AssertionError("the node did not come back"))
+    wait_until(lambda: ask(amqp_url, "fastq@here") == PONG, 60, lambda: AssertionError("the node did not come back"))
 
 
 @pytest.mark.rabbitmq
-def test_status_lists_the_node_as_celery_s_does(node: Node, amqp_url: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fastq", "-b", amqp_url, "status"]
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "->  fastq@here: OK\n\n1 node online.\n")
-    as_json = subprocess.run([*command, "-j"], cwd=root, capture_output=True, text=True, check=True)
-    assert orjson.loads(as_json.stdout) == {"fastq@here": {"ok": "pong"}}
-
-
-@pytest.mark.rabbitmq
-def test_celery_s_own_status_sees_the_node(node: Node, amqp_url: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "celery", "-b", amqp_url, "status"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "->  fastq@here: OK\n\n1 node online.\n")
+def test_requests_are_answered_quickly_while_others_are_long(node: Node, amqp_url: str) -> None:
+    assert node.view is not None
+    rows = [row("proj.add", str(number), (number, number)) for number in range(20_000)]
+    node.view.core.rows["scheduled"] = [{**each, "eta": time.time() + 1000} for each in rows]
+    bus = open_blocking_bus(amqp_url, Settings({"broker_url": amqp_url}))
+    for _ in range(3):
+        bus.tell("scheduled", {})
+    bus.tell("ping", {})
+    long = open_blocking_bus(amqp_url, Settings({"broker_url": amqp_url}))
+    collected = long.ask("scheduled", {}, 60.0, ["fastq@here"])
+    times = []
+    for _ in range(20):
+        start = time.monotonic()
+        assert dict(bus.ask("ping", {}, 5.0, ["fastq@here"])) == PONG
+        times.append(time.monotonic() - start)
+    assert sorted(times)[10] < 0.25, times
+    assert len(dict(collected)["fastq@here"]) == 20_000
+    bus.close()
+    long.close()
 
 
 @pytest.mark.rabbitmq
@@ -257,3 +273,37 @@ def test_a_running_worker_answers_under_its_node_name(
     assert ask(amqp_url) == {"w7@%": {"ok": "pong"}}
     assert worker.stop() == 0
     assert ask(amqp_url) == {}
+
+
+@pytest.mark.rabbitmq
+def test_a_worker_under_load_answers_at_once(start_worker: Callable[..., WorkerProcess], amqp_url: str) -> None:
+    source = f"""
+from fastq import FastQ
+app = FastQ('tasks', broker={amqp_url!r})
+
+@app.task(name='noop', ignore_result=True)
+def noop():
+    pass
+
+def fill():
+    from fastq.wire.message import encode_task
+    from fastq.wire.ids import new_id
+    body = b'[[], {{}}, {{}}]'
+    for _ in range(60):
+        app.publisher.publish([encode_task('noop', new_id(), body, ignore_result=True) for _ in range(1000)])
+"""
+    worker = start_worker("-c", "1", "-n", "busy@here", source=source, log_level="WARNING", await_ready=False)
+    wait_until(lambda: ask(amqp_url) != {}, 30, lambda: AssertionError(worker.log()))
+    program = [sys.executable, "-c", "import tasks; tasks.fill()"]
+    filling = subprocess.Popen(program, cwd=worker.folder, env={**environment(), "PYTHONPATH": str(ROOT)})
+    bus = open_blocking_bus(amqp_url, Settings({"broker_url": amqp_url}))
+    times = []
+    while filling.poll() is None:
+        start = time.monotonic()
+        assert dict(bus.ask("ping", {}, 10.0, ["busy@here"])) == {"busy@here": {"ok": "pong"}}
+        times.append(time.monotonic() - start)
+    bus.close()
+    assert filling.returncode == 0
+    assert len(times) > 5
+    # What the declaring of a queue for the reply takes is in it as well.
+    assert sorted(times)[len(times) // 2] < 0.05, times

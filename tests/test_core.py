@@ -62,7 +62,8 @@ def test_the_main_process_runs_no_python_frame_per_task() -> None:
 
 
 def _message() -> tuple[bytes, bytes]:
-    from fastq.wire.message import encode_task, new_id
+    from fastq.wire.ids import new_id
+    from fastq.wire.message import encode_task
 
     message = encode_task("noop", new_id(), b"[[],{},{}]", ignore_result=True)
     return message.props, message.body
@@ -227,6 +228,24 @@ def test_unknown_tasks_and_endless_redeliveries_go_to_the_dead_letters() -> None
         await t.broker.until(lambda: len(t.broker.settled) == 2)
         assert t.broker.verdict(unknown) == t.broker.verdict(often) == REJECT
         assert t.core.refused == {"unknown": 1, "deliveries": 1}
+
+    run_loop(body)
+
+
+def test_hold_starts_nothing_more_and_quiet_gives_it_back() -> None:
+    async def body(t: Running) -> None:
+        first = t.broker.put("sleep", 0.3)
+        rest = [t.broker.put("noop") for _ in range(10)]
+        await asyncio.sleep(0.1)
+        t.core.hold()
+        rest.append(t.broker.put("noop"))
+        await t.broker.until(lambda: t.broker.verdict(first) == ACK)
+        await asyncio.sleep(0.1)
+        assert [tag for tag, _ in t.broker.settled] == [first]
+        assert not t.core.is_idle
+        t.core.quiet()
+        await t.broker.until(lambda: t.core.is_idle)
+        assert {t.broker.verdict(tag) for tag in rest} == {RETURN}
 
     run_loop(body)
 

@@ -1,8 +1,9 @@
 """The documents are true: their Python runs and prints what they say, and what they name exists.
 
-Each heading of README.md and docs/tasks.md with Python blocks is a story. A block whose first line is a comment with a
-file name is that file; the other blocks run in order, beside a real worker of the application in those files. A comment
-behind a `print` is what it prints.
+Each heading with Python blocks of README.md, docs/tasks.md and docs/celery.md is a story. A block whose first line is a
+comment with a file name is that file; the other blocks run in order, beside a real worker of the application in those
+files. A comment behind a `print` is what it prints. In docs/celery.md the worker is the command `fastq worker`, or the
+file itself where it is a program, and what follows `$ fastq` in a console block is what that command prints.
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import celery
 import click
 import pytest
+import redis
+from celery.app.defaults import DEFAULTS
 
+from fastq.celery.carried import CARRIED, How
 from fastq.cli import COMMANDS, group
 from fastq.settings import Settings
+from tests.servers import Redis
+from tests.workers import WorkerProcess
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = (
@@ -28,16 +35,19 @@ DOCUMENTS = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "docs/architecture.md",
+    "docs/celery.md",
     "docs/operating.md",
     "docs/tasks.md",
 )
 WITH_STORIES = ("README.md", "docs/tasks.md")
+OF_CELERY = "docs/celery.md"
 
 HEADING = re.compile(r"^#{1,3} (.+)$")
 FILE_NAME = re.compile(r"# ([\w/]+\.py)\n")
 PRINTED = re.compile(r"^ *print\(.*?\)  # (.*)$", re.M)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
-NO_SETTINGS = {"task_id"}
+#: Names of the same form that are something else.
+NO_SETTINGS = {"task_id", "task_received", "worker_ready"}
 SETTING = re.compile(r"`((?:broker|task|worker|result|fastq|accept|enable)_[a-z_]+)")
 
 #: What runs a story, in the story's folder: a worker for the application of the modules, beside it the scripts.
@@ -56,6 +66,16 @@ with worker(apps[0], concurrency=2) if apps else contextlib.nullcontext():
     for number, script in enumerate(story["scripts"], 1):
         exec(compile(script, f"block {number}", "exec"), scope)
 """
+
+#: What runs a story of a Celery application; the worker is another process.
+CELERY_STAGE = """
+import json
+
+scope = {"__name__": "story"}
+for number, script in enumerate(json.load(open("story.json"))["scripts"], 1):
+    exec(compile(script, f"block {number}", "exec"), scope)
+"""
+BROKER_DATABASE, RESULT_DATABASE = 12, 13
 
 
 @dataclass
@@ -87,6 +107,19 @@ class Story:
     def text(self) -> str:
         return "\n".join([*self.files.values(), *self.scripts])
 
+    @property
+    def printed(self) -> list[str]:
+        """What the scripts say that they print."""
+        return [text for script in self.scripts for text in PRINTED.findall(script)]
+
+    def write(self, folder: Path) -> None:
+        """Lay the files out."""
+        for name, text in self.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+        story = {"modules": self.modules, "scripts": self.scripts}
+        (folder / "story.json").write_text(json.dumps(story), encoding="utf-8")
+
 
 def blocks_of(document: str) -> Iterator[tuple[str, str, str]]:
     """Yield (heading, language, text) of each fenced block."""
@@ -103,9 +136,9 @@ def blocks_of(document: str) -> Iterator[tuple[str, str, str]]:
             heading = match[1]
 
 
-def stories() -> list[Story]:
+def stories(*documents: str) -> list[Story]:
     every = list[Story]()
-    for document in WITH_STORIES:
+    for document in documents:
         found: dict[str, Story] = {}
         for heading, language, text in blocks_of(document):
             if language == "python":
@@ -122,31 +155,70 @@ def run(*arguments: str, folder: Path, env: dict[str, str]) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("story", stories(), ids=lambda story: story.title)
+@pytest.mark.parametrize("story", stories(*WITH_STORIES), ids=lambda story: story.title)
 def test_the_examples_print_what_they_say(story: Story, tmp_path: Path) -> None:
-    for name, text in story.files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    (tmp_path / "story.json").write_text(
-        json.dumps({"modules": story.modules, "scripts": story.scripts}), encoding="utf-8"
-    )
+    story.write(tmp_path)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     if "amqp://" in story.text:
         # The same program on another broker: that is what these variables are for.
         url = f"sqlite:///{tmp_path / 'fastq.db'}"
         env |= {"FASTQ_BROKER_URL": url, "FASTQ_RESULT_BACKEND": url}
     if story.modules or story.scripts:
-        printed = run("-c", STAGE, folder=tmp_path, env=env)
-        promised = [text for script in story.scripts for text in PRINTED.findall(script)]
-        assert printed.splitlines() == promised
+        assert run("-c", STAGE, folder=tmp_path, env=env).splitlines() == story.printed
     for name in story.tests:
         run("-m", "pytest", "-q", "-p", "no:cacheprovider", name, folder=tmp_path, env=env)
 
 
+class Script(WorkerProcess):
+    """A file that starts a worker by itself."""
+
+    def __init__(self, folder: Path, file: str, env: dict[str, str]) -> None:
+        super().__init__(folder, env=env)
+        self._command = [sys.executable, file]
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("story", stories(OF_CELERY), ids=lambda story: story.title)
+def test_the_examples_with_celery_print_what_they_say(story: Story, tmp_path: Path, redis_server: Redis) -> None:
+    urls = [redis_server.url(database) for database in (BROKER_DATABASE, RESULT_DATABASE)]
+    for url in urls:
+        with redis.Redis.from_url(url) as client:
+            client.flushdb()
+    story.write(tmp_path)
+    env = dict(zip(("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"), urls, strict=True))
+    [module] = story.modules
+    starts_itself = "__main__" in story.files[f"{module}.py"]
+    worker = Script(tmp_path, f"{module}.py", env) if starts_itself else WorkerProcess(tmp_path, app=module, env=env)
+    try:
+        worker.start()
+        path = os.pathsep.join([str(tmp_path), str(ROOT)])
+        printed = run("-c", CELERY_STAGE, folder=tmp_path, env={**os.environ, **env, "PYTHONPATH": path})
+        assert printed.splitlines() == story.printed
+        assert worker.stop() == 0
+    finally:
+        worker.kill9()
+
+
+def commands_with_output() -> list[tuple[str, str]]:
+    """Return the command lines of docs/celery.md that are followed by what they print, and that."""
+    blocks = [text for _, language, text in blocks_of(OF_CELERY) if language == "console"]
+    return [(line.removeprefix("$ fastq "), output) for line, _, output in (text.partition("\n") for text in blocks)]
+
+
+@pytest.mark.parametrize(("line", "output"), commands_with_output(), ids=lambda text: text.partition("\n")[0])
+def test_commands_print_what_is_shown(line: str, output: str, tmp_path: Path) -> None:
+    stories(OF_CELERY)[0].write(tmp_path)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("CELERY_")}
+    printed = run("-m", "fastq", *line.split(), folder=tmp_path, env=env | {"PYTHONPATH": str(ROOT)})
+    assert printed.replace(celery.__version__, "*") == re.sub(r"(?<=Celery )[\d.]+", "*", output)
+
+
 def test_the_guides_have_examples() -> None:
-    found = [story.title for story in stories()]
+    found = [story.title for story in stories(*WITH_STORIES)]
     assert any(title.startswith("README.md") for title in found)
     assert len(found) > 10
+    assert len(stories(OF_CELERY)) >= 3
+    assert commands_with_output()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -160,8 +232,14 @@ def test_links_lead_somewhere(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_settings_that_are_named_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
-    known = Settings()
-    assert [name for name in SETTING.findall(text) if name not in known and name not in NO_SETTINGS] == []
+    known = NO_SETTINGS.union(DEFAULTS, CARRIED) if document == OF_CELERY else NO_SETTINGS
+    assert [name for name in SETTING.findall(text) if name not in Settings() and name not in known] == []
+
+
+def test_settings_that_are_not_carried_are_named() -> None:
+    text = (ROOT / OF_CELERY).read_text(encoding="utf-8")
+    missing = [name for name, entry in CARRIED.items() if entry.how is How.MISSING or entry.accepts is not None]
+    assert [name for name in missing if f"`{name}`" not in text] == []
 
 
 def fastq_lines(document: str) -> Iterator[str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fastq.wire.message import encode_task, new_id
+from fastq.wire.ids import new_id
+from fastq.wire.message import encode_task
 from tests.hostile import FRAME_BODY, FRAME_HEADER, FRAME_METHOD, HostileBroker, deliver, frame, method
 from tests.malformed import MIB, headers, nested, properties, raw_fields, raw_properties
 from tests.oracle import Ledger

@@ -77,6 +77,18 @@ def test_the_formats_can_be_set() -> None:
     assert stream.getvalue().splitlines() == ["ERROR one", "??? two"]
 
 
+def test_the_form_of_the_time_can_be_set_for_each_format() -> None:
+    stream = log_to_text(
+        worker_log_format="%(asctime)s %(message)s",
+        worker_task_log_format="%(asctime)s %(message)s",
+        worker_log_datefmt="main",
+        worker_task_log_datefmt="task",
+    )
+    logging.getLogger("fastq.worker").error("one")
+    logging.getLogger("fastq.task.mine").error("two")
+    assert stream.getvalue().splitlines() == ["main one", "task two"]
+
+
 def test_a_task_s_own_lines_carry_its_name_and_id() -> None:
     stream = log_to_text()
     logger = logging.getLogger("fastq.task.shop")

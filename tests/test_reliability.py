@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from fastq.errors import WorkerLostError
-from fastq.wire.message import encode_task, new_id
+from fastq.wire.ids import new_id
+from fastq.wire.message import encode_task
 from tests.conftest import missing
 from tests.faults import Direction, FaultProxy
-from tests.servers import RabbitMQ, ServerMissing
+from tests.servers import RabbitMQ, Redis, ServerMissing
 from tests.stage import QUEUE, Stage, open_stage, until
 from tests.workers import WorkerProcess
 
@@ -35,7 +36,7 @@ def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stage]:
     opened.close()
 
 
-every_broker = pytest.mark.parametrize("stage", ["amqp", "quorum", "sqlite"], indirect=True)
+every_broker = pytest.mark.parametrize("stage", ["amqp", "quorum", "redis", "sqlite"], indirect=True)
 both_brokers = pytest.mark.parametrize("stage", ["amqp", "sqlite"], indirect=True)
 rabbitmq_only = pytest.mark.parametrize("stage", ["amqp"], indirect=True)
 
@@ -249,6 +250,35 @@ def test_a_broker_that_restarts_in_the_middle_loses_nothing(own_rabbitmq: Rabbit
     finally:
         for stage in stages:
             stage.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["stop", "kill9"])
+def test_a_redis_that_restarts_in_the_middle_loses_nothing(tmp_path: Path, end: str) -> None:
+    """With a log of every change that is on the disk before a change is confirmed."""
+    server = Redis(tmp_path, {"appendonly": "yes", "appendfsync": "always"}).start()
+    stage = Stage("redis", server.url(), tmp_path)
+    try:
+        worker = stage.start_worker("-c", "2")
+        numbers = stage.send(600, "work", 0.005)
+        for done in (60, 200):
+            stage.ledger.wait_for_done(done, 15)
+            getattr(server, end)()
+            assert len(stage.ledger.started()) < 600
+            server.start()
+        answers_at = time.time()
+        stage.wait_for(numbers, 30)
+        stage.wait_for_settled(10)
+        verdict = stage.verdict(f"Redis restarted in the middle, {end}")
+        first = min(entry.at_unix for entry in stage.ledger.entries() if entry.at_unix > answers_at)
+        print(f"the first task ran {first - answers_at:.2f} s after Redis answered")
+        assert not verdict.lost
+        assert len(verdict.started_twice) <= 2 * (2 + UNFLUSHED)
+        assert "Connection to broker lost" in worker.log()
+        assert worker.stop() == 0
+    finally:
+        stage.close()
+        server.close()
 
 
 @pytest.fixture

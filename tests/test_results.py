@@ -13,13 +13,15 @@ from fastq.settings import Settings
 
 
 def test_every_store_can_be_found_but_imports_only_itself(tmp_path: object) -> None:
-    settings = Settings({"broker_url": "amqp://"})
+    settings = Settings({"broker_url": "amqp://", "result_backend_transport_options": {"master_name": "mymaster"}})
     settings.freeze()
     urls = {
         "sqlite": f"sqlite:///{tmp_path}/x.db",
         "memory": "memory://results",
         "disabled": "disabled",
         "rpc": "rpc://",
+        **{scheme: f"{scheme}://host" for scheme in ("redis", "rediss", "sentinel")},
+        **{scheme: f"{scheme}:///run/redis" for scheme in ("redis+socket", "redis+unix", "unix", "socket")},
     }
     assert urls.keys() == STORES.keys()
     for scheme, url in urls.items():

@@ -22,7 +22,8 @@ from fastq.results.rpc import RpcStore
 from fastq.settings import Settings
 from fastq.transport.amqp_blocking import AmqpPublisher
 from fastq.wire.amqp import encode_properties
-from fastq.wire.message import Message, new_id
+from fastq.wire.ids import new_id
+from fastq.wire.message import Message
 from tests.faults import FaultProxy
 from tests.servers import RabbitMQ, free_ports
 

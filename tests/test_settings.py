@@ -55,7 +55,7 @@ def test_acks_are_late_when_reliable(reliable: bool) -> None:
     [
         ("broker_ulr", "broker_url"),
         ("task_serialiser", "task_serializer"),
-        ("worker_prefetch", "worker_prefetch_multiplier"),
+        ("worker_prefetch_multipler", "worker_prefetch_multiplier"),
     ],
 )
 def test_an_unknown_setting_is_named_with_the_nearest_known_one(name: str, nearest: str) -> None:

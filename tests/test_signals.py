@@ -135,10 +135,10 @@ logging.getLogger().addHandler(logging.FileHandler(sys.argv[1]))
 reader, writer = os.pipe()
 child = os.fork()
 def stuck_in_the_child():
+    os.write(writer, b"x")
     signal.pause()
 if not child:
     faulthandler.register(signal.SIGUSR1, file=open(sys.argv[1] + ".child", "w"), chain=True)
-    os.write(writer, b"x")
     stuck_in_the_child()
 def asking():
     dump_stacks([child, 2**22 - 1])

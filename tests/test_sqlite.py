@@ -26,7 +26,8 @@ from fastq.results.sqlite import SqliteStore
 from fastq.settings import Settings
 from fastq.transport import open_publisher
 from fastq.transport.sqlite import SqliteConsumer, live_workers
-from fastq.wire.message import Message, new_id
+from fastq.wire.ids import new_id
+from fastq.wire.message import Message
 from tests.conformance import ConsumerConformance, PublisherConformance, StoreConformance, in_child, message, meta_of
 from tests.consuming import ACK, REJECT, TIMEOUT_S, Consuming, within
 

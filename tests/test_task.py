@@ -19,7 +19,8 @@ from fastq.result import AsyncResult, EagerResult
 from fastq.sending.parameters import Parameters
 from fastq.steps.retry import RetryPolicy, on_exception
 from fastq.task import ExceptionInfo
-from fastq.wire.message import Message, decode_properties, encode_task
+from fastq.wire.message import Message, encode_task
+from fastq.wire.properties import decode_properties
 from tests.recording import RecordingPublisher, RecordingStore, body, headers, received
 
 

@@ -42,6 +42,11 @@ GOLDEN: list[tuple[str, dict[str, Any], str]] = [
         "00000663656c657279066469726563740200000000",
     ),
     ("queue.bind", {"queue": "q", "exchange": "e", "routing_key": "k"}, "000001710165016b0000000000"),
+    (
+        "exchange.bind",
+        {"destination": "d", "source": "s", "routing_key": "#.k"},
+        "00000164017303232e6b0000000000",
+    ),
     ("basic.qos", {"prefetch_count": 40}, "00000000002800"),
     ("basic.ack", {"delivery_tag": 77, "multiple": True}, "000000000000004d01"),
     ("basic.nack", {"delivery_tag": 77, "requeue": True}, "000000000000004d02"),

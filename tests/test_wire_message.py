@@ -13,15 +13,8 @@ import pytest
 
 from fastq.errors import EncodeError
 from fastq.wire import amqp
-from fastq.wire.message import (
-    Message,
-    encode_properties,
-    encode_task,
-    iso8601_to_unix,
-    new_id,
-    scan,
-    unix_to_iso8601,
-)
+from fastq.wire.ids import new_id
+from fastq.wire.message import Message, encode_properties, encode_task, iso8601_to_unix, scan, unix_to_iso8601
 
 #: The headers of protocol 2 in the order in which Celery writes them.
 ORDER = [

@@ -25,7 +25,7 @@ from fastq.worker.options import WorkerOptions, available_cpus, chosen_queues, e
         ("w1@%x", "w1@%x"),
         ("%n@%h", "host@host.example.org"),
         ("other", "fastq@other"),
-        ("@other", "@other"),
+        ("@other", "fastq@other"),
     ],
 )
 def test_a_node_name_is_expanded(given: str, expected: str) -> None:
@@ -54,13 +54,25 @@ def test_a_path_is_expanded(path: str, index: int, expected: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("concurrency", 0), ("prefetch_multiplier", -1), ("max_tasks_per_child", 0), ("max_memory_per_child", 0),
+    [("concurrency", -1), ("prefetch_multiplier", -1), ("max_tasks_per_child", 0), ("max_memory_per_child", 0),
      ("time_limit", -0.1), ("soft_time_limit", -1), ("grace_s", -1)],
 )  # fmt: skip
 def test_a_number_out_of_range_names_its_option(field: str, value: float) -> None:
     option = field.removesuffix("_s").replace("_", "-")
     with pytest.raises(SettingsError, match=f"--{option} is {value}; it must be . or more"):
         WorkerOptions(**{field: value})
+
+
+def test_no_children_at_all_are_refused() -> None:
+    with pytest.raises(SettingsError, match="--concurrency is 0; it must be 1 or more"):
+        WorkerOptions(concurrency=0).resolved(Settings())
+
+
+def test_an_application_s_own_word_stands_for_the_part_of_the_name_that_was_not_given() -> None:
+    here = socket.gethostname()
+    assert WorkerOptions().named("celery").hostname == f"celery@{here}"
+    assert WorkerOptions(hostname="other").named("celery").hostname == "celery@other"
+    assert WorkerOptions(hostname="w1@%%n").named("celery").hostname == "w1@%n"
 
 
 def test_settings_fill_in_what_was_not_asked_for() -> None:
@@ -123,6 +135,20 @@ def test_queues_are_chosen_and_left_out(
     asked: tuple[str, ...], excluded: tuple[str, ...], declared: list[str] | None, expected: tuple[str, ...]
 ) -> None:
     assert chosen_queues(asked, excluded, Settings({"task_queues": declared})) == expected
+
+
+def test_a_queues_alias_stands_for_its_name_and_what_is_only_declared_is_read_when_asked_for() -> None:
+    queues = ["a", {"name": "bcast.1", "alias": "news"}, {"name": "b", "consume": False}]
+    settings = Settings({"task_queues": queues, "task_create_missing_queues": False})
+    assert chosen_queues((), (), settings) == ("a", "bcast.1")
+    assert chosen_queues(("news", "b"), (), settings) == ("bcast.1", "b")
+    assert chosen_queues((), ("news",), settings) == ("a",)
+
+
+def test_worker_direct_adds_the_nodes_own_queue_whatever_was_asked_for() -> None:
+    options = WorkerOptions(hostname="w1@host", queues=("a",))
+    assert options.resolved(Settings({"worker_direct": True})).queues == ("a", "w1@host.dq2")
+    assert options.resolved(Settings()).queues == ("a",)
 
 
 def test_an_undeclared_queue_is_refused_where_none_is_to_be_created() -> None:

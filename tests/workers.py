@@ -10,12 +10,15 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
 from tests.servers import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
+Program = Literal["fastq", "celery"]
+
 READY = re.compile(r"\S+@\S+ ready\.")
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 40.0  # longer than the 25 s of grace that a warm stop has
@@ -31,6 +34,7 @@ class WorkerProcess:
     source     the text of a module `tasks` with the application, written into the folder; or
     app        the name of an importable application
     arguments  further options of `fastq worker`, such as "-c", "2"
+    program    "celery" starts the same application under stock Celery
     """
 
     def __init__(
@@ -42,11 +46,13 @@ class WorkerProcess:
         env: Mapping[str, str] | None = None,
         log_level: str = "INFO",
         await_ready: bool = True,
+        program: Program = "fastq",
     ) -> None:
         self.folder = folder
         self.log_file = folder / "worker.log"
+        self.program: Program = program
         self._await_ready = await_ready
-        self._command = [sys.executable, "-m", "fastq", "-A", app, "worker", "-l", log_level, *arguments]
+        self._command = [sys.executable, "-m", program, "-A", app, "worker", "-l", log_level, *arguments]
         self._environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
@@ -131,11 +137,12 @@ class WorkerProcess:
         if self._process is None:
             return
         self._remember()
+        # The parent first: it would see its children die, and give back what they had.
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
         for process in [*self._seen.values()]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
         self._process.wait(STOP_TIMEOUT_S)
 
     def kill9_parent(self) -> None:
@@ -148,6 +155,8 @@ class WorkerProcess:
     def children(self) -> list[int]:
         """Return the pids of the processes that run tasks, oldest first: the tree without the parent and the zygote."""
         tree = self._remember()
+        if self.program == "celery":  # it forks from the parent
+            return [process.pid for process in sorted(tree, key=_age)]
         return [process.pid for process in sorted(tree, key=_age) if _parent_of(process) != self.pid]
 
     def tree(self) -> list[int]:

@@ -258,6 +258,10 @@ class BlockingConnection:
             self.transmit(frame("channel.close-ok", event.channel))
         raise refusal(self.url, decode_method(event.method_id, event.arguments)[1])
 
+    def is_quiet(self) -> bool:
+        """Whether the peer has neither closed nor sent what nobody has read; one system call."""
+        return not self._inbox and not self._poll.poll(0)
+
     def refresh(self) -> None:
         """Take in what came while nobody read, such as a close of the broker. Raises ConnectionLost."""
         for _ in range(MAX_REFRESH):

@@ -42,29 +42,32 @@ def tune_socket(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
+TLS_REMEDY = "Name its authority in broker_use_ssl['ca_certs'], or a server_hostname if it is for another name"
+
+
 def unreachable(url: AmqpUrl, error: OSError) -> ConnectionLost:
     """Return the error for a broker that cannot be connected to."""
     reason = "time-out" if isinstance(error, TimeoutError) else error.strerror or str(error)
     return ConnectionLost(f"cannot connect to RabbitMQ at {url}: {reason}. Is it running, and is broker_url right?")
 
 
-def tls_failed(url: AmqpUrl, error: OSError) -> FastqError:
-    """Return the error for a TLS handshake that failed: certificates are settings, the rest may pass."""
+def tls_failed(url: object, error: Exception, remedy: str = TLS_REMEDY) -> FastqError:
+    """Return the error for a TLS handshake that failed: certificates are settings, the rest may pass.
+
+    ``remedy`` says where an authority is named for this kind of server.
+    """
     if isinstance(error, ssl.SSLCertVerificationError):
-        return SettingsError(
-            f"the certificate of {url} is not trusted: {error.verify_message}. "
-            "Name its authority in broker_use_ssl['ca_certs'], or a server_hostname if it is for another name"
-        )
+        return SettingsError(f"the certificate of {url} is not trusted: {error.verify_message}. {remedy}")
     if isinstance(error, ssl.SSLError) and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
         return SettingsError(f"TLS with {url} failed: {error.reason or error}. Does that port speak TLS 1.2 or later?")
     return ConnectionLost(f"TLS with {url} failed: {error}. Does that port speak TLS 1.2 or later?")
 
 
-def none_reachable(failures: Sequence[ConnectionLost]) -> ConnectionLost:
+def none_reachable(failures: Sequence[ConnectionLost], what: str = "broker") -> ConnectionLost:
     """Return the only error, or one that names them all."""
     if len(failures) == 1:
         return failures[0]
-    return ConnectionLost("no broker can be reached: " + "; ".join(str(error) for error in failures))
+    return ConnectionLost(f"no {what} can be reached: " + "; ".join(str(error) for error in failures))
 
 
 def lost(url: AmqpUrl, error: Exception, doing: str) -> ConnectionLost:

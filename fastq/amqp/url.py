@@ -99,8 +99,13 @@ class AmqpUrl:
         return f"{'amqps' if self.tls else 'amqp'}://{self.user}:**@{host}:{self.port}/{self.vhost}"
 
 
-def parse_amqp_url(text: str, use_ssl: bool | Mapping[str, Any] | None = None) -> AmqpUrl:
-    """Return the broker that a URL names; the default is amqp://guest:guest@localhost:5672//. Raises SettingsError."""
+def parse_amqp_url(
+    text: str, use_ssl: bool | Mapping[str, Any] | None = None, login_method: str | None = None
+) -> AmqpUrl:
+    """Return the broker that a URL names; the default is amqp://guest:guest@localhost:5672//. Raises SettingsError.
+
+    What the URL says wins over ``login_method``.
+    """
     try:
         parts = urlsplit(text)
         port = parts.port
@@ -122,7 +127,7 @@ def parse_amqp_url(text: str, use_ssl: bool | Mapping[str, Any] | None = None) -
         # Celery's rule: "//" is the default virtual host "/", and so is no path at all.
         vhost=unquote(parts.path[1:]) or "/",
         tls=tls,
-        mechanism=parse_mechanism(text, query.get("auth_mechanism") or query.get("login_method")),
+        mechanism=parse_mechanism(text, query.get("auth_mechanism") or query.get("login_method") or login_method),
         heartbeat_s=parse_seconds(text, query.get("heartbeat")),
     )
 
@@ -216,7 +221,8 @@ class Endpoints:
     """The brokers of a setting, in the order in which to try them: the one that worked last comes first."""
 
     def __init__(self, urls: str | Sequence[str], settings: Settings) -> None:
-        self.urls = [parse_amqp_url(text, settings.broker_use_ssl) for text in split_urls(urls)]
+        method = settings.broker_login_method
+        self.urls = [parse_amqp_url(text, settings.broker_use_ssl, method) for text in split_urls(urls)]
         if not self.urls:
             raise SettingsError("broker_url is empty; expected for example amqp://guest:guest@localhost:5672//")
         if settings.broker_failover_strategy == "shuffle":

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,8 @@ from fastq.cli.errors import DEBUG_VARIABLE, Misuse, run_guarded
 
 if TYPE_CHECKING:
     from fastq.app import FastQ
+    from fastq.cli.loader import Application
+    from fastq.worker.program import Program
 
 COMMANDS = {
     "worker": "Run tasks until told to stop.",
@@ -26,35 +28,49 @@ COMMANDS = {
     "result": "Print the result of a task.",
     "purge": "Delete every message that waits in the queues.",
     "status": "List the workers that are up.",
+    "inspect": "Ask workers what they do.",
+    "control": "Tell workers what to do.",
+    "events": "Show what workers tell monitors.",
+    "check": "Say which way each task takes, and which settings to look at.",
+    "report": "Print versions, platform and settings for a bug report.",
 }
 
-#: Celery's commands that are still to come.
-NOT_CARRIED = frozenset(
-    {"amqp", "beat", "control", "events", "flower", "graph", "inspect", "list"}
-    | {"logtool", "migrate", "multi", "report", "shell", "upgrade"}
-)
+#: Celery's own commands, which a Celery application has here too.
+DELEGATED = frozenset({"amqp", "beat", "flower", "graph", "list", "logtool", "migrate", "multi", "shell", "upgrade"})
+#: Those of them that make sense without an application.
+APPLESS = frozenset({"logtool", "multi", "upgrade"})
 
-BROKER_VARIABLES = ["FASTQ_BROKER", "FASTQ_BROKER_URL", "BROKER_URL"]
-RESULT_VARIABLES = ["FASTQ_RESULT_BACKEND", "RESULT_BACKEND"]
+#: Other names that options before the command have in the environment; FASTQ_<OPTION> and CELERY_<OPTION> go first.
+VARIABLES = {
+    "app": ["APP"],
+    "broker": ["FASTQ_BROKER_URL", "CELERY_BROKER_URL", "BROKER_URL"],
+    "result_backend": ["RESULT_BACKEND"],
+    "loader": ["LOADER"],
+    "config": ["CONFIG_MODULE"],
+    "no_color": ["NO_COLOR"],
+    "skip_checks": ["SKIP_CHECKS"],
+}
 
 
 @dataclass(slots=True)
 class Globals:
-    """The options that stand before the command."""
+    """The options that stand before the command. ``application`` is one that a program has handed over."""
 
     app: str = ""
     broker: str = ""
     result_backend: str = ""
+    loader: str = ""
     config: str = ""
     color: bool | None = None
     quiet: bool = False
+    application: Application | None = None
 
     def require_app(self) -> None:
         """Raise Misuse when no application was named."""
-        if not self.app:
+        if not self.app and self.application is None:
             raise Misuse("no application given. Name it before the command: fastq -A <module>[:attribute] ...")
 
-    def load_app(self) -> FastQ:
+    def load_any_app(self) -> Application:
         """Import the application and lay the given URLs and configuration over its own.
 
         Without -A, a broker URL alone makes an application that knows no tasks: enough to send, purge and ask.
@@ -62,9 +78,16 @@ class Globals:
         if not self.broker:
             self.require_app()
         from fastq.app import FastQ
-        from fastq.cli.loader import find_app, import_module
+        from fastq.cli.loader import find_any_app, import_module, is_celery
 
-        app = find_app(self.app) if self.app else FastQ("fastq")
+        self._tell_celery()
+        if self.application is not None:
+            return self.application
+        app = find_any_app(self.app) if self.app else FastQ("fastq")
+        if is_celery(app):
+            return app
+        if self.loader:
+            raise Misuse("option --loader is for Celery applications; remove it")
         if self.config:
             app.config_from_object(import_module(self.config, f"--config {self.config}"))
         if self.broker:
@@ -72,6 +95,50 @@ class Globals:
         if self.result_backend:
             app.conf.result_backend = self.result_backend
         return app
+
+    def _tell_celery(self) -> None:
+        """Set the variables by which a Celery application is told of these options, before it is imported."""
+        for variable, value in (
+            ("CELERY_LOADER", self.loader),
+            ("CELERY_BROKER_URL", self.broker),
+            ("CELERY_RESULT_BACKEND", self.result_backend),
+            ("CELERY_CONFIG_MODULE", self.config),
+        ):
+            if value:
+                os.environ[variable] = value
+
+    def words(self) -> list[str]:
+        """Return the options as they would stand before a command of Celery's."""
+        named = (("-A", self.app), ("-b", self.broker), ("--result-backend", self.result_backend))
+        more = (("--loader", self.loader), ("--config", self.config))
+        flags = [flag for flag, given in (("-C", self.color is False), ("-q", self.quiet)) if given]
+        return [word for option, value in (*named, *more) if value for word in (option, value)] + flags
+
+    def load_app(self) -> FastQ:
+        """Return the application for sending and asking; of a Celery application one that has its settings."""
+        from fastq.app import FastQ
+
+        app = self.load_any_app()
+        if isinstance(app, FastQ):
+            return app
+        from fastq.celery.settings import settings_of_app
+
+        plain = FastQ(app.main)
+        plain.conf = settings_of_app(app)
+        return plain
+
+    def load_program(self) -> Program:
+        """Return the application as a worker runs it."""
+        from fastq.app import FastQ
+
+        app = self.load_any_app()
+        if isinstance(app, FastQ):
+            from fastq.worker.program import FastQProgram
+
+            return FastQProgram(app)
+        from fastq.celery.program import CeleryProgram
+
+        return CeleryProgram(app)
 
 
 class Commands(click.Group):
@@ -82,13 +149,12 @@ class Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command's module and return the command. Raises Misuse for one of Celery's that is not carried."""
+        """Import the command's module and return the command; one of Celery's own runs there."""
         if cmd_name in COMMANDS:
             command: click.Command = importlib.import_module(f"fastq.cli.{cmd_name}").command
+            _read_variables(command, f"{cmd_name}_")
             return command
-        if cmd_name in NOT_CARRIED:
-            raise Misuse(f"command {cmd_name!r} is not carried by this version of fastq; it has {', '.join(COMMANDS)}")
-        return None
+        return Delegated(cmd_name) if cmd_name in DELEGATED or is_added(cmd_name) else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -98,24 +164,73 @@ class Commands(click.Group):
 
         name = args[0] if args else ""
         near = difflib.get_close_matches(name, COMMANDS, 1)
-        if near and name not in COMMANDS and name not in NOT_CARRIED and not name.startswith("-"):
+        if near and name not in (*COMMANDS, *DELEGATED) and not name.startswith("-") and not is_added(name):
             raise click.UsageError(f"no such command {name!r}. Did you mean {near[0]!r}?", ctx)
         return super().resolve_command(ctx, args)
+
+
+class Delegated(click.Command):
+    """A command of Celery's own. Its words are taken as they are; what they mean is known there."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the words."""
+        ctx.args = list(args)
+        return []
+
+    def invoke(self, ctx: click.Context) -> int:
+        """Have Celery's command line run it; return the exit code. Raises Misuse where there is no Celery."""
+        settings: Globals = ctx.obj
+        name = str(self.name)
+        app = self._application(settings)
+        try:
+            from fastq.celery.commands import run as run_celery
+        except ImportError:
+            raise Misuse(f"command {name!r} is Celery's own, and Celery is not installed") from None
+        return run_celery(app, name, ctx.args, settings.words())
+
+    def _application(self, settings: Globals) -> Any:
+        from fastq.cli.loader import is_celery
+
+        if self.name in APPLESS and not settings.app:
+            return settings.application  # Celery's command line can do without
+        settings.require_app()
+        app = settings.load_any_app()
+        if not is_celery(app):
+            raise Misuse(f"command {self.name!r} is not carried by this version of fastq; it has {', '.join(COMMANDS)}")
+        return app
+
+
+def is_added(name: str) -> bool:
+    """Return whether an installed package adds a command of this name to Celery's command line."""
+    from importlib.metadata import entry_points
+
+    return any(each.name == name for each in entry_points(group="celery.commands"))
+
+
+def _read_variables(command: click.Command, prefix: str = "") -> None:
+    """Let options come from the environment, under Celery's names too: CELERY_WORKER_CONCURRENCY."""
+    for option in command.params:
+        if isinstance(option, click.Option) and option.envvar is None and option.allow_from_autoenv and option.name:
+            words = f"{prefix}{option.name}".upper()
+            others = () if prefix else VARIABLES.get(option.name, ())
+            names = (f"FASTQ_{words}", f"CELERY_{words}", *others)
+            option.envvar = sorted(names, key=lambda name: not name.startswith("FASTQ_"))
 
 
 @click.group(
     cls=Commands,
     context_settings={"auto_envvar_prefix": "FASTQ", "help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-@click.option("-A", "--app", default="", envvar=["FASTQ_APP", "APP"], help="Application: module or module:attribute.")
-@click.option("-b", "--broker", default="", envvar=BROKER_VARIABLES, help="Broker URL.")
-@click.option("--result-backend", default="", envvar=RESULT_VARIABLES, help="Result store URL.")
-@click.option("--config", default="", envvar=["FASTQ_CONFIG", "CONFIG_MODULE"], help="Configuration module.")
+@click.option("-A", "--app", default="", help="Application: module or module:attribute.")
+@click.option("-b", "--broker", default="", help="Broker URL.")
+@click.option("--result-backend", default="", help="Result store URL.")
+@click.option("--loader", default="", hidden=True, help="Loader class of a Celery application.")
+@click.option("--config", default="", help="Configuration module.")
 @click.option("--workdir", default="", help="Change to this directory first.")
 @click.option("-C", "--no-color", is_flag=True, help="No colours, as with NO_COLOR=1.")
 @click.option("-q", "--quiet", is_flag=True, help="Less output.")
 @click.option("--debug", is_flag=True, help=f"Show the traceback of an error, as with {DEBUG_VARIABLE}=1.")
-@click.option("--skip-checks", is_flag=True, hidden=True, help="Accepted for unit files; there are no such checks.")
+@click.option("--skip-checks", is_flag=True, hidden=True, help="Do not have Django check the project at start.")
 @click.version_option(__version__, message="%(version)s")
 @click.pass_context
 def group(
@@ -123,6 +238,7 @@ def group(
     app: str,
     broker: str,
     result_backend: str,
+    loader: str,
     config: str,
     workdir: str,
     no_color: bool,
@@ -133,16 +249,28 @@ def group(
     """fastq: a task queue for Python."""
     if debug:
         os.environ[DEBUG_VARIABLE] = "1"
+    if skip_checks:
+        os.environ["CELERY_SKIP_CHECKS"] = "true"
     if workdir:
         from fastq.worker.daemon import change_directory
 
         change_directory(workdir)
-    ctx.obj = Globals(app, broker, result_backend, config, False if no_color else None, quiet)
+    color = False if no_color else None
+    ctx.obj = Globals(app, broker, result_backend, loader, config, color, quiet, application=ctx.obj)
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code."""
-    return run_guarded(lambda: group.main(arguments, prog_name="fastq", standalone_mode=False))
+_read_variables(group)
+
+
+def run(arguments: Sequence[str] | None = None, app: Application | None = None) -> int:
+    """Run a command line and return its exit code. ``app`` stands for the one that -A would name."""
+    return run_guarded(lambda: invoke(arguments, app))
+
+
+def invoke(arguments: Sequence[str] | None = None, app: Application | None = None) -> int | None:
+    """Run a command line and return its exit code. Raises what goes wrong instead of printing it."""
+    code: int | None = group.main(arguments, prog_name="fastq", standalone_mode=False, obj=app)
+    return code
 
 
 def main() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fastq.cli import Globals
 from fastq.cli.errors import Misuse
+from fastq.cli.loader import is_celery
 from fastq.cli.options import json_array, json_object, misplaced_globals, moment, moment_or_seconds
+
+if TYPE_CHECKING:
+    from fastq.interfaces import Meta
 
 
 @click.command("call")
@@ -34,10 +38,15 @@ def command(
 ) -> int:
     """Send the task NAME and print its id."""
     timeout_s = _seconds(wait)
-    app = settings.load_app()
+    app = settings.load_any_app()
     given = {option: value for option, value in routing.items() if value is not None}
     try:
-        result = app.send_task(name, args, kwargs, **given)
+        if is_celery(app):
+            from fastq.celery import client  # only Celery users have Celery
+
+            result = client.send(app, name, args, kwargs, given)
+        else:
+            result = app.send_task(name, args, kwargs, **given)
     except (TypeError, ValueError) as error:
         raise Misuse(str(error)) from error
     click.echo(result.id)
@@ -45,7 +54,16 @@ def command(
         return 0
     from fastq.cli.result import show
 
-    return show(app.store.wait(result.id, timeout_s), with_traceback=False)
+    return show(_awaited(app, result, timeout_s), with_traceback=False)
+
+
+def _awaited(app: Any, result: Any, timeout_s: float | None) -> Meta:
+    if is_celery(app):
+        from fastq.celery import client
+
+        return client.wait_for(app, result, timeout_s)
+    meta: Meta = app.store.wait(result.id, timeout_s)
+    return meta
 
 
 def _seconds(wait: str | None) -> float | None:

@@ -1,4 +1,7 @@
-"""Finding the application that ``-A`` names: ``module``, ``module:attribute`` or ``module.attribute``."""
+"""Finding the application that ``-A`` names: ``module``, ``module:attribute`` or ``module.attribute``.
+
+It may be a FastQ or a Celery application; the latter is found where Celery finds it.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,26 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fastq.app import FastQ
 from fastq.cli.errors import Failure, Misuse, describe
 from fastq.errors import FastqError
 from fastq.worker.exitcodes import EX_FAILURE, exit_code_of
 
+if TYPE_CHECKING:
+    import celery
 
-def find_app(spec: str) -> FastQ:
-    """Return the application: the attribute named, else ``app``, ``fastq`` or a FastQ of the module or its ``.fastq``.
+    Application: TypeAlias = FastQ | celery.Celery
+
+#: Attributes of a module, and submodules of a package, that are looked at before any other.
+_NAMES = ("app", "fastq", "celery")
+
+
+def find_any_app(spec: str) -> Application:
+    """Return the application: the attribute named, else one of the usual names, else any in the module.
 
     Raises Misuse when there is none of that name, Failure when a module does not import.
     """
@@ -26,10 +39,17 @@ def find_app(spec: str) -> FastQ:
     found = _import_or_attribute(name, spec)
     if not isinstance(found, ModuleType):
         return _checked(found, spec)
-    app = _app_in(found) or _app_in_submodule(found, spec)
+    # In Celery's order: what a package's submodule holds goes before what the package itself names in another way.
+    app = _app_in(found, _NAMES) or _app_in_submodule(found, spec) or _app_in(found)
     if app is None:
-        raise Misuse(f"module {name!r} holds no FastQ application. Name its attribute: -A {name}:<attribute>")
+        raise Misuse(f"module {name!r} holds no application. Name its attribute: -A {name}:<attribute>")
     return app
+
+
+def is_celery(found: object) -> bool:
+    """Return whether it is a Celery application; one that is, has imported Celery."""
+    base = sys.modules.get("celery.app.base")
+    return base is not None and isinstance(found, base.Celery)
 
 
 def import_module(name: str, option: str) -> ModuleType:
@@ -48,10 +68,12 @@ def import_module(name: str, option: str) -> ModuleType:
         raise _import_failure(f"module {name!r} does not import ({option})", error) from error
 
 
-def load_tasks(app: FastQ) -> None:
-    """Import the modules that the application's settings name. Raises Failure when one does not import."""
+def load_tasks(load: Callable[[], None]) -> None:
+    """Have an application load its tasks. Raises Failure when a module does not import."""
     try:
-        app.load_tasks()
+        load()
+    except FastqError:
+        raise
     except (Exception, SystemExit) as error:
         raise _import_failure("a module of include, imports or autodiscover_tasks does not import", error) from error
 
@@ -91,38 +113,40 @@ def _attribute(module: ModuleType, path: str, spec: str) -> object:
         try:
             found = getattr(found, name)
         except AttributeError:
-            known = sorted(key for key, value in vars(module).items() if isinstance(value, FastQ))
+            known = sorted(key for key, value in vars(module).items() if _is_app(value))
             hint = f"; it holds {', '.join(known)}" if known else ""
             raise Misuse(f"module {module.__name__!r} has no attribute {path!r} (-A {spec}){hint}") from None
     return found
 
 
-def _app_in(module: ModuleType) -> FastQ | None:
-    for name in ("app", "fastq"):
-        found = getattr(module, name, None)
-        if isinstance(found, FastQ):
-            return found
-    return next((value for value in vars(module).values() if isinstance(value, FastQ)), None)
+def _is_app(found: object) -> bool:
+    return isinstance(found, FastQ) or is_celery(found)
 
 
-def _app_in_submodule(module: ModuleType, spec: str) -> FastQ | None:
+def _app_in(module: ModuleType, names: Sequence[str] = ()) -> Any:
+    """Return an application that the module holds, by one of the names, else the usual ones first; None for none."""
+    candidates = [getattr(module, name, None) for name in names or (*_NAMES, *vars(module))]
+    return next((found for found in candidates if _is_app(found)), None)
+
+
+def _app_in_submodule(module: ModuleType, spec: str) -> Any:
     if not hasattr(module, "__path__"):
         return None
-    try:
-        return _app_in(_import(f"{module.__name__}.fastq", spec))
-    except Misuse:
-        return None
+    for name in ("fastq", "celery"):
+        try:
+            if (found := _app_in(_import(f"{module.__name__}.{name}", spec))) is not None:
+                return found
+        except Misuse:
+            continue
+    return None
 
 
-def _checked(found: object, spec: str) -> FastQ:
-    if isinstance(found, FastQ):
+def _checked(found: object, spec: str) -> Any:
+    if _is_app(found):
         return found
-    if isinstance(found, ModuleType) and (app := _app_in(found)):
+    if isinstance(found, ModuleType) and (app := _app_in(found)) is not None:
         return app
-    kind = type(found)
-    if kind.__module__.partition(".")[0] == "celery":
-        raise Misuse(f"{spec!r} is a Celery application, which this version of fastq cannot run. Make it a fastq.FastQ")
-    raise Misuse(f"{spec!r} is a {kind.__name__}, not a FastQ application. Name the FastQ object with -A")
+    raise Misuse(f"{spec!r} is a {type(found).__name__}, not an application. Name the FastQ or Celery object with -A")
 
 
 def _import_failure(what: str, error: BaseException) -> Failure:

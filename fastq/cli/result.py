@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from fastq.cli import Globals
 from fastq.cli.errors import Failure, Misuse
+from fastq.cli.loader import is_celery
 from fastq.cli.options import misplaced_globals
 from fastq.states import READY_STATES, SUCCESS
 from fastq.worker.exitcodes import EX_FAILURE, EX_OK, EX_TEMPFAIL
@@ -15,24 +16,42 @@ from fastq.worker.exitcodes import EX_FAILURE, EX_OK, EX_TEMPFAIL
 if TYPE_CHECKING:
     from fastq.interfaces import Meta
 
+_OWN_RESULTS: Final = (
+    "with rpc:// only the process that sent a task gets its result; use a store such as sqlite:///... or redis://..."
+)
+
 
 @click.command("result")
 @click.argument("task_id")
 @click.option("--traceback", is_flag=True, help="Print the traceback instead.")
 @click.option("--wait", type=float, metavar="SECONDS", help="Wait so long for it to be ready.")
-@click.option("-t", "--task", hidden=True, expose_value=False)
+@click.option("-t", "--task", default="", help="Name of the task, where it has a result store of its own.")
 @misplaced_globals
 @click.pass_obj
-def command(settings: Globals, /, task_id: str, traceback: bool, wait: float | None) -> int:
+def command(settings: Globals, /, task_id: str, traceback: bool, wait: float | None, task: str) -> int:
     """Print the result of the task TASK_ID. Exit code 1: it failed; 75: it is not ready."""
-    app = settings.load_app()
-    if app.stores_results and str(app.conf.result_backend).startswith("rpc:"):
-        raise Misuse("with rpc:// only the process that sent a task gets its result; use a store such as sqlite:///...")
-    meta = app.store.load(task_id) if wait is None else app.store.wait(task_id, wait)
+    app = settings.load_any_app()
+    meta = _of_celery(app, task_id, wait, task) if is_celery(app) else _of_fastq(app, task_id, wait)
     if meta is None or meta["status"] not in READY_STATES:
         state = meta["status"] if meta else "PENDING"
         raise Failure(f"task {task_id} is not ready ({state}); give it time with --wait <seconds>", EX_TEMPFAIL)
     return show(meta, traceback)
+
+
+def _of_fastq(app: Any, task_id: str, wait: float | None) -> Meta | None:
+    if app.stores_results and str(app.conf.result_backend).startswith("rpc:"):
+        raise Misuse(_OWN_RESULTS)
+    found: Meta | None = app.store.load(task_id) if wait is None else app.store.wait(task_id, wait)
+    return found
+
+
+def _of_celery(app: Any, task_id: str, wait: float | None, task: str) -> Meta | None:
+    from fastq.celery import client  # only Celery users have Celery
+    from fastq.celery.settings import own_store
+
+    if own_store(app.backend) == "rpc":
+        raise Misuse(_OWN_RESULTS)
+    return client.meta_of(app, task_id, task, wait)
 
 
 def show(meta: Meta, with_traceback: bool) -> int:

@@ -1,6 +1,7 @@
-"""``fastq status``: ask which workers are up. On RabbitMQ Celery's workers answer as well.
+"""``fastq status``: ask which workers are up. On RabbitMQ and Redis Celery's workers answer as well.
 
-RabbitMQ: a ping is broadcast and the replies of a while are collected. Embedded broker: workers are listed in its file.
+RabbitMQ, Redis: a ping is broadcast, the replies of a while are collected. Embedded broker: workers are listed in its
+file.
 """
 
 from __future__ import annotations
@@ -12,49 +13,46 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastq.cli import Globals
-from fastq.cli.errors import Failure, Misuse
-from fastq.cli.options import misplaced_globals, name_list, plural
-from fastq.worker.exitcodes import EX_OK, EX_UNAVAILABLE
+from fastq.cli.errors import Misuse
+from fastq.cli.options import misplaced_globals
+from fastq.cli.remote import Printer, ask, broker_settings, nobody, remote_options
 
 if TYPE_CHECKING:
     from fastq.settings import Settings
 
 
 @click.command("status")
-@click.option("-t", "--timeout", type=float, default=1.0, show_default=True, help="Seconds to wait for replies.")
-@click.option("-d", "--destination", type=name_list, default="", metavar="A,B", help="Ask these nodes only.")
-@click.option("-j", "--json", "as_json", is_flag=True, help="Print JSON.")
+@remote_options
 @misplaced_globals
 @click.pass_obj
 def command(settings: Globals, /, timeout: float, destination: tuple[str, ...], as_json: bool) -> int:
     """List the workers that are up. Exit code 69: there is none."""
-    app = settings.load_app()
-    app.finalize()
-    replies: dict[str, dict[str, Any]] = {}
-    for node, reply in ask(app.conf, timeout, destination):
+    printer = Printer(settings)
+    replies = {}
+    for node, reply in online(broker_settings(settings), timeout, destination):
         replies[node] = reply
         if not as_json:
-            click.echo(f"->  {node}: {'OK' if 'ok' in reply else 'ERROR'}")
+            printer.show(node, reply, with_body=False)
     if not replies:
-        raise Failure("No nodes replied within time constraint; start a worker, or wait longer with -t", EX_UNAVAILABLE)
+        raise nobody()
     if as_json:
         click.echo(json.dumps(replies))
-    elif not settings.quiet:
-        click.echo(f"\n{plural(len(replies), 'node')} online.")
-    return EX_OK
+    else:
+        printer.count(len(replies))
+    return 0
 
 
-def ask(settings: Settings, timeout_s: float, destination: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def online(settings: Settings, timeout_s: float, destination: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Yield each node that is up with its reply, as they come in."""
     url = str(settings.broker_url)
     if url.startswith("memory:"):
-        raise Misuse("a memory:// broker lives inside one process and cannot be asked; use sqlite:// or amqp://")
-    if url.startswith("sqlite:"):
-        from fastq.transport.sqlite import live_workers
-
-        names = [worker.name for worker in live_workers(url)]
-        yield from ((name, {"ok": "pong"}) for name in names if not destination or name in destination)
+        raise Misuse(
+            "a memory:// broker lives inside one process and cannot be asked; use sqlite://, amqp:// or redis://"
+        )
+    if not url.startswith("sqlite:"):
+        yield from ask(settings, "ping", {}, timeout_s, destination)
         return
-    from fastq.cli.broadcast import broadcast
+    from fastq.transport.sqlite import live_workers
 
-    yield from broadcast(settings, "ping", timeout_s, destination)
+    names = [worker.name for worker in live_workers(url)]
+    yield from ((name, {"ok": "pong"}) for name in names if not destination or name in destination)

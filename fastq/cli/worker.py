@@ -8,6 +8,8 @@ background.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,9 @@ from fastq.amqp.topology import Topology
 from fastq.amqp.url import mask_url
 from fastq.cli import Globals
 from fastq.cli.errors import Misuse, one_line, run_guarded
-from fastq.cli.options import accepted, misplaced_globals, name_list, refused
+from fastq.cli.options import misplaced_globals, name_list, plural, refused
 from fastq.errors import FastqError
+from fastq.transport.bus import BUSES
 from fastq.worker.banner import Banner
 from fastq.worker.daemon import (
     Daemon,
@@ -31,12 +34,13 @@ from fastq.worker.daemon import (
     set_umask,
     warn_root,
 )
-from fastq.worker.log import LEVELS, open_handler, setup_logging
+from fastq.worker.log import LEVELS, open_handler
 from fastq.worker.options import WorkerOptions, available_cpus, expand_path
 from fastq.worker.pidfile import Pidfile
 
 if TYPE_CHECKING:
-    from fastq.app import FastQ
+    from fastq.settings import Settings
+    from fastq.worker.program import Program
 
 logger = logging.getLogger("fastq.worker")
 
@@ -54,12 +58,43 @@ def _concurrency(ctx: click.Context, param: click.Parameter, value: str | None) 
     return int(value)
 
 
+def _autoscale(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """Return most and least children: two numbers in either order, or the most alone."""
+    if value is None:
+        return None
+    numbers = value.split(",")
+    if len(numbers) > 2 or not all(number.strip().isdigit() for number in numbers):
+        raise click.BadParameter(f"{value!r} is not MAX,MIN, such as 10,3", ctx, param)
+    most, least = sorted((int(numbers[0]), int(numbers[-1]) if len(numbers) == 2 else 0), reverse=True)
+    return most, least
+
+
+def _executable(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Take the Python that runs this, as ``celery multi`` names it to each node."""
+    if value is not None and os.path.abspath(value) != sys.executable:
+        raise Misuse(
+            f"option --executable {value} is not carried by this version of fastq; "
+            "remove it and start fastq with the Python that is to be used"
+        )
+
+
+def _start_method(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value not in (None, "fork"):
+        raise Misuse(
+            f"option --pool-start-method {value} is not carried by this version of fastq; "
+            "remove it: children are forked"
+            f"option --pool-start-method {value} is not carried by this version of fastq; remove it: "
+            "children are forked"
+        )
+
+
 def _pool(ctx: click.Context, param: click.Parameter, value: str) -> None:
     if value not in ("prefork", "processes"):
         raise Misuse(f"option -P/--pool {value} is not carried by this version of fastq; remove it to use prefork")
 
 
-@click.command("worker")
+# What the application adds is not known before it is imported: words that look like options are kept until then.
+@click.command("worker", context_settings={"ignore_unknown_options": True})
 @click.option("-n", "--hostname", default="", metavar="NAME", help="Node name; expands %h %n %d. Default fastq@%h.")
 @click.option("-c", "--concurrency", metavar="N", callback=_concurrency, help="Child processes; 'auto': by CPU quota.")
 @click.option("-Q", "--queues", type=name_list, default="", metavar="A,B", help="Queues to consume.")
@@ -78,29 +113,31 @@ def _pool(ctx: click.Context, param: click.Parameter, value: str) -> None:
 @click.option("--purge", "--discard", is_flag=True, help="Delete what waits in the queues before starting.")
 @click.option("-O", "--optimization", type=click.Choice(["default", "fair"]), default="default", hidden=True)
 @click.option("-P", "--pool", type=POOLS, default="prefork", callback=_pool, expose_value=False, hidden=True)
-@accepted("--without-gossip")
-@accepted("--without-mingle")
-@accepted("--without-heartbeat")
+@click.option("-E", "--task-events", "--events", is_flag=True, default=None, help="Send task events, for monitors.")
+@click.option("--autoscale", callback=_autoscale, metavar="MAX,MIN", help="Grow and shrink the pool with the work.")
+@click.option("-S", "--statedb", default="", help="File that keeps what was revoked; expands as --logfile.")
+@click.option("--without-gossip", is_flag=True, hidden=True)
+@click.option("--without-mingle", is_flag=True, help="Do not ask other workers at start what was revoked.")
+@click.option("--without-heartbeat", is_flag=True, help="Do not tell monitors that the worker lives.")
+@click.option("--heartbeat-interval", type=float, help="Seconds between two such events.")
 @click.option("-D", "--detach", is_flag=True, help="Go on in the background.")
 @click.option("--workdir", default="", help="Change to this directory first.")
 @click.option("--uid", default="", help="Become this user once the files are open.")
 @click.option("--gid", default="", help="Become this group once the files are open.")
 @click.option("--umask", default="", metavar="OCTAL", help="File mode mask.")
-@refused("-E", "--task-events", "--events", takes_value=False)
-@refused("--autoscale", why="give a fixed number of children with -c, and change it with the signals TTIN and TTOU")
 @refused("-B", "--beat", takes_value=False)
 @refused("-s", "--schedule-filename", "--schedule")
 @refused("--scheduler")
-@refused("-S", "--statedb")
-@refused("--disable-prefetch", takes_value=False, why="remove it and give --prefetch-multiplier 1")
-@refused("--heartbeat-interval")
-@refused("--pool-start-method")
-@refused("--executable")
+@click.option("--disable-prefetch", is_flag=True, default=None, help="Redis: take a message when a child is free.")
+@click.option("--pool-start-method", callback=_start_method, expose_value=False, hidden=True)
+@click.option("--executable", callback=_executable, expose_value=False, hidden=True)
+@click.argument("overrides", nargs=-1, metavar="[-- SETTING=VALUE ...]")
 @misplaced_globals
 @click.pass_obj
 def command(
     settings: Globals,
     /,
+    overrides: tuple[str, ...],
     workdir: str,
     uid: str,
     gid: str,
@@ -119,7 +156,7 @@ def command(
     if umask:
         set_umask(umask)
     asked = WorkerOptions(**options, grace_s=grace, color=settings.color, quiet=settings.quiet)
-    start = Start(settings, asked, uid, gid)
+    start = Start(settings, asked, uid, gid, overrides)
     if not detach or is_detached():
         return start.run()
     start.daemon = detach_process()
@@ -137,71 +174,101 @@ class Start:
     options: WorkerOptions
     uid: str = ""
     gid: str = ""
+    overrides: tuple[str, ...] = ()
     daemon: Daemon | None = None
 
     def run(self) -> int:
         """Open the files, drop privileges, load the application, and run the worker until it ends."""
+        early = self._load_program() if self._needs_node() else None
         handler = open_handler(self.options.logfile, self.options.hostname)
         with Pidfile(expand_path(self.options.pidfile, self.options.hostname)):
             drop_privileges(self.uid, self.gid, handler.stream)
-            app = self._load_app()
-            full = self.options.resolved(app.conf)
-            setup_logging(handler, self.options.loglevel, app.conf, self.options.color)
-            warn_root(app.conf.accept_content)
+            program = early or self._load_program()
+            program.begin(self.options.resolved(program.settings))
+            full = self.options.resolved(program.settings)
+            program.setup_logging(handler, full)
+            warn_root(program.settings.accept_content)
+            warn_prefetch(program.settings)
+            full = program.prepare(full)
             if not self.options.quiet:
-                show_banner(app, full)
+                show_banner(program, full)
             if full.purge:
-                purge(app, full.queues)
+                purge(program, full.queues)
             if self.daemon is not None:
                 self.daemon.started()
-            return self._work(app, full)
+            return self._work(program, full)
 
-    def _work(self, app: FastQ, options: WorkerOptions) -> int:
+    def _work(self, program: Program, options: WorkerOptions) -> int:
         # Imported only now: it brings the event loop, which a start that fails has no use for.
         from fastq.worker.worker import Worker
 
         try:
-            return Worker(app, options).run()
+            return Worker(program, options).run()
         except FastqError as error:
             if options.logfile:
                 # Standard error, where it is said as well, may be nowhere by now.
                 logger.critical("%s", one_line(str(error)))
             raise
 
-    def _load_app(self) -> FastQ:
+    def _needs_node(self) -> bool:
+        """Return whether a file is named after the node, and the node after the kind of application."""
+        names = (self.options.logfile, self.options.pidfile)
+        return "@" not in self.options.given_name and any("%n" in name or "%p" in name for name in names)
+
+    def _load_program(self) -> Program:
         from fastq.cli.loader import import_module, load_tasks
 
-        app = self.settings.load_app()
-        if self.options.reliable is not None:
-            app.conf.fastq_reliable = self.options.reliable
+        program = self.settings.load_program()
+        self.options, overrides = program.adopt(self.options, self.overrides)
+        unknown = next((word for word in overrides if word.startswith("-")), None)
+        if unknown is not None:
+            raise click.NoSuchOption(unknown, ctx=click.get_current_context())
         for name in self.options.include:
             import_module(name, f"-I {name}")
-        load_tasks(app)
-        app.finalize()
-        return app
+        load_tasks(lambda: program.load(self.options, overrides))
+        return program
 
 
-def show_banner(app: FastQ, options: WorkerOptions) -> None:
+def show_banner(program: Program, options: WorkerOptions) -> None:
     """Print the banner, and the tasks at log level INFO and below."""
+    most, least = options.autoscale or (0, 0)
     banner = Banner(
         hostname=options.hostname,
         version=__version__,
-        app=app.main or "unnamed",
-        transport=mask_url(str(app.conf.broker_url)),
-        results=mask_url(str(app.conf.result_backend)),
-        concurrency=options.concurrency or 1,
-        queues=map(Topology(app.conf).spec, options.queues),
-        tasks=app.tasks,
+        app=program.title,
+        transport=mask_url(str(program.settings.broker_url)),
+        results=program.shown_results,
+        concurrency=f"{{min={least}, max={most}}}" if options.autoscale else options.concurrency or 1,
+        queues=map(Topology(program.settings).spec, sorted(options.queues)),
+        tasks=[name for name in program.names if options.loglevel == "DEBUG" or not name.startswith("celery.")],
         mode="reliable" if options.reliable else "compat",
+        events=bool(options.task_events),
     )
     click.echo(banner.text())
     if options.loglevel in ("DEBUG", "INFO"):
         click.echo(banner.task_list())
 
 
-def purge(app: FastQ, queues: Sequence[str]) -> None:
+def warn_prefetch(settings: Settings) -> None:
+    """Log a warning when messages are not to be fetched in advance, and the broker cannot do without."""
+    scheme = str(settings.broker_url).partition(":")[0]
+    if settings.worker_disable_prefetch and BUSES.get(scheme) != BUSES["redis"]:
+        logger.warning(
+            "worker_disable_prefetch is only supported for Redis brokers. Current broker transport: %s. "
+            "Ignoring disable_prefetch setting.",
+            scheme,
+        )
+
+
+def purge(program: Program, queues: Sequence[str]) -> None:
     """Delete what waits in the queues; the connection for it is closed again, as the worker is about to fork."""
+    from fastq.transport import open_publisher
+
+    publisher = open_publisher(str(program.settings.broker_url), program.settings)
+    count = 0
     for name in queues:
-        app.publisher.declare(name)
-        app.publisher.purge(name)
-    app.publisher.close()
+        publisher.declare(name)
+        count += publisher.purge(name)
+    publisher.close()
+    if count:
+        click.echo(f"purge: Erased {plural(count, 'message')} from the queue.\n")

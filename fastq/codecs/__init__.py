@@ -34,6 +34,11 @@ def get(name: str) -> Codec:
     return codec if codec is not None else _load(name)
 
 
+def is_known(name: str) -> bool:
+    """Return whether there is a codec of this name or content type."""
+    return name in _codecs or name in CONTENT_TYPES or name in CONTENT_TYPES.values()
+
+
 def register(codec: Codec) -> None:
     """Make a codec known under its name and content type, in place of a built-in one of the same name."""
     _codecs[codec.name] = _codecs[codec.content_type] = codec

@@ -43,6 +43,11 @@ class Method(NamedTuple):
     errors: tuple[type[Exception], ...]
 
 
+def is_known(name: object) -> bool:
+    """Return whether there is a method of this name or content type."""
+    return name in _methods or name in _OPTIONAL
+
+
 def content_type(name: str) -> str:
     """Return what a message's ``compression`` header says for a method's name. Raises EncodeError."""
     return _method(name, EncodeError).content_type

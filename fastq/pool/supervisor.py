@@ -13,7 +13,8 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fastq._core import Child, Core
+from fastq._child import Child
+from fastq._core import Core
 from fastq.pool.zygote import Exited, Zygote
 from fastq.wire.pipe import SHARED_SIZE, RingReader
 
@@ -108,22 +109,33 @@ class Pool:
 
     # --- size
 
-    def grow(self) -> None:
-        """Add a slot."""
+    def grow(self, n: int = 1) -> None:
+        """Add slots."""
+        for _ in range(n):
+            self._add_slot()
+
+    def shrink(self, n: int = 1) -> None:
+        """Remove slots; the calls in them are finished first. The last slot stays."""
+        for _ in range(min(n, len(self.slots) - 1)):
+            self._drop_slot()
+
+    def _add_slot(self) -> None:
         self.concurrency += 1
         slot = Slot()
         self.slots.append(slot)
         slot.member = self._spawn(len(self.slots) - 1)
 
-    def shrink(self) -> None:
-        """Remove a slot; the call in it is finished first. The last slot stays."""
-        if len(self.slots) <= 1:
-            return
+    def _drop_slot(self) -> None:
         self.concurrency -= 1
         slot = self.slots.pop()
         if slot.member is not None and slot.member.child is not None:
             slot.member.slot = -2
             slot.member.child.stop()
+
+    @property
+    def size(self) -> int:
+        """Return the number of slots."""
+        return len(self.slots)
 
     @property
     def pids(self) -> list[int]:
@@ -167,6 +179,19 @@ class Pool:
     def dump_stack(self, child: Child) -> None:
         """Have the child write the stacks of its threads to the log."""
         self._signal(self._by_child[child], signal.SIGUSR1)
+
+    def terminate(self, child: Child, signum: int) -> None:
+        """Send one child a signal of the user's choice."""
+        member = self._by_child.get(child)
+        if member is not None:
+            self._signal(member, signal.Signals(signum))
+
+    def restart(self) -> None:
+        """Replace every child; each finishes the call that it runs."""
+        for slot in self.slots:
+            if slot.member is not None and slot.member.child is not None and not slot.wants_spare:
+                slot.member.child.retire()
+                self.child_full(slot.member.child)
 
     def kill_child(self, child: Child) -> None:
         """Kill one child; its slot is filled again."""

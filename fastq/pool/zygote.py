@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import select
 import signal
@@ -155,6 +156,8 @@ def _fork_one(control: socket.socket, poll: select.poll, pids: dict[int, int], c
             code = child_main(sock, shared, slot)
         except KeyboardInterrupt:
             code = 130
+        except Exception:
+            logging.getLogger("fastq.worker").critical("a child ends because of an internal error", exc_info=True)
         finally:
             # No finalizers: what the parent process had open is not this process's to clean up.
             os._exit(code)

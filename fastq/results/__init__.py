@@ -11,12 +11,15 @@ if TYPE_CHECKING:
     from fastq.interfaces import Publisher, ResultStore
     from fastq.settings import Settings
 
+_REDIS: Final = "fastq.results.redis:RedisStore"
+
 #: What makes a store, by the scheme of the URL.
 STORES: Final = {
     "sqlite": "fastq.results.sqlite:SqliteStore",
     "memory": "fastq.results.memory:MemoryStore",
     "disabled": "fastq.results.disabled:DisabledStore",
     "rpc": "fastq.results.rpc:RpcStore",
+    **dict.fromkeys(("redis", "rediss", "sentinel", "redis+socket", "redis+unix", "unix", "socket"), _REDIS),
 }
 
 

@@ -31,7 +31,8 @@ from fastq.errors import (
     SettingsError,
 )
 from fastq.states import FAILURE, READY_STATES
-from fastq.wire.amqp import METHODS, decode_properties
+from fastq.wire.amqp import METHODS
+from fastq.wire.properties import decode_properties
 
 if TYPE_CHECKING:
     from fastq.interfaces import Meta

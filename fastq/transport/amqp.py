@@ -14,22 +14,26 @@ import socket
 import ssl
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from fastq.amqp.delays import DelayQueues
 from fastq.amqp.handshake import Handshake, closed_early, frame
+from fastq.amqp.native_delays import binding_steps, delay_steps
 from fastq.amqp.refusal import refusal
 from fastq.amqp.tcp import none_reachable, tls_failed, tune_socket, unreachable
 from fastq.amqp.topology import QueueSpec, Topology
 from fastq.amqp.url import AmqpUrl, Endpoints, tls_context
 from fastq.errors import ConnectionLost, FastqError, RemoteProtocolError, SettingsError
 from fastq.link import AmqpLink
+from fastq.transport.task_queues import TaskQueues
 from fastq.wire.amqp import METHODS, decode_method
 from fastq.wire.frames import HEARTBEAT, PROTOCOL_HEADER
 
 if TYPE_CHECKING:
     from fastq._core import Core
     from fastq.settings import Settings
+    from fastq.wire.message import Message
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,7 @@ CHANNEL = 1  # of either connection: deliveries and acknowledgements on the one,
 ADMIN_CHANNEL = 2  # for declaring: a refusal closes this channel and leaves the other one alone
 CLOSE_TIMEOUT_S = 1.0
 MAX_PREFETCH = 65535  # a 16-bit field; 0 is no limit
+MAX_TAGS = 1000  # chosen: far more subscriptions than messages can be left of
 RPC_TIMEOUT_S = 10.0  # chosen: a broker that takes longer to answer is as good as gone
 
 
@@ -53,6 +58,7 @@ class AmqpConnection:
         self._opened: asyncio.Future[Exception | None] = self._loop.create_future()
         self._waiting: defaultdict[tuple[int, int], deque[asyncio.Future[dict[str, Any]]]] = defaultdict(deque)
         self._open_channels: set[int] = set()
+        self._declaring = asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
         self._handshake = Handshake(url, heartbeat_s, f"fastq {purpose} {os.getpid()}@{socket.gethostname()}")
         self._heartbeat_s: float = self._handshake.heartbeat_s
@@ -119,8 +125,14 @@ class AmqpConnection:
 
     async def declare(self, spec: QueueSpec) -> None:
         """Create a queue and its binding if they are missing. Raises SettingsError when they exist but differ."""
-        for method, fields in spec.steps():
-            await self.rpc(ADMIN_CHANNEL, method, **fields)
+        await self.declare_steps(spec.steps())
+
+    async def declare_steps(self, steps: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        """Carry out methods that declare, one after the other. Raises SettingsError for one that is refused."""
+        # One at a time: a refusal closes the channel, and is not to hit others who wait on it.
+        async with self._declaring:
+            for method, fields in steps:
+                await self.rpc(ADMIN_CHANNEL, method, **fields)
 
     def _on_method(self, channel: int, method_id: int, arguments: bytes) -> None:
         try:
@@ -242,6 +254,8 @@ class AmqpConsumer:
     source: AmqpLink
     outlet: AmqpLink
     lost: asyncio.Future[Exception]
+    saves_results = False
+    name = ""
 
     def __init__(self, url: str | Sequence[str], settings: Settings, core: Core | None = None) -> None:
         self._endpoints = Endpoints(url, settings)
@@ -251,7 +265,12 @@ class AmqpConsumer:
         self._consuming: AmqpConnection
         self._publishing: AmqpConnection
         self._queues: dict[str, str] = {}  # consumer tag -> queue
+        self._tagged: dict[str, str] = {}  # the same, and those that have ended
+        self._added: dict[str, QueueSpec] = {}  # queues that were added while running
         self._tags = itertools.count(1)
+        self._delays = DelayQueues()
+        self._task_queues = TaskQueues(settings)
+        self._native_queue_type: str = settings.broker_native_delayed_delivery_queue_type or ""
         self._prefetch = 0
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -285,6 +304,7 @@ class AmqpConsumer:
             await self.close()
             raise
         self.outlet.start_confirms(CHANNEL)
+        self.source.postpone = self._postpone
         for connection in (self._consuming, self._publishing):
             connection.lost.add_done_callback(lambda lost: self._lose(lost.result()))
 
@@ -293,6 +313,27 @@ class AmqpConsumer:
         self._prefetch = min(prefetch, MAX_PREFETCH)
         for queue in dict.fromkeys(queues):
             await self._start(queue)
+        await self._start_native_delays()
+
+    @property
+    def queue_specs(self) -> list[QueueSpec]:
+        """Return the queues that are read."""
+        return [self._spec(name) for name in self._queues.values()]
+
+    async def add_queue(self, spec: QueueSpec) -> None:
+        """Declare a queue and receive from it too; nothing changes for one that is received from already."""
+        async with self._changing:
+            if spec.name not in self._queues.values():
+                self._added[spec.name] = spec
+                await self._start(spec.name)
+                await self._declare_native_delays(binding_steps(spec))
+
+    async def cancel_queue(self, name: str) -> None:
+        """Receive from a queue no longer; what came from it and is here is finished."""
+        async with self._changing:
+            self._added.pop(name, None)
+            for tag in [tag for tag, queue in self._queues.items() if queue == name]:
+                await self._stop(tag)
 
     async def set_prefetch(self, prefetch: int) -> None:
         """Start anew with another limit; what is here unsettled does not count towards it."""
@@ -314,17 +355,43 @@ class AmqpConsumer:
             task.cancel()
         await asyncio.gather(self._consuming.close(), self._publishing.close())
 
+    def _spec(self, queue: str) -> QueueSpec:
+        return self._added.get(queue) or self._topology.spec(queue)
+
     async def _start(self, queue: str) -> None:
-        if self._topology.may_create(queue):
-            await self._consuming.declare(self._topology.spec(queue))
+        if queue in self._added or self._topology.may_create(queue):
+            await self._consuming.declare(self._spec(queue))
         await self._subscribe(queue)
+
+    async def _start_native_delays(self) -> None:
+        """Have what Celery's senders delay find its way here, where they do so: with quorum queues."""
+        if self._uses_native_delays():
+            await self._declare_native_delays(delay_steps(self._native_queue_type))
+            for spec in self.queue_specs:
+                await self._declare_native_delays(binding_steps(spec))
+
+    def _uses_native_delays(self) -> bool:
+        return bool(self._native_queue_type) and self._topology.has_quorum_queues
+
+    async def _declare_native_delays(self, steps: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        if not self._uses_native_delays():
+            return
+        try:
+            for method, fields in steps:
+                await self._consuming.rpc(ADMIN_CHANNEL, method, **fields)
+        except SettingsError as error:
+            # As in Celery: tasks without a delay are not to suffer.
+            logger.warning("messages that senders have delayed may not arrive: %s", error)
 
     async def _subscribe(self, queue: str) -> None:
         # Never global: a quorum queue refuses that by closing the connection.
         await self._consuming.rpc(CHANNEL, "basic.qos", prefetch_count=self._prefetch, global_=False)
         tag = f"fastq-{next(self._tags)}"
-        self._queues[tag] = queue
-        await self._consuming.rpc(CHANNEL, "basic.consume", queue=queue, consumer_tag=tag)
+        self._queues[tag] = self._tagged[tag] = queue
+        if len(self._tagged) > MAX_TAGS:
+            del self._tagged[next(iter(self._tagged))]
+        arguments = self._spec(queue).consumer_arguments
+        await self._consuming.rpc(CHANNEL, "basic.consume", queue=queue, consumer_tag=tag, arguments=arguments)
 
     async def _stop(self, tag: str) -> None:
         del self._queues[tag]
@@ -342,6 +409,46 @@ class AmqpConsumer:
     async def _restore(self, queue: str) -> None:
         async with self._changing:
             await self._start(queue)
+
+    async def answer(self, task_id: str, meta: bytes) -> None:
+        """Publish a result to the queue of the task's own, for clients that give no address and wait there."""
+        spec = self._task_queues.spec(task_id)
+        if spec is None:
+            return
+        # The client may have been first, and have declared it in another way: it exists, that is enough.
+        with contextlib.suppress(SettingsError):
+            await self._publishing.declare(spec)
+        self.outlet.publish([(0, self._task_queues.message(spec, task_id, meta))])
+
+    async def prepare_answers(self) -> None:
+        """Declare what such clients look for before they wait."""
+        method, fields = self._task_queues.exchange()
+        with contextlib.suppress(SettingsError):
+            await self._publishing.declare_steps([(method, fields)])
+
+    def _postpone(self, found: dict[str, Any], due: float) -> Message | None:
+        """Return the message that brings a delivery back nearer its time; None as long as there is no queue for it."""
+        queue = self._tagged.get(found["consumer"])
+        seconds = self._delays.span(due - time.time())
+        if queue is None or seconds is None:
+            return None
+        if seconds in self._delays.known:
+            return self._delays.message(found, queue, seconds)
+        if seconds not in self._delays.asked:
+            self._delays.asked.add(seconds)
+            self._run(self._declare_delay(seconds))
+        return None
+
+    async def _declare_delay(self, seconds: int) -> None:
+        try:
+            await self._publishing.declare_steps(self._delays.steps(seconds))
+        except SettingsError as error:
+            # We may not declare it, or somebody else has, otherwise: then tasks wait in this process, as before.
+            logger.warning("tasks that are due later wait in the worker: %s", error)
+            return
+        self._delays.known.add(seconds)
+        if self._core is not None:
+            self._core.postpone_far()
 
     def _on_returned(self, returned: dict[str, Any]) -> None:
         """A message that a task sent has no queue: the core runs the task again, and then there is to be one."""

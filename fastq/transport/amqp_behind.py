@@ -8,7 +8,6 @@ crash of this process in that moment can. What the broker refuses is logged, as 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from fastq.amqp.tcp import lost
 from fastq.errors import ConnectionLost, FastqError
 from fastq.transport.amqp_blocking import BASIC_ACK, BASIC_NACK, BASIC_RETURN, CHANNEL, WINDOW, AmqpPublisher
 from fastq.transport.limits import check_sizes
+from fastq.transport.watcher import LOOK_EVERY_S, Watcher
 from fastq.wire.amqp import decode_method
 from fastq.wire.frames import publish_frames
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COLLECT_EVERY = 64  # messages between two looks at what has been confirmed, while they follow each other
-LOOK_EVERY_S = 0.25  # how soon a broker that went away after the last message is noticed
 
 
 class BehindPublisher(AmqpPublisher):
@@ -39,8 +38,7 @@ class BehindPublisher(AmqpPublisher):
         self._unconfirmed: dict[int, Message] = {}  # by delivery tag, in the order of sending
         self._uncollected = 0
         self._oldest_at = 0.0
-        self._watcher: threading.Thread | None = None
-        self._wake = threading.Event()
+        self._watcher = Watcher(self._look, "fastq-confirms")
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Return when the messages are on their way; errors of the connection are raised, later ones are logged."""
@@ -57,7 +55,7 @@ class BehindPublisher(AmqpPublisher):
                 self._unconfirmed = {tag: kept for tag, kept in self._unconfirmed.items() if id(kept) not in told}
                 raise
             finally:
-                self._watch()
+                self._watcher.wake()
 
     def flush(self, timeout_s: float | None = None) -> int:
         """Wait until everything is confirmed and return how many messages are not, 0 when all is well."""
@@ -83,8 +81,7 @@ class BehindPublisher(AmqpPublisher):
         super().forget_after_fork()
         self._unconfirmed = {}
         self._uncollected = 0
-        self._watcher = None
-        self._wake = threading.Event()
+        self._watcher.forget_after_fork()
 
     # --- with the lock held
 
@@ -98,7 +95,10 @@ class BehindPublisher(AmqpPublisher):
             self._settle(WINDOW // 2, self._timeout_s)
 
     def _transmit(self, connection: BlockingConnection, messages: Sequence[Message]) -> None:
-        frames = b"".join([publish_frames(CHANNEL, message, connection.frame_max, True) for message in messages])
+        if len(messages) == 1:
+            frames = publish_frames(CHANNEL, messages[0], connection.frame_max, True)
+        else:
+            frames = b"".join([publish_frames(CHANNEL, message, connection.frame_max, True) for message in messages])
         if not self._unconfirmed:
             self._oldest_at = time.monotonic()
         for message in messages:
@@ -174,29 +174,16 @@ class BehindPublisher(AmqpPublisher):
     def _some_ids(self) -> str:
         return ", ".join(message.id for message in list(self._unconfirmed.values())[:5])
 
-    # --- the watcher
-
-    def _watch(self) -> None:
-        """See to it that somebody looks after the last message, too."""
-        if self._watcher is None:
-            self._watcher = threading.Thread(target=self._look, name="fastq-confirms", daemon=True)
-            self._watcher.start()
-        if not self._wake.is_set():
-            self._wake.set()
-
-    def _look(self) -> None:
-        while True:
-            self._wake.wait()
-            time.sleep(LOOK_EVERY_S)
-            with self._lock:
-                self._collect()
-                if self._connection is None and self._unconfirmed:
-                    try:
-                        self._reconnect()
-                    except FastqError as error:
-                        logger.warning("%d message(s) wait for a connection: %s", len(self._unconfirmed), error)
-                elif self._unconfirmed and time.monotonic() - self._oldest_at > self._timeout_s:
-                    logger.warning("RabbitMQ has not confirmed %d message(s); connecting anew", len(self._unconfirmed))
-                    self._drop()
-                if not self._unconfirmed:
-                    self._wake.clear()
+    def _look(self) -> bool:
+        """Take confirms and mend the connection; False when nothing is unconfirmed."""
+        with self._lock:
+            self._collect()
+            if self._connection is None and self._unconfirmed:
+                try:
+                    self._reconnect()
+                except FastqError as error:
+                    logger.warning("%d message(s) wait for a connection: %s", len(self._unconfirmed), error)
+            elif self._unconfirmed and time.monotonic() - self._oldest_at > self._timeout_s:
+                logger.warning("RabbitMQ has not confirmed %d message(s); connecting anew", len(self._unconfirmed))
+                self._drop()
+            return bool(self._unconfirmed)

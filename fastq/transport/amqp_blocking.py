@@ -96,7 +96,14 @@ class Confirms:
 
 
 class AmqpPublisher:
-    """Publisher for amqp:// and amqps:// (the protocol is ``interfaces.Publisher``)."""
+    """Publisher for amqp:// and amqps:// (the protocol is ``interfaces.Publisher``).
+
+    With the transport option ``confirm_publish`` off it waits for nothing: a message is lost when the broker goes away
+    before it has read it, and a connection that was lost is noticed at the next message.
+    """
+
+    #: Whether a confirmed message that no queue takes is an error, and not dropped.
+    mandatory = True
 
     def __init__(self, url: str | Sequence[str], settings: Settings) -> None:
         self._endpoints = Endpoints(url, settings)
@@ -122,7 +129,7 @@ class AmqpPublisher:
             try:
                 if connection.blocked is not None and not connection.wait_unblocked(time.monotonic() + self._timeout_s):
                     raise blocked(connection)
-                if len(messages) == 1 and self._confirm:
+                if len(messages) == 1:
                     confirms = self._publish_one(connection, messages[0])
                 else:
                     confirms = self._publish_many(connection, messages)
@@ -138,7 +145,10 @@ class AmqpPublisher:
         """The hot path: one send, one recv, one comparison; None is the plain good answer."""
         if not message.exchange and message.routing_key not in connection.declared:
             self._declare_missing(connection, message.routing_key)
-        data = publish_frames(CHANNEL, message, connection.frame_max, True)
+        data = publish_frames(CHANNEL, message, connection.frame_max, self._confirm and self.mandatory)
+        if not self._confirm:
+            self._write(connection, data)
+            return None
         connection.published = tag = connection.published + 1
         try:
             if (sent := connection.send(data)) != len(data):
@@ -153,6 +163,14 @@ class AmqpPublisher:
         if answer == ACK_HEAD + tag.to_bytes(8, "big") + ACK_TAIL:
             return None
         return self._read_answer(connection, tag, answer)
+
+    def _write(self, connection: BlockingConnection, data: bytes) -> None:
+        """Hand one message to the kernel. Raises ConnectionLost: the broker takes no part of a message for a whole."""
+        try:
+            if (sent := connection.send(data)) != len(data):
+                connection.transmit(data[sent:])
+        except (OSError, ValueError) as error:
+            raise lost(connection.url, error, "publishing") from None
 
     def _read_answer(self, connection: BlockingConnection, tag: int, answer: bytes) -> Confirms:
         """Anything but a plain confirm: a returned message, a blocked connection, an error, or part of a frame."""
@@ -196,6 +214,8 @@ class AmqpPublisher:
         if connection is None:
             return self._connect()
         if self._confirm and time.monotonic() - connection.used_at < IDLE_CHECK_S:
+            return connection
+        if not self._confirm and connection.is_quiet():
             return connection
         try:
             connection.refresh()

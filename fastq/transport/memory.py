@@ -15,6 +15,7 @@ from fastq.transport.limits import check_sizes
 
 if TYPE_CHECKING:
     from fastq._core import Core
+    from fastq.amqp.topology import QueueSpec
     from fastq.embedded.results import SaveItem
     from fastq.settings import Settings
     from fastq.wire.message import Message
@@ -146,6 +147,8 @@ class MemoryConsumer:
     name = ""
     source_class = MemorySource
 
+    saves_results = True
+
     def __init__(self, url: str, settings: Settings, core: Core | None = None) -> None:
         self._space = find_space(url)
         self._expires_s = settings.result_expires
@@ -167,6 +170,25 @@ class MemoryConsumer:
     async def set_prefetch(self, prefetch: int) -> None:
         """Change how many unsettled messages may be here."""
         self.source.window = prefetch
+
+    @property
+    def queue_specs(self) -> Sequence[QueueSpec]:
+        """Return nothing: there is no remote control here that could add or cancel one."""
+        return ()
+
+    async def add_queue(self, spec: QueueSpec) -> None:
+        """Refuse: queues are fixed when consuming starts."""
+        raise SettingsError(f"queue {spec.name!r} cannot be added while running; name it with -Q")
+
+    async def cancel_queue(self, name: str) -> None:
+        """Refuse: queues are fixed when consuming starts."""
+        raise SettingsError(f"queue {name!r} cannot be left while running; leave it out with -X")
+
+    async def prepare_answers(self) -> None:
+        """Do nothing: replies are RabbitMQ's."""
+
+    async def answer(self, task_id: str, meta: bytes) -> None:
+        """Do nothing: replies are RabbitMQ's."""
 
     async def cancel(self) -> None:
         """Receive nothing more."""

@@ -31,6 +31,7 @@ from fastq.transport.sqlite_thread import UNSTORABLE, Outcome, SqliteThread, Wor
 
 if TYPE_CHECKING:
     from fastq._core import Core
+    from fastq.amqp.topology import QueueSpec
     from fastq.settings import Settings
     from fastq.wire.message import Message
 
@@ -148,6 +149,7 @@ class SqliteConsumer:
     outlet: SqliteSource
     lost: asyncio.Future[Exception]
     source_class = SqliteSource
+    saves_results = True
 
     def __init__(self, url: str, settings: Settings, core: Core | None = None) -> None:
         self._location = database.parse_url(url)
@@ -183,6 +185,25 @@ class SqliteConsumer:
     async def set_prefetch(self, prefetch: int) -> None:
         """Change how many unsettled messages may be here; the core asks for them by itself."""
         self.source.window = prefetch
+
+    @property
+    def queue_specs(self) -> Sequence[QueueSpec]:
+        """Return nothing: there is no remote control here that could add or cancel one."""
+        return ()
+
+    async def add_queue(self, spec: QueueSpec) -> None:
+        """Refuse: queues are fixed when consuming starts."""
+        raise SettingsError(f"queue {spec.name!r} cannot be added while running; name it with -Q")
+
+    async def cancel_queue(self, name: str) -> None:
+        """Refuse: queues are fixed when consuming starts."""
+        raise SettingsError(f"queue {name!r} cannot be left while running; leave it out with -X")
+
+    async def prepare_answers(self) -> None:
+        """Do nothing: replies are RabbitMQ's."""
+
+    async def answer(self, task_id: str, meta: bytes) -> None:
+        """Do nothing: replies are RabbitMQ's."""
 
     async def cancel(self) -> None:
         """Stop receiving; what was claimed has been received when this returns."""

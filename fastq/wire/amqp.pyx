@@ -144,6 +144,11 @@ cdef extern from *:
             FIELD(exchange_delete, exchange, 's'), FIELD(exchange_delete, if_unused, 'b'),
             FIELD(exchange_delete, nowait, 'b')),
         EMPTY(EXCHANGE_DELETE_OK, exchange_delete_ok, "exchange.delete-ok"),
+        METHOD(EXCHANGE_BIND, exchange_bind, "exchange.bind", 6, FIELD(exchange_bind, ticket, 'r'),
+            FIELD(exchange_bind, destination, 's'), FIELD(exchange_bind, source, 's'),
+            FIELD(exchange_bind, routing_key, 's'), FIELD(exchange_bind, nowait, 'b'),
+            FIELD(exchange_bind, arguments, 'T')),
+        EMPTY(EXCHANGE_BIND_OK, exchange_bind_ok, "exchange.bind-ok"),
 
         METHOD(QUEUE_DECLARE, queue_declare, "queue.declare", 8, FIELD(queue_declare, ticket, 'r'),
             FIELD(queue_declare, queue, 's'), FIELD(queue_declare, passive, 'b'), FIELD(queue_declare, durable, 'b'),

@@ -68,6 +68,8 @@ cdef class Call:
     cdef readonly int deliveries
     cdef readonly bint redelivered
     cdef readonly bint wants_result
+    cdef readonly bint wants_report
+    cdef readonly bint is_own       # made by the worker's main process itself: no broker has seen its body
     cdef readonly double soft_time_limit
     cdef readonly double time_limit
     cdef readonly object json_body

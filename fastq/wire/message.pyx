@@ -2,7 +2,7 @@
 """Task message protocol 2: encode it, and scan what the worker decides on out of its encoded properties.
 
 No sockets; the clock is read for ``expiration`` and ids. Properties are AMQP 0-9-1 basic properties (specification 4.2.5 and
-1.8.3.1), the layout of the headers is Celery's protocol 2. Rare work (full decoding) is librabbitmq's, in ``wire.amqp``.
+1.8.3.1), the layout of the headers is Celery's protocol 2. Full decoding is in ``wire.properties``.
 """
 
 cimport cython
@@ -13,10 +13,12 @@ from libc.string cimport memcmp, memcpy, memset
 from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 
 from fastq.wire.buffer cimport Writer, load_u16, load_u32, load_u64, store_u16, store_u32
-
-import os
+from fastq.wire.properties cimport (
+    HAS_APP_ID, HAS_CLUSTER_ID, HAS_CONTENT_ENCODING, HAS_CONTENT_TYPE, HAS_CORRELATION_ID, HAS_DELIVERY_MODE,
+    HAS_EXPIRATION, HAS_HEADERS, HAS_MESSAGE_ID, HAS_PRIORITY, HAS_REPLY_TO, HAS_TIMESTAMP, HAS_TYPE, HAS_USER_ID)
 
 from fastq.errors import EncodeError
+from fastq.wire.properties import decode_properties
 
 cdef extern from *:
     """
@@ -43,20 +45,6 @@ cdef extern from *:
     void store_double "fastq_store_double"(uint8_t *p, double value) nogil
 
 cdef enum:
-    HAS_CONTENT_TYPE = 1 << 15
-    HAS_CONTENT_ENCODING = 1 << 14
-    HAS_HEADERS = 1 << 13
-    HAS_DELIVERY_MODE = 1 << 12
-    HAS_PRIORITY = 1 << 11
-    HAS_CORRELATION_ID = 1 << 10
-    HAS_REPLY_TO = 1 << 9
-    HAS_EXPIRATION = 1 << 8
-    HAS_MESSAGE_ID = 1 << 7
-    HAS_TIMESTAMP = 1 << 6
-    HAS_TYPE = 1 << 5
-    HAS_USER_ID = 1 << 4
-    HAS_APP_ID = 1 << 3
-    HAS_CLUSTER_ID = 1 << 2
     MAX_NAME = 1024     # chosen: longer task names and ids are not task messages
     MAX_DEPTH = 32      # specified: reliability rules, section 6.1
 
@@ -456,50 +444,6 @@ cdef class Message:
         return f"<Message {self.id or '?'} to {self.exchange!r}/{self.routing_key!r}, {len(self.body)} bytes>"
 
 
-cdef uint8_t random_pool[4096]
-cdef int random_left = 0
-cdef const char *HEX = b"0123456789abcdef"
-
-
-def _forget_random() -> None:
-    global random_left
-    random_left = 0
-
-
-os.register_at_fork(after_in_child=_forget_random)
-
-
-def new_id() -> str:
-    """Return a new UUID as text: version 7, so that ids made one after the other sort so (stores keep them in fewer pages).
-
-    The system is asked for random bytes once for 256 of them.
-    """
-    global random_left
-    cdef uint64_t now_ms = <uint64_t> (read_clock() * 1000)
-    cdef bytes fresh
-    cdef uint8_t *p
-    cdef char text[36]
-    cdef int i, at = 0
-    if random_left == 0:
-        fresh = os.urandom(sizeof(random_pool))
-        memcpy(random_pool, PyBytes_AS_STRING(fresh), sizeof(random_pool))
-        random_left = sizeof(random_pool)
-    random_left -= 16
-    p = random_pool + random_left
-    for i in range(6):
-        p[i] = <uint8_t> ((now_ms >> (40 - 8 * i)) & 0xFF)
-    p[6] = (p[6] & 0x0F) | 0x70
-    p[8] = (p[8] & 0x3F) | 0x80
-    for i in range(16):
-        if i == 4 or i == 6 or i == 8 or i == 10:
-            text[at] = c'-'
-            at += 1
-        text[at] = HEX[p[i] >> 4]
-        text[at + 1] = HEX[p[i] & 15]
-        at += 2
-    return PyUnicode_DecodeUTF8(text, 36, NULL)
-
-
 cdef int put_shortstr(Writer out, str text) except -1:
     cdef Py_ssize_t size
     cdef const char *data = PyUnicode_AsUTF8AndSize(text, &size)
@@ -709,7 +653,7 @@ cdef dict SHORT_FIELDS = {
 
 
 def encode_properties(dict properties) -> bytes:
-    """Return basic properties encoded for a content header. Keys as in ``decode_properties``; None means absent."""
+    """Return basic properties encoded for a content header. Keys as in ``wire.properties``; None means absent."""
     cdef Writer out = Writer()
     cdef uint16_t flags = 0
     out.put_u16(0)
@@ -732,12 +676,6 @@ def encode_properties(dict properties) -> bytes:
             put_shortstr(out, value)
     store_u16(out.data, flags)
     return out.take()
-
-
-def decode_properties(props: bytes) -> dict[str, object]:
-    """Return encoded basic properties as a dict of those present. Raises RemoteProtocolError when they are malformed."""
-    from fastq.wire.amqp import decode_properties as decode
-    return decode(props)
 
 
 # --- a call in the child ----------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ cdef enum OutcomeState:
 
 cdef enum:
     FLAG_RECYCLE = 1            # the child wants to be replaced (memory)
+    FLAG_FOR_HOOKS = 2          # what the outcome brings is for the main process's hooks, not for the result store
 
 
 cdef packed struct CallRecord:
@@ -47,7 +48,7 @@ cdef packed struct CallRecord:
     uint8_t kind
     uint8_t redelivered
     uint8_t wants_result
-    uint8_t pad
+    uint8_t wants_report        # the outcome's reason is to tell monitors how it ended
     uint32_t seq
     uint32_t deliveries
     double time_limit
@@ -56,6 +57,7 @@ cdef packed struct CallRecord:
     uint16_t routing_key_size
     uint32_t props_size
     uint32_t body_size
+    uint8_t is_own              # made by the main process itself
 
 
 cdef packed struct OutcomeRecord:
@@ -98,7 +100,8 @@ cdef struct Shared:
     uint64_t tail               # bytes read from the ring, by the main process
     uint8_t pad2[56]
     uint32_t limit              # calls after this one must not start, by the main process
-    uint8_t pad3[60]
+    uint32_t terminated         # the call that a signal is to end, by the main process
+    uint8_t pad3[56]
     uint32_t rung               # a doorbell byte is on its way, by both (atomic exchange)
     uint8_t pad4[60]
 

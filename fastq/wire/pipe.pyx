@@ -218,6 +218,8 @@ cdef class ChildPipe:
         call.deliveries = <int> fixed.deliveries
         call.redelivered = fixed.redelivered
         call.wants_result = fixed.wants_result
+        call.wants_report = fixed.wants_report
+        call.is_own = fixed.is_own
         call.time_limit = fixed.time_limit
         call.soft_time_limit = fixed.soft_time_limit
         call.seq = fixed.seq
@@ -258,6 +260,11 @@ cdef class ChildPipe:
                 self.finish(call, OUTCOME_RETURNED)
                 continue
             return call
+
+    @property
+    def is_terminated(self) -> bool:
+        """Whether the running call was revoked, and a signal that comes now is to end it."""
+        return self.running != 0 and load32(&self.shared.terminated) == self.running
 
     # --- records out
 
@@ -411,7 +418,7 @@ cdef bint is_plain_json(const uint8_t *props, Py_ssize_t size) noexcept nogil:
 
 
 def call_record(int seq, str exchange, str routing_key, bytes props, bytes body, *, double time_limit=0, double soft_time_limit=0,
-                bint wants_result=False, bint redelivered=False, int deliveries=1) -> bytes:
+                bint wants_result=False, bint redelivered=False, int deliveries=1, bint is_own=False) -> bytes:
     """Return a CALL record (for tests and benchmarks; the loop writes its own in place)."""
     cdef CallRecord record
     cdef bytes tail = exchange.encode() + routing_key.encode() + props + body
@@ -419,7 +426,8 @@ def call_record(int seq, str exchange, str routing_key, bytes props, bytes body,
     record.kind = RECORD_CALL
     record.redelivered = redelivered
     record.wants_result = wants_result
-    record.pad = 0
+    record.wants_report = False
+    record.is_own = is_own
     record.seq = seq
     record.deliveries = deliveries
     record.time_limit, record.soft_time_limit = time_limit, soft_time_limit

@@ -19,10 +19,12 @@ _ART: Final = (
     "- ===> -------- ",
     "- ====> ------- ",
     "- =====> ------ ",
+    "- ====> ------- ",
     "-- =====> ----- ",
     "--- =====> ---- ",
     " -------------- ",
 )
+_EVENTS_OFF: Final = "OFF (enable -E to monitor tasks in this worker)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +36,11 @@ class Banner:
     app: str
     transport: str
     results: str
-    concurrency: int
+    concurrency: str | int
     queues: Iterable[QueueSpec]
     tasks: Iterable[str] = ()
     mode: str = "reliable"
+    events: bool = False
 
     def text(self) -> str:
         """Return the banner with the queues."""
@@ -51,6 +54,7 @@ class Banner:
             f".> transport:   {self.transport}",
             f".> results:     {self.results}",
             f".> concurrency: {self.concurrency} (prefork)",
+            f".> task events: {'ON' if self.events else _EVENTS_OFF}",
             f".> mode:        {self.mode}",
             "",
             "[queues]",

@@ -59,6 +59,7 @@ class ChildOptions:
     hostname: str
     max_memory_kib: int = 0
     track_started: bool = False
+    is_amqp: bool = False  # messages come from a broker that speaks AMQP
     setup: Callable[[int], None] | None = None  # logging and the like, called with the child's number
 
 
@@ -298,9 +299,15 @@ class Runner:
                 self._handler(plan.on_success, value, call.id, args, kwargs)
             if plan.after_return is not None:
                 self._handler(plan.after_return, SUCCESS, value, call.id, args, kwargs, None)
-            if self._logs_info:
-                self._log.succeeded(call.name, call.id, self._runtime(call), _bounded_repr(value))
-            self._pipe.finish(call, _SUCCESS, meta, None, self._flags() if self._max_memory_kib else 0)
+            report = None
+            if self._logs_info or call.wants_report:
+                text = _bounded_repr(value)
+                report = _report(call, result=text)
+                if self._logs_info:
+                    self._log.succeeded(call.name, call.id, self._runtime(call), text)
+            self._pipe.finish(
+                call, _SUCCESS, meta, report, recycle_flag(self._max_memory_kib) if self._max_memory_kib else 0
+            )
         finally:
             pop_request()
 
@@ -316,7 +323,7 @@ class Runner:
             self._retried(plan, call, request, error)
         elif isinstance(error, Ignore):
             self._log.ignored(call.name, call.id)
-            self._pipe.finish(call, _IGNORED, None, None, self._flags())
+            self._pipe.finish(call, _IGNORED, None, None, recycle_flag(self._max_memory_kib))
         elif isinstance(error, Reject):
             self._rejected(call, request, error)
         else:
@@ -335,15 +342,16 @@ class Runner:
             call.name, call.id, retry_reason(delay, None if error.exc is None else _bounded_repr(error.exc))
         )
         meta = self._meta(call, request, RETRY, reason, text) if call.wants_result else None
-        self._pipe.finish(call, _RETRY, meta, None, self._flags())
+        report = _report(call, exception=_bounded_repr(reason), traceback=text)
+        self._pipe.finish(call, _RETRY, meta, report, recycle_flag(self._max_memory_kib))
 
     def _rejected(self, call: Call, request: Request, error: Reject) -> None:
         self._log.rejected(call.name, call.id, str(error.reason))
         if error.requeue:
-            self._pipe.finish(call, _REQUEUE, None, None, self._flags())
+            self._pipe.finish(call, _REQUEUE, None, _report(call, requeue=True), recycle_flag(self._max_memory_kib))
             return
         meta = self._meta(call, request, REJECTED, str(error.reason)) if call.wants_result else None
-        self._pipe.finish(call, _REJECTED, meta, None, self._flags())
+        self._pipe.finish(call, _REJECTED, meta, _report(call, requeue=False), recycle_flag(self._max_memory_kib))
 
     def _failed(self, plan: Plan, call: Call, request: Request, error: BaseException) -> None:
         text = _format(error)
@@ -359,7 +367,8 @@ class Runner:
         else:
             self._log.failed(call.name, call.id, _bounded_repr(error), text)
         meta = self._meta(call, request, FAILURE, error, text) if call.wants_result else None
-        self._pipe.finish(call, _FAILURE, meta, None, self._flags())
+        report = _report(call, exception=_bounded_repr(error), traceback=text)
+        self._pipe.finish(call, _FAILURE, meta, report, recycle_flag(self._max_memory_kib))
 
     def _unknown(self, call: Call) -> None:
         self._log.unregistered(call.name, call.id)
@@ -412,15 +421,13 @@ class Runner:
             parent_id=request.parent_id if self._extended else None,
         )
 
-    def _flags(self) -> int:
-        if not self._max_memory_kib:
-            return 0
-        from psutil import Process  # only those who set a limit pay for it
-
-        return _RECYCLE if Process().memory_info().rss > self._max_memory_kib * 1024 else 0
-
     def _runtime(self, call: Call) -> float:
         return time.monotonic() - call.started_s
+
+
+def _report(call: Call, **fields: object) -> str | None:
+    """Return what monitors are told of the outcome, if there are any."""
+    return encode_json(fields).decode() if call.wants_report else None
 
 
 def _bounded_repr(value: object) -> str:
@@ -439,6 +446,15 @@ def _format(error: BaseException) -> str:
 
 
 # --- the process ------------------------------------------------------------------------------------------------------
+
+
+def recycle_flag(max_memory_kib: int) -> int:
+    """Return what tells the main process that this child has grown beyond its limit (0: none) and wants replacing."""
+    if not max_memory_kib:
+        return 0
+    from psutil import Process  # only those who set a limit pay for it
+
+    return _RECYCLE if Process().memory_info().rss > max_memory_kib * 1024 else 0
 
 
 class ChildMain:

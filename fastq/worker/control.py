@@ -1,117 +1,182 @@
-"""Remote control, the worker's side: answers what Celery's and fastq's clients broadcast. The only command is ``ping``.
+"""Remote control, the worker's side: stays connected to the bus, hands requests to the commands, sends the replies.
 
 It has a connection of its own, so that nothing that comes in here can disturb the tasks. It never ends the worker: a
-message that is no request is counted and dropped, a lost connection is made again.
+message that is no request is counted and dropped, a lost connection is made again. What the commands do is not known
+here. Events are published over the same bus.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
 
-from fastq.amqp.url import Endpoints
 from fastq.errors import DecodeError, FastqError
-from fastq.link import AmqpLink
 from fastq.settings import Settings
-from fastq.transport.amqp import ADMIN_CHANNEL, CHANNEL, AmqpConnection
-from fastq.wire.amqp import METHODS
-from fastq.wire.frames import publish_frames
-from fastq.worker.pidbox import Request, decode_request, encode_reply, node_queue, node_steps
+from fastq.transport.bus import Bus, open_bus
+from fastq.transport.pidbox import Mailbox, Request
+from fastq.worker.clock import LamportClock
+from fastq.worker.commands import COMMANDS
+from fastq.worker.commands.command import Command, WorkerView
+from fastq.worker.commands.worker import ping
 
 logger = logging.getLogger(__name__)
 
-_DELIVER: Final = METHODS["basic.deliver"]
 _FIRST_RETRY_S: Final = 0.1  # reliability rules, section 6.2: 0.1 s to 30 s with full jitter
 _LAST_RETRY_S: Final = 30.0
-_MAX_REQUEST_BYTES: Final = 1024 * 1024  # chosen: a revoke of ten thousand ids fits
-
-#: A command takes the request's arguments by name and returns the reply.
-Command = Callable[..., object]
-
-
-def ping() -> dict[str, str]:
-    """Return the sign of life that ``status`` and ``inspect ping`` wait for."""
-    return {"ok": "pong"}
-
-
-COMMANDS: Final[Mapping[str, Command]] = {"ping": ping}
+#: Chosen: requests whose answer takes more than one turn of the loop, at one time; more are refused.
+_MAX_RUNNING: Final = 64
 
 
 class Control:
-    """Answers requests for one node until ``serve`` is cancelled. ``ready`` is set while it listens."""
+    """Answers requests for one node until ``serve`` is cancelled. ``ready`` is set while it listens.
 
-    def __init__(self, settings: Settings, hostname: str, commands: Mapping[str, Command] = COMMANDS) -> None:
+    Without a view of a worker it answers ``ping`` alone. ``on_connected`` is called with each new bus, to announce the
+    worker and to catch up with the others; what it raises of FastqError is logged.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        hostname: str,
+        view: WorkerView | None = None,
+        clock: LamportClock | None = None,
+        on_connected: Callable[[Bus], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
         self.ready = asyncio.Event()
         self.malformed = 0
+        #: The bus while it is connected, for events.
+        self.bus: Bus | None = None
+        self.clock = clock or LamportClock()
         self._settings = settings
         self._hostname = hostname
-        self._commands = commands
-        self._endpoints = Endpoints(str(settings.broker_url), settings)
-        self._clock = 0
+        self._view = view
+        self._mailbox = Mailbox(settings)
+        self._on_connected = on_connected
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # --- connecting
 
     async def serve(self) -> None:
         """Stay connected and answer; when cancelled, close the connection."""
+        try:
+            await self._serve()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+
+    async def _serve(self) -> None:
         attempt = 0
         while True:
-            for url in self._endpoints:
-                connection = AmqpConnection(url, AmqpLink(None), self._settings.broker_heartbeat, "control")
-                try:
-                    await self._listen(connection)
-                    attempt = 0
-                    reason: Exception = await connection.lost
-                except FastqError as error:
-                    reason = error
-                finally:
-                    self.ready.clear()
-                    await connection.close()
-                attempt += 1
-                level = logging.WARNING if attempt == 1 else logging.DEBUG
-                logger.log(level, "remote control of %s is away: %s", self._hostname, reason)
-                longest = min(_LAST_RETRY_S, _FIRST_RETRY_S * 2 ** min(attempt, 10))
-                await asyncio.sleep(random.uniform(_FIRST_RETRY_S, longest))  # noqa: S311  jitter, not a secret
+            bus: Bus | None = None
+            try:
+                bus = open_bus(str(self._settings.broker_url), self._settings, self.clock)
+                await bus.open(self._hostname, self._on_request if self._listens else None)
+                attempt = 0
+                self._connected(bus)
+                reason: Exception = await asyncio.shield(bus.lost)
+            except FastqError as error:
+                reason = error
+            finally:
+                self.bus = None
+                self.ready.clear()
+                if bus is not None:
+                    await bus.close()
+            attempt += 1
+            level = logging.WARNING if attempt == 1 else logging.DEBUG
+            logger.log(level, "remote control of %s is away: %s", self._hostname, reason)
+            longest = min(_LAST_RETRY_S, _FIRST_RETRY_S * 2 ** min(attempt, 10))
+            await asyncio.sleep(random.uniform(_FIRST_RETRY_S, longest))  # noqa: S311  jitter, not a secret
 
-    async def _listen(self, connection: AmqpConnection) -> None:
-        connection.link.max_message_bytes = _MAX_REQUEST_BYTES
-        await connection.open(self._settings.broker_connection_timeout)
-        others = connection.link.on_method
+    @property
+    def _listens(self) -> bool:
+        return self._settings.worker_enable_remote_control
 
-        def on_method(channel: int, method_id: int, arguments: Any) -> None:
-            if method_id == _DELIVER:
-                _, props, body = arguments
-                self._on_message(connection, props, body)
-            elif others is not None:
-                others(channel, method_id, arguments)
-
-        connection.link.on_method = on_method
-        for method, fields in node_steps(self._hostname):
-            await connection.rpc(ADMIN_CHANNEL, method, **fields)
-        await connection.rpc(CHANNEL, "basic.consume", queue=node_queue(self._hostname), no_ack=True)
+    def _connected(self, bus: Bus) -> None:
+        self.bus = bus
         self.ready.set()
+        if self._on_connected is not None:
+            self._start(self._welcome(self._on_connected(bus)))
 
-    def _on_message(self, connection: AmqpConnection, props: bytes, body: bytes) -> None:
+    async def _welcome(self, work: Coroutine[Any, Any, None]) -> None:
         try:
-            request = decode_request(props, body)
+            await work
+        except FastqError as error:
+            logger.warning("remote control of %s could not catch up: %s", self._hostname, error)
+
+    # --- requests
+
+    def _on_request(self, headers: Mapping[str, Any], body: bytes) -> None:
+        try:
+            request = self._mailbox.decode_request(headers, body)
         except DecodeError as error:
             self.malformed += 1
-            logger.warning("remote control: %s", error)
+            level = logging.WARNING if self.malformed == 1 else logging.DEBUG
+            logger.log(level, "remote control: %s", error)
             return
-        self._clock = max(self._clock, request.clock) + 1
+        self.clock.adjust(headers.get("clock"))
         if not request.is_for(self._hostname):
             return
+        logger.debug("remote control: %s %s", request.method, dict(request.arguments))
         reply = self._answer(request)
-        if request.reply_to:
-            message = encode_reply(request, self._hostname, reply, self._clock)
-            connection.link.write(publish_frames(CHANNEL, message, connection.link.frame_max))
+        if inspect.isawaitable(reply):
+            self._answer_later(request, reply)
+        else:
+            self._reply(request, reply)
 
-    def _answer(self, request: Request) -> object:
-        """Run the command and return its reply; what goes wrong is the reply, in Celery's form."""
-        command = self._commands.get(request.method)
+    def _answer(self, request: Request) -> Any:
+        """Run the command and return its reply, or an awaitable for it; what goes wrong is the reply."""
+        view = self._view
+        if view is None:
+            return ping(view) if request.method == "ping" else {"error": repr(KeyError(request.method))}
+        custom = view.custom_commands.get(request.method)
+        if custom is not None:
+            # The user's code may take its time; the loop has none to give.
+            return asyncio.to_thread(custom, view, **_by_name(request.arguments))
+        command = COMMANDS.get(request.method)
         if command is None:
             return {"error": repr(KeyError(request.method))}
+        return self._run(command, view, request)
+
+    def _run(self, command: Command, view: WorkerView, request: Request) -> Any:
         try:
-            return command(**request.arguments)
-        except TypeError as error:  # arguments that the command does not take
+            return command.function(view, **_by_name(request.arguments))
+        except Exception as error:  # whatever the arguments led to, it is the asker's business
+            logger.warning("remote control: %s failed: %r", request.method, error)
             return {"error": repr(error)}
+
+    def _answer_later(self, request: Request, reply: Any) -> None:
+        if len(self._tasks) >= _MAX_RUNNING:
+            reply.close()
+            self._reply(request, {"error": f"busy: {_MAX_RUNNING} requests are being answered; ask again"})
+        else:
+            self._start(self._finish(request, reply))
+
+    async def _finish(self, request: Request, work: Any) -> None:
+        try:
+            reply = await work
+        except Exception as error:  # the user's own commands run here
+            logger.warning("remote control: %s failed: %r", request.method, error)
+            reply = {"error": repr(error)}
+        self._reply(request, reply)
+
+    def _reply(self, request: Request, reply: object) -> None:
+        bus = self.bus
+        if not request.reply_to or bus is None:
+            return
+        headers = {"ticket": request.ticket, "clock": self.clock.forward()}
+        body = self._mailbox.encode_reply(self._hostname, reply)
+        bus.reply(self._mailbox.replies, request.reply_to, headers, body)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _by_name(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments under names that a function can take; ``view`` is ours."""
+    return {str(name): value for name, value in arguments.items() if name != "view"}

@@ -7,35 +7,117 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from fastq._core import Child
+from fastq._child import Child
+from fastq._core import Core
 from fastq.codecs.meta import encode_meta
 from fastq.errors import NotRegistered, TaskRevoked, TimeLimitExceeded, WorkerLostError
+from fastq.link import Delivery
 from fastq.pool.supervisor import Pool
 from fastq.states import FAILURE, REVOKED
 from fastq.wire.message import scan
+from fastq.worker.events import Events
 from fastq.worker.messages import TaskLog
+from fastq.worker.revoked import Revoked
 
 logger = logging.getLogger("fastq.worker")
+
+#: Kinds of failure that are no fault of the task: its time had passed, or somebody took it back.
+REVOCATIONS = frozenset({"expired", "revoked", "terminated"})
 
 #: Time for a child to write its stacks before it is killed at its hard limit.
 DUMP_S = 0.1
 
+#: Time for a task that is terminated to clean up; after that its process is killed.
+TERMINATE_S = 5.0
+
 
 class Hooks:
-    """Answers the core's questions and passes events on; ``pool`` is set once it exists."""
+    """Answers the core's questions and passes on what happens; ``pool`` is set once it exists."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, logger: logging.Logger = logger) -> None:
         self._loop = loop
         self._log = TaskLog(logger)
+        self._logs_received = logger.isEnabledFor(logging.INFO)
         self.pool: Pool | None = None
+        self.core: Core | None = None
+        self.events: Events | None = None
+        #: Sends a result, by task id, to who gave no address.
+        self.answer: Callable[[str, bytes], Coroutine[Any, Any, None]] | None = None
+        self._answers: set[asyncio.Future[None]] = set()
+        self._revoked: Revoked | None = None
+        self._sends: Events | None = None  # the same while task events are on
+
+    def attach(self, core: Core) -> None:
+        """Belong to this message loop."""
+        self.core = core
+        self.refresh()
+
+    def watch(self, revoked: Revoked, events: Events | None) -> None:
+        """Look out for revoked stamps, and pass on to monitors what happens."""
+        self._revoked, self.events = revoked, events
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Say what the message loop is to report, as somebody's wishes have changed."""
+        assert self.core is not None
+        has_events = self.events is not None and self.events.enabled
+        self.core.wants_outcomes = has_events
+        self.core.wants_received = has_events or self.wants_received
+        self._sends = self.events if has_events else None
+
+    @property
+    def wants_received(self) -> bool:
+        """Return whether each delivery is to be reported for the log's sake or to look for revoked stamps."""
+        return self._logs_received or bool(self._revoked and self._revoked.stamps)
+
+    def close(self) -> None:
+        """Finish what is going on; nothing is asked or reported after this."""
 
     # --- messages
 
-    def received(self, name: str, task_id: str) -> None:
-        """A task message was admitted (called only when INFO is logged)."""
-        self._log.received(name, task_id)
+    def received(self, name: str, task_id: str, delivery: Delivery) -> None:
+        """A task message was admitted (called only when somebody wants to know)."""
+        if self._logs_received:
+            self._log.received(name, task_id)
+        self.look_for_stamps(task_id, delivery)
+        # Of a revoked task monitors hear that alone.
+        if self._sends is not None and not (self._revoked and task_id in self._revoked):
+            found = delivery.describe()
+            self._sends.received(found["props"], found["body"], name, task_id)
+
+    def look_for_stamps(self, task_id: str, delivery: Delivery) -> None:
+        """Revoke a message if one of its stamps is revoked."""
+        assert self.core is not None
+        if self._revoked is None or not self._revoked.stamps:
+            return
+        if self._revoked.see(task_id, delivery.describe()["props"]) and self.core.revoked is None:
+            self.core.revoked = self._revoked
+
+    def handed(self, delivery: Delivery) -> None:
+        """A message of a task whose messages are handed over is here: ``core.judge`` when it is done (the bridge's)."""
+
+    def accepted(self, delivery: Delivery, pid: int) -> None:
+        """A call that the main process has made has started (the bridge's)."""
+
+    def reported(self, delivery: Delivery, state: str, report: bytes | None) -> None:
+        """A child's outcome is for the main process: ``core.recorded`` when it is dealt with (the bridge's)."""
+
+    def started(self, task_id: str, pid: int) -> None:
+        """A call has started (called only when somebody wants to know)."""
+        if self._sends is not None:
+            self._sends.started(task_id, pid)
+
+    def finished(self, name: str, task_id: str, state: str, report: str | None, runtime_s: float) -> None:
+        """A call has ended (called only when somebody wants to know)."""
+        if self._sends is not None:
+            self._sends.finished(task_id, name, state, report, runtime_s)
+
+    def foreign(self, props: bytes, body: bytes) -> tuple[bytes, bytes] | None:
+        """Return properties and body of a message of an older form, in today's; None when it is none."""
+        return None
 
     def refused(self, reason: str, queue: bytes, props: bytes, body: bytes) -> None:
         """A message was rejected because it is not a task message."""
@@ -50,12 +132,27 @@ class Hooks:
             len(body),
         )
 
-    def failure(self, kind: str, name: str, task_id: str, detail: Any) -> tuple[str, bytes | None]:
-        """Return the state and the encoded result of a delivery that no child can end, and log it."""
+    def failure(
+        self, kind: str, name: str, task_id: str, detail: Any, delivery: Delivery
+    ) -> tuple[str, bytes | None] | None:
+        """Return the state and the encoded result of a delivery that no child can end, and log it.
+
+        None: it is recorded elsewhere, and ``core.recorded`` called when that is done.
+        """
+        state, error = self.failure_of(kind, name, task_id, detail)
+        if self._sends is not None and state == REVOKED:
+            signum = detail if kind == "terminated" else None
+            self._sends.revoked(task_id, kind == "terminated", signum, kind == "expired")
+        elif self._sends is not None:
+            self._sends.failed(task_id, repr(error))
+        return state, encode_meta(task_id, state, error)
+
+    def failure_of(self, kind: str, name: str, task_id: str, detail: Any) -> tuple[str, Exception]:
+        """Return the state and the error that a kind of failure means, and log it."""
         error: Exception
-        if kind == "expired":
+        if kind in REVOCATIONS:
             self._log.revoked(name, task_id)
-            return REVOKED, encode_meta(task_id, REVOKED, TaskRevoked("expired"))
+            return REVOKED, TaskRevoked(kind)
         if kind == "unknown":
             self._log.unregistered(name, task_id)
             error = NotRegistered(name)
@@ -67,7 +164,22 @@ class Hooks:
         else:
             error = WorkerLostError(f"Worker exited prematurely: {detail}")
             logger.error("Task %s[%s] raised unexpected: %r", name, task_id, error)
-        return FAILURE, encode_meta(task_id, FAILURE, error)
+        return FAILURE, error
+
+    def unaddressed(self, task_id: str, meta: bytes, delivery: Delivery) -> None:
+        """A result is to reach a sender who gave no address; ``core.confirmed`` when that was tried."""
+        assert self.core is not None
+        assert self.answer is not None
+        work = asyncio.ensure_future(self.answer(task_id, meta))
+        self._answers.add(work)
+        work.add_done_callback(lambda _: self._answered(work, delivery))
+
+    def _answered(self, work: asyncio.Future[None], delivery: Delivery) -> None:
+        assert self.core is not None
+        self._answers.discard(work)
+        if not work.cancelled() and (error := work.exception()) is not None:
+            logger.warning("a result could not be sent: %s", error)
+        self.core.confirmed(delivery)
 
     def unsendable(self, task_id: str, queue: str, reason: str) -> None:
         """A result or a message of a task has no form that the broker takes."""
@@ -107,6 +219,37 @@ class Hooks:
         self.pool.dump_stack(child)
         self._loop.call_later(DUMP_S, self.pool.kill_child, child)
 
+    def terminate(self, child: Child, signum: int) -> None:
+        """The call that a child runs was revoked: send its process the signal, and make sure that it ends."""
+        assert self.pool is not None
+        self.pool.terminate(child, signum)
+        self._loop.call_later(TERMINATE_S, self.pool.kill_child, child)
+
     def child_lost(self, pid: int, reason: str) -> None:
         """A child ended that nobody had asked to."""
         logger.error("Process %r pid:%d exited with %r", "ForkPoolWorker", pid, reason)
+
+
+#: What the message loop calls, and what it is told when that fails.
+_DEFAULTS: Mapping[str, Any] = {"failure": (FAILURE, None)}
+
+
+class Guard:
+    """The hooks as the message loop calls them: what goes wrong in one is logged, and stops neither loop nor worker."""
+
+    def __init__(self, hooks: Hooks) -> None:
+        self._hooks = hooks
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._hooks, name)
+        default = _DEFAULTS.get(name)
+
+        def guarded(*args: Any) -> Any:
+            try:
+                return method(*args)
+            except Exception:
+                logger.exception("internal error in %s, please report it", name)
+                return default
+
+        setattr(self, name, guarded)
+        return guarded

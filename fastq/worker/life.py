@@ -9,25 +9,28 @@ import asyncio
 import gc
 import logging
 import random
+import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 
 import uvloop
 
-from fastq._core import Core, TaskOptions
+from fastq._core import Core
+from fastq.amqp.topology import QueueSpec
 from fastq.amqp.url import mask_url
-from fastq.app import FastQ
 from fastq.errors import ConnectionLost, FastqError, RemoteProtocolError, SettingsError
-from fastq.interfaces import Consumer
+from fastq.interfaces import Consumer, Saver
 from fastq.link import BatchSource
 from fastq.pool.supervisor import Pool
 from fastq.pool.zygote import Zygote
 from fastq.settings import Settings
-from fastq.transport import open_consumer
+from fastq.transport import open_consumer, open_saver
 from fastq.worker import messages
 from fastq.worker.exitcodes import EX_FAILURE, EX_OK
-from fastq.worker.hooks import Hooks
+from fastq.worker.hooks import Guard, Hooks
 from fastq.worker.options import WorkerOptions
+from fastq.worker.program import Program
+from fastq.worker.remote import Remote
 from fastq.worker.signals import dump_stacks, install, restart
 
 logger = logging.getLogger("fastq.worker")
@@ -42,30 +45,31 @@ UNBOUNDED_WINDOW = 4096  # what "no prefetch limit" means for brokers that are a
 MAX_WINDOW = 1024
 MAX_SCHEDULED = 100_000  # reliability rules, section 6.2: beyond this the broker keeps what waits for its time
 ADAPT_EVERY_S = 0.2
-AMQP_SCHEMES = ("amqp:", "amqps:", "pyamqp:", "librabbitmq:")
 #: Work to hold in advance while tasks are short: hides the acks' way to the broker and back many times over.
 WINDOW_NS = 20e6
 
 
 class Life:
-    """One run of a worker. ``options`` are resolved against the application's settings."""
+    """One run of a worker. ``options`` are resolved against the program's settings."""
 
-    def __init__(self, app: FastQ, options: WorkerOptions, zygote: Zygote) -> None:
-        self.app = app
+    def __init__(self, program: Program, options: WorkerOptions, zygote: Zygote) -> None:
+        self.program = program
         self.options = options
-        self.settings: Settings = app.conf
-        broker, backend = app.conf.broker_url, app.conf.result_backend
-        assert broker is not None  # finalized settings name both
-        assert backend is not None
+        self.settings: Settings = program.settings
+        broker = program.settings.broker_url
+        assert broker is not None  # settled settings name it
         self._broker: str = broker if isinstance(broker, str) else ";".join(broker)
-        self._backend: str = backend
+        self._backend = program.results
         self.core: Core
         self.pool: Pool
         self._zygote = zygote
         self._was_connected = False
+        self._queues: Sequence[str] = options.queues
+        self._added: list[QueueSpec] = []
         self._consumer: Consumer | None = None
-        self._store: Consumer | None = None
+        self._store: Saver | None = None
         self._stop = Stop()
+        self._signum = signal.SIGTERM  # the one that came last
 
     def run(self, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
         """Run until stopped and return the exit code."""
@@ -91,37 +95,39 @@ class Life:
         self, loop: asyncio.AbstractEventLoop, zygote: Zygote, on_ready: Callable[[], None] | None, handle_signals: bool
     ) -> int:
         options = self.options
-        hooks = Hooks(loop)
+        hooks = self.program.hooks(loop)
         self._stop.start(loop)
         self.core = self._make_core(loop, hooks)
         self.pool = hooks.pool = Pool(
             loop,
             self.core,
             zygote,
-            options.concurrency or 1,
+            max(1, options.autoscale[1]) if options.autoscale else options.concurrency or 1,
             keeps_spare=bool(options.max_tasks_per_child or options.max_memory_per_child),
             on_lost=hooks.child_lost,
             on_fatal=self._on_fatal,
         )
-        uninstall = install(loop, self._actions()) if handle_signals else lambda: None
+        uninstall = install(loop, self._actions(), self._note_signal) if handle_signals else lambda: None
         serving: asyncio.Task[None] | None = None
-        control: asyncio.Task[None] | None = None
+        remote = Remote(
+            loop, self.program, options, self.core, self.pool, lambda: self._consumer, self._stop_by_command
+        )
         try:
             await self._stop.unless(self.pool.start())
             if not self._stop.asked:
+                remote.start(hooks)
                 serving = loop.create_task(self._serve(on_ready))
-                control = self._start_control(loop)
                 await asyncio.wait([serving, loop.create_task(self._stop.wait())], return_when=asyncio.FIRST_COMPLETED)
                 if serving.done():
                     serving.result()
             await self._shut_down(serving)
+            self.program.tell("stopped")
             return EX_FAILURE if self._stop.how == "cold" else EX_OK
         finally:
-            if control is not None:
-                control.cancel()
-                await asyncio.wait([control])
+            await remote.close()
             self.pool.kill()
             self.pool.close()
+            hooks.close()
             uninstall()
 
     async def _serve(self, on_ready: Callable[[], None] | None) -> None:
@@ -141,6 +147,7 @@ class Life:
             self._was_connected = True
             logger.info(messages.CONNECTED, mask_url(self._broker))
             logger.info(messages.READY, {"hostname": self.options.hostname})
+            self.program.tell("ready", life=self)
             if on_ready is not None:
                 on_ready()
                 on_ready = None
@@ -170,9 +177,13 @@ class Life:
         consumer.source.window = self._window()
         try:
             await self._connect_store(consumer)
+            if self.core.answers_all:
+                await consumer.prepare_answers()
             self.core.add_source(consumer.source)
             self.core.set_outlet(consumer.outlet)
-            await consumer.consume(options.queues, self._window())
+            await consumer.consume(self._queues, self._window())
+            for spec in self._added:
+                await consumer.add_queue(spec)
         except BaseException:
             await self._disconnect()
             raise
@@ -182,14 +193,12 @@ class Life:
         backend = self._backend
         if backend == "disabled" or self.core.rpc_results:
             return
-        if backend == self._broker and isinstance(consumer.source, BatchSource):
+        if backend == self._broker and consumer.saves_results:
+            assert isinstance(consumer.source, BatchSource)
             self.core.set_store(consumer.source)
         elif self._store is None:
-            store = open_consumer(backend, self.settings, self.core)
+            store = open_saver(backend, self.settings, self.core)
             await store.open()
-            if not isinstance(store.source, BatchSource):
-                known = "rpc://, sqlite:///…, memory://, disabled"
-                raise SettingsError(f"results cannot be stored at {mask_url(backend)}; known: {known}")
             store.source.window = 0
             self.core.set_store(store.source)
             self._store = store
@@ -198,6 +207,9 @@ class Life:
             self._store.lost.add_done_callback(lambda lost: self._lose_store(consumer, lost))
 
     def _lose_store(self, consumer: Consumer, lost: asyncio.Future[Exception]) -> None:
+        if self._store is not None:
+            # What it has not confirmed waits for the next one.
+            self._store.source.bury()
         self._store = None
         if not lost.cancelled() and not consumer.lost.done():
             consumer.lost.set_result(lost.result())
@@ -206,6 +218,11 @@ class Life:
         consumer, self._consumer = self._consumer, None
         if consumer is None:
             return
+        if not self._stop.asked:
+            # Queues come and go by remote control: the next connection goes on with those of now.
+            specs = {spec.name: spec for spec in consumer.queue_specs}
+            self._added = [spec for name, spec in specs.items() if name not in self.options.queues]
+            self._queues = [name for name in self.options.queues if name in specs or not specs]
         self.core.drop_source(consumer.source)
         self.core.set_outlet(None)
         await consumer.close()
@@ -227,11 +244,16 @@ class Life:
 
     # --- prefetch
 
+    @property
+    def _slots(self) -> int:
+        """How many calls may run at a time, with an autoscaler at most."""
+        return self.options.autoscale[0] if self.options.autoscale else self.pool.size
+
     def _window(self) -> int:
         multiplier = self.options.prefetch_multiplier
         if multiplier == 0:
             return UNBOUNDED_WINDOW
-        return (multiplier or 4) * (self.options.concurrency or 1)
+        return (multiplier or 4) * self._slots
 
     async def _adapt(self, consumer: Consumer) -> None:
         """Widen the window while tasks are short or waiting ETA tasks fill it; narrow it when tasks are long."""
@@ -243,8 +265,11 @@ class Life:
             wanted = base
             if self.core.reliable and self.options.adapts_prefetch and self.core.run_ns >= 0:
                 per_child = min(MAX_WINDOW, WINDOW_NS / max(self.core.run_ns, 1.0))
-                wanted = max(base, min(MAX_WINDOW, int(per_child * (self.options.concurrency or 1))))
+                wanted = max(base, min(MAX_WINDOW, int(per_child * self._slots)))
             grown = scheduled - held_for_eta >= current // 2 > 0
+            if grown:
+                # As many again as came, so that a flood of them is through in a few steps.
+                wanted += min(scheduled, MAX_WINDOW)
             if (grown and scheduled < MAX_SCHEDULED) or wanted >= 2 * current or wanted * 4 <= current:
                 # A new consumer's window counts from zero: what waits for its time does not fill it.
                 current, held_for_eta = wanted, scheduled
@@ -258,14 +283,18 @@ class Life:
 
     def _actions(self) -> dict[str, Callable[[], None]]:
         def warm() -> None:
+            self.core.hold()
             logger.warning(messages.WARM_SHUTDOWN)
             self._stop.ask("warm")
+            self.program.tell("stopping", how="warm", signum=self._signum)
 
         def cold() -> None:
             logger.warning(messages.COLD_SHUTDOWN)
             self._stop.ask("cold")
+            self.program.tell("stopping", how="cold", signum=self._signum)
 
         def again() -> None:
+            self.core.hold()
             logger.warning(messages.RESTART, "SIGHUP")
             self._stop.restarts = True
             self._stop.ask("warm")
@@ -279,6 +308,12 @@ class Life:
             "shrink": self.pool.shrink,
         }
 
+    def _stop_by_command(self, how: str) -> None:
+        self._actions()[how]()
+
+    def _note_signal(self, number: signal.Signals) -> None:
+        self._signum = number
+
     def _on_fatal(self, text: str) -> None:
         logger.critical("%s", text)
         self._stop.fail(FastqError(text))
@@ -286,8 +321,10 @@ class Life:
     async def _shut_down(self, serving: asyncio.Task[None] | None) -> None:
         """Receive nothing more, let running calls end (warm) or give them back (cold), settle, disconnect."""
         if serving is not None:
-            serving.cancel()
-            await asyncio.wait([serving])
+            # Before Python 3.12 a cancellation may be lost where it meets the end of a wait.
+            while not serving.done():
+                serving.cancel()
+                await asyncio.wait([serving], timeout=0.1)
         if self._consumer is not None and not self._consumer.lost.done():
             try:
                 await asyncio.wait_for(self._consumer.cancel(), CANCEL_S)
@@ -329,21 +366,17 @@ class Life:
 
     # --- parts
 
-    def _start_control(self, loop: asyncio.AbstractEventLoop) -> asyncio.Task[None] | None:
-        """Answer remote control, on brokers that have it."""
-        if not mask_url(self._broker).startswith(AMQP_SCHEMES):
-            return None
-        from fastq.worker.control import Control
-
-        return loop.create_task(Control(self.settings, self.options.hostname).serve())
+    async def _answer(self, task_id: str, meta: bytes) -> None:
+        if self._consumer is not None:
+            await self._consumer.answer(task_id, meta)
 
     def _make_core(self, loop: asyncio.AbstractEventLoop, hooks: Hooks) -> Core:
         options, settings = self.options, self.settings
         reliable = bool(options.reliable)
         core = Core(
             loop,
-            [self._task_options(name) for name in self.app.tasks],
-            hooks,
+            self.program.task_options(options),
+            Guard(hooks),
             reliable=reliable,
             max_deliveries=settings.fastq_max_deliveries,
             max_child_deaths=settings.fastq_max_child_deaths,
@@ -352,20 +385,11 @@ class Life:
             soft_time_limit=options.soft_time_limit or 0,
             rpc_results=self._backend.startswith("rpc:"),
         )
-        core.log_received = logger.isEnabledFor(logging.INFO)
+        hooks.attach(core)
+        if self.program.answers_all and core.rpc_results:
+            core.answers_all = True
+            hooks.answer = self._answer
         return core
-
-    def _task_options(self, name: str) -> TaskOptions:
-        task, reliable = self.app.tasks[name], bool(self.options.reliable)
-        late = self.settings.task_acks_late if task.acks_late is None else task.acks_late
-        return TaskOptions(
-            name,
-            acks_late=reliable if late is None else late,
-            requeue_lost=reliable,
-            ignore_result=bool(self.settings.task_ignore_result if task.ignore_result is None else task.ignore_result),
-            time_limit=task.time_limit or 0,
-            soft_time_limit=task.soft_time_limit or 0,
-        )
 
 
 class Stop:

@@ -68,7 +68,8 @@ def setup_logging(
         color = settings.worker_log_color
     use_color = wants_color(handler.stream) if color is None else color
     line, task_line = settings.worker_log_format, settings.worker_task_log_format
-    handler.setFormatter(Formatter(line, task_line, use_color))
+    dates = settings.worker_log_datefmt, settings.worker_task_log_datefmt
+    handler.setFormatter(Formatter(line, task_line, use_color, *dates))
     root = logging.getLogger()
     if settings.worker_hijack_root_logger:
         for other in root.handlers[:]:
@@ -100,10 +101,12 @@ class Formatter(logging.Formatter):
         line: str = Settings.worker_log_format,
         task_line: str = Settings.worker_task_log_format,
         use_color: bool = False,
+        date: str | None = None,
+        task_date: str | None = None,
     ) -> None:
-        super().__init__(line)
+        super().__init__(line, date)
         self.process_name = "MainProcess"
-        self._task = logging.Formatter(task_line)
+        self._task = logging.Formatter(task_line, task_date)
         self._use_color = use_color
 
     def format(self, record: logging.LogRecord) -> str:

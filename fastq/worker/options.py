@@ -10,9 +10,9 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from fastq.amqp.topology import named_options
+from fastq.amqp.topology import direct_queue, named_options, names_by_alias, read_by_default
 from fastq.errors import SettingsError
 from fastq.settings import Settings
 
@@ -42,17 +42,42 @@ class WorkerOptions:
     optimization: str = "default"  # accepted for unit files: both profiles dispatch fairly here
     include: tuple[str, ...] = ()
     purge: bool = False
+    task_events: bool | None = None
+    autoscale: tuple[int, int] | None = None  # most and least children
+    disable_prefetch: bool | None = None  # take a message only when a child is free
+    statedb: str = ""
+    heartbeat_interval: float | None = None  # seconds between two events that say that the worker lives
+    without_mingle: bool = False
+    without_gossip: bool = False
+    without_heartbeat: bool = False
     reliable: bool | None = None
     color: bool | None = field(default=None, compare=False)  # None: as the terminal and NO_COLOR say
     quiet: bool = field(default=False, compare=False)
+    given_name: str = field(default="", compare=False)  # the node name as it was given; empty: the default one
+    user: Mapping[str, Any] = field(default_factory=dict, compare=False)  # options that the application has added
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "given_name", self.given_name or self.hostname)
         object.__setattr__(self, "hostname", node_name(self.hostname))
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 option = "--" + name.removesuffix("_s").replace("_", "-")
                 raise SettingsError(f"{option} is {value}; it must be {least} or more")
+
+    def named(self, node: str) -> WorkerOptions:
+        """Return the options with this as the first part of the node name, if none was given."""
+        full = self.changed()
+        object.__setattr__(full, "hostname", node_name(self.given_name, node=node))
+        return full
+
+    def changed(self, **values: Any) -> WorkerOptions:
+        """Return the options with other values; the node name stays as it is."""
+        full = replace(self, **values)
+        # It was expanded once already; a literal "%" in it stays one.
+        object.__setattr__(full, "hostname", self.hostname)
+        object.__setattr__(full, "given_name", self.given_name)
+        return full
 
     def resolved(self, settings: Settings) -> WorkerOptions:
         """Return the options with every ``None`` filled in from the settings and the queues chosen.
@@ -62,10 +87,12 @@ class WorkerOptions:
         reliable = settings.fastq_reliable if self.reliable is None else self.reliable
         # Celery waits for running tasks without end; so does compat, unless somebody asked for a deadline.
         is_patient = not reliable and "fastq_grace_s" not in settings.changes()
-        full = replace(
-            self,
-            concurrency=_first(self.concurrency, settings.worker_concurrency, available_cpus()),
-            queues=chosen_queues(self.queues, self.exclude_queues, settings),
+        concurrency = _first(self.concurrency, settings.worker_concurrency, available_cpus())
+        if not concurrency:
+            raise SettingsError(f"--concurrency is {concurrency}; it must be 1 or more")
+        return self.changed(
+            concurrency=concurrency,
+            queues=chosen_queues(self.queues, self.exclude_queues, settings, self.hostname),
             prefetch_multiplier=_first(self.prefetch_multiplier, settings.worker_prefetch_multiplier),
             adapts_prefetch=self.prefetch_multiplier is None and "worker_prefetch_multiplier" not in settings.changes(),
             max_tasks_per_child=_first(self.max_tasks_per_child, settings.worker_max_tasks_per_child),
@@ -73,15 +100,14 @@ class WorkerOptions:
             time_limit=_first(self.time_limit, settings.task_time_limit),
             soft_time_limit=_first(self.soft_time_limit, settings.task_soft_time_limit),
             reliable=reliable,
+            task_events=_first(self.task_events, settings.worker_send_task_events),
+            statedb=self.statedb or settings.worker_state_db or "",
             grace_s=_first(self.grace_s, None if is_patient else settings.fastq_grace_s),
         )
-        # The name was expanded once already; a literal "%" in it stays one.
-        object.__setattr__(full, "hostname", self.hostname)
-        return full
 
 
 _LEAST = {
-    "concurrency": 1,
+    "concurrency": 0,  # to a Celery application: as its settings say
     "prefetch_multiplier": 0,  # 0: no limit, as in Celery
     "max_tasks_per_child": 1,
     "max_memory_per_child": 1,
@@ -95,34 +121,40 @@ def _first(*values: _T | None) -> _T | None:
     return next((value for value in values if value is not None), None)
 
 
-def chosen_queues(asked: tuple[str, ...], excluded: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
+def chosen_queues(
+    asked: tuple[str, ...], excluded: tuple[str, ...], settings: Settings, hostname: str = ""
+) -> tuple[str, ...]:
     """Return the queues to consume: those asked for, else those declared, else the default one; without the excluded.
 
-    Raises SettingsError when none is left, and for one not declared when missing queues are not to be created.
+    A queue's alias stands for its name. With ``worker_direct`` the node's own queue is one more. Raises SettingsError
+    when none is left, and for one not declared when missing queues are not to be created.
     """
-    declared = declared_queues(settings)
+    names = names_by_alias(settings.task_queues)
+    asked = tuple(names.get(name, name) for name in asked)
+    declared = [name for name, _ in named_options(settings.task_queues)] or [settings.task_default_queue]
     unknown = [name for name in asked if name not in declared]
     if unknown and not settings.task_create_missing_queues:
         raise SettingsError(
             f"unknown queue {unknown[0]!r}; declared: {', '.join(declared)}. "
             "Add it to task_queues, or set task_create_missing_queues to create it"
         )
-    queues = tuple(name for name in dict.fromkeys(asked or declared) if name not in excluded)
+    left_out = {names.get(name, name) for name in excluded}
+    queues = tuple(name for name in dict.fromkeys(asked or declared_queues(settings)) if name not in left_out)
     if not queues:
         raise SettingsError(f"no queue is left: -X excludes {', '.join(excluded)}. Leave one of them out of -X")
-    return queues
+    return (*queues, direct_queue(hostname)) if settings.worker_direct and hostname else queues
 
 
 def declared_queues(settings: Settings) -> tuple[str, ...]:
-    """Return the names in ``task_queues``, or the default queue's when there are none."""
-    return tuple(name for name, _ in named_options(settings.task_queues)) or (settings.task_default_queue,)
+    """Return the names in ``task_queues`` that are read by default, or the default queue's when there are none."""
+    return tuple(read_by_default(settings.task_queues)) or (settings.task_default_queue,)
 
 
-def node_name(name: str = "", host: str = "") -> str:
-    """Return the worker's node name: ``fastq@<host>`` by default, with %h, %n, %d and %% expanded."""
+def node_name(name: str = "", host: str = "", node: str = NODE_NAME) -> str:
+    """Return the worker's node name, with %h, %n, %d and %% expanded. Parts not given are ``node`` and the host."""
     host = host or socket.gethostname()
-    given, at, place = name.rpartition("@")
-    full = f"{given if at else NODE_NAME}@{place or host}"
+    given, _, place = name.rpartition("@")
+    full = f"{given or node}@{place or host}"
     short, _, domain = host.partition(".")
     return expand(full, {"h": host, "n": short, "d": domain})
 

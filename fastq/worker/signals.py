@@ -55,15 +55,25 @@ def is_on_terminal() -> bool:
     return sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
 
 
-def install(loop: asyncio.AbstractEventLoop, actions: Mapping[str, Callable[[], None]]) -> Callable[[], None]:
+def install(
+    loop: asyncio.AbstractEventLoop,
+    actions: Mapping[str, Callable[[], None]],
+    note: Callable[[signal.Signals], None] = lambda number: None,
+) -> Callable[[], None]:
     """Route the signals to the actions on the loop and return the function that undoes it.
 
     ``actions`` holds a callable for each of warm, cold, restart, dump, grow and shrink. A second "warm" becomes "cold".
+    ``note`` is told which signal it was, before its action.
     """
     handler = _Handler(actions)
     table = action_table(is_on_terminal())
+
+    def on_signal(number: signal.Signals, action: Action) -> None:
+        note(number)
+        handler.on_signal(action)
+
     for number, action in table.items():
-        loop.add_signal_handler(number, partial(handler.on_signal, action))
+        loop.add_signal_handler(number, partial(on_signal, number, action))
 
     def uninstall() -> None:
         for number in table:

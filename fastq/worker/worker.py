@@ -10,21 +10,22 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fastq.app import FastQ
 from fastq.pool.zygote import Zygote, start_zygote
-from fastq.worker.child import ChildMain, ChildOptions
+from fastq.transport import is_amqp
+from fastq.worker.child import ChildOptions
 from fastq.worker.log import ChildLogging
 from fastq.worker.options import WorkerOptions
+from fastq.worker.program import Program
 
 if TYPE_CHECKING:
     from fastq.worker.life import Life
 
 
 class Worker:
-    """One worker process and its pool. ``options`` are resolved against the application's settings."""
+    """One worker process and its pool. ``options`` are resolved against the program's settings."""
 
-    def __init__(self, app: FastQ, options: WorkerOptions) -> None:
-        self.app = app
+    def __init__(self, program: Program, options: WorkerOptions) -> None:
+        self.program = program
         self.options = options
         self.life: Life | None = None
 
@@ -34,14 +35,13 @@ class Worker:
 
     def start_zygote(self) -> Zygote:
         """Fork the zygote for ``run_with``."""
-        self.app.finalize()
-        return start_zygote(ChildMain(self.app, self._child_options()))
+        return start_zygote(self.program.child_main(self._child_options()))
 
     def run_with(self, zygote: Zygote, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
         """Run with a zygote that was forked already; this may be another thread than the one that forked it."""
         from fastq.worker.life import Life
 
-        self.life = Life(self.app, self.options, zygote)
+        self.life = Life(self.program, self.options, zygote)
         return self.life.run(on_ready, handle_signals)
 
     def stop_soon(self) -> None:
@@ -50,10 +50,16 @@ class Worker:
             self.life.stop_soon()
 
     def _child_options(self) -> ChildOptions:
-        options, settings = self.options, self.app.conf
+        options, settings = self.options, self.program.settings
         handler = next((each for each in logging.getLogger().handlers if isinstance(each, logging.StreamHandler)), None)
         setup = None
         if handler is not None:
             level = settings.worker_redirect_stdouts_level if settings.worker_redirect_stdouts else ""
             setup = ChildLogging(handler, options.logfile, options.hostname, level)
-        return ChildOptions(options.hostname, options.max_memory_per_child or 0, settings.task_track_started, setup)
+        return ChildOptions(
+            options.hostname,
+            options.max_memory_per_child or 0,
+            settings.task_track_started,
+            is_amqp(str(settings.broker_url)),
+            setup,
+        )

@@ -1,0 +1,204 @@
+# cython: language_level=3
+"""The processes of the pool as the message loop feeds them, and what it knows of tasks. No decisions about messages."""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_DecodeUTF8
+
+from fastq.link cimport Delivery
+from fastq.wire.pipe cimport RECORD_CALL, RECORD_STOP, CallRecord, load32, load64s, monotonic_ns, store32
+
+
+cdef class Keeper(Sink):
+    cdef int on_bell(self, Child child) except -1:
+        return 0
+
+
+cdef class TaskOptions:
+    """What the main process knows of a task: its name and how its calls are to be treated. Limits in seconds, 0 = none."""
+
+    def __init__(self, str name, *, bint acks_late=True, bint ignore_result=False, bint requeue_lost=True,
+                 bint reject_failed=False, bint handed_over=False, bint handed_in_turn=False,
+                 double time_limit=0, double soft_time_limit=0, double rate_limit=0):
+        self.name = name
+        self.key = name.encode()
+        self.acks_late = acks_late
+        self.ignore_result = ignore_result
+        self.requeue_lost = requeue_lost
+        self.reject_failed = reject_failed
+        self.handed_over = handed_over
+        self.handed_in_turn = handed_in_turn
+        self.rate_limit = rate_limit
+        self.time_limit = time_limit
+        self.soft_time_limit = soft_time_limit
+        self.run_ns = -1
+        self.runs = 0
+
+    cdef int note_run(self, double ns) except -1:
+        self.runs += 1
+        # Slow runs count at once, fast ones by and by: being too generous hoards, being too careful only costs time.
+        if self.run_ns < 0 or ns > self.run_ns * 4:
+            self.run_ns = ns
+        else:
+            self.run_ns += (ns - self.run_ns) * 0.125
+        return 0
+
+
+# --- children ---------------------------------------------------------------------------------------------------------
+
+cdef class Child:
+    """One process of the pool: an asyncio.BufferedProtocol over its socket, which carries calls one way and doorbells the other."""
+
+    def __init__(self, Keeper keeper, int slot, int pid, RingReader reader):
+        self.keeper = keeper
+        self.slot = slot
+        self.pid = pid
+        self.reader = reader
+        self.bell = bytearray(4096)
+        self.bell_view = memoryview(self.bell)
+        self.out = Writer()
+        self.sent = [None] * SENT_SLOTS
+        self.first = 1
+        self.next = 1
+        self.accepting = False
+
+    def connection_made(self, transport: object) -> None:
+        self.transport = transport
+        self.write_bytes = transport.write
+        self.flush()
+
+    def get_buffer(self, Py_ssize_t sizehint) -> object:
+        return self.bell_view
+
+    def buffer_updated(self, Py_ssize_t count) -> None:
+        # Lower the flag before looking: what the child writes from here on rings again.
+        store32(&self.reader.shared.rung, 0)
+        self.keeper.on_bell(self)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.gone = True
+        self.accepting = False
+
+    def pause_writing(self) -> None:
+        pass
+
+    def resume_writing(self) -> None:
+        pass
+
+    def activate(self) -> None:
+        """Take calls from now on."""
+        self.accepting = not self.retiring
+        self.keeper.on_batch()
+
+    def retire(self) -> None:
+        """Take no more calls; what it holds is finished."""
+        self.retiring = True
+        self.accepting = False
+
+    def stop(self) -> None:
+        """Ask the process to end after the call it runs."""
+        cdef CallRecord record
+        self.retire()
+        if self.gone:
+            return
+        record.size = sizeof(CallRecord)
+        record.kind = RECORD_STOP
+        self.out.put(&record, sizeof(CallRecord))
+        self.flush()
+
+    def kill_for(self, double limit) -> None:
+        """Note that the process is being killed because the call that runs is past its hard limit; it starts no other."""
+        self.killed_for = limit
+        self.killed_seq = load32(&self.reader.shared.started)
+        store32(&self.reader.shared.limit, self.killed_seq)
+        self.retire()
+
+    def terminate_for(self, int signum) -> None:
+        """Note that the call that runs is revoked and that its process gets this signal; it starts no other."""
+        self.terminated_by = signum
+        self.killed_seq = load32(&self.reader.shared.started)
+        store32(&self.reader.shared.limit, self.killed_seq)
+        store32(&self.reader.shared.terminated, self.killed_seq)
+        self.retire()
+
+    @property
+    def busy(self) -> int:
+        """Calls it holds."""
+        return self.outstanding()
+
+    @property
+    def calls(self) -> list[tuple[Delivery, float]]:
+        """The calls it holds, the running one first, each with the seconds since its start (-1: not started)."""
+        cdef Delivery running = self.running(), each
+        cdef list held = []
+        cdef uint32_t seq
+        for seq in range(self.first, self.next):
+            each = <Delivery> self.sent[seq & (SENT_SLOTS - 1)]
+            if each is not None:
+                ran = (monotonic_ns() - load64s(&self.reader.shared.started_ns)) * 1e-9 if each is running else -1.0
+                held.append((each, ran))
+        return held
+
+    @property
+    def running_task(self) -> tuple[str, str, float] | None:
+        """Name, id and seconds since its start of the call that runs, None when idle."""
+        cdef Delivery delivery = self.running()
+        if delivery is None:
+            return None
+        return ((<TaskOptions> delivery.options).name, delivery_id(delivery),
+                (monotonic_ns() - load64s(&self.reader.shared.started_ns)) * 1e-9)
+
+    cdef uint32_t outstanding(self) noexcept:
+        return self.next - self.first
+
+    cdef Delivery running(self):
+        """The call it has started and not answered, None when there is none."""
+        cdef uint32_t seq = load32(&self.reader.shared.started)
+        if seq < self.first or seq >= self.next:
+            return None
+        return <Delivery> self.sent[seq & (SENT_SLOTS - 1)]
+
+    cdef int write_call(self, Delivery delivery, bint wants_result, bint wants_report, double time_limit,
+                        double soft_time_limit) except -1:
+        cdef CallRecord record
+        record.kind = RECORD_CALL
+        record.redelivered = delivery.deliveries > 1
+        record.wants_result = wants_result
+        record.wants_report = wants_report
+        record.is_own = delivery.source.is_own
+        record.seq = self.next
+        record.deliveries = <uint32_t> delivery.deliveries
+        record.time_limit = time_limit
+        record.soft_time_limit = soft_time_limit
+        record.exchange_size = <uint16_t> PyBytes_GET_SIZE(delivery.exchange)
+        record.routing_key_size = <uint16_t> PyBytes_GET_SIZE(delivery.routing_key)
+        record.props_size = <uint32_t> PyBytes_GET_SIZE(delivery.props)
+        record.body_size = <uint32_t> PyBytes_GET_SIZE(delivery.body)
+        record.size = sizeof(CallRecord) + record.exchange_size + record.routing_key_size + record.props_size + record.body_size
+        self.out.put(&record, sizeof(CallRecord))
+        self.out.put(PyBytes_AS_STRING(delivery.exchange), record.exchange_size)
+        self.out.put(PyBytes_AS_STRING(delivery.routing_key), record.routing_key_size)
+        self.out.put(PyBytes_AS_STRING(delivery.props), record.props_size)
+        self.out.put(PyBytes_AS_STRING(delivery.body), record.body_size)
+        delivery.seq = self.next
+        self.sent[self.next & (SENT_SLOTS - 1)] = delivery
+        self.next += 1
+        self.given += 1
+        return 0
+
+    cdef int flush(self) except -1:
+        if self.out.size and not self.gone and self.write_bytes is not None:
+            self.write_bytes(self.out.take())
+        return 0
+
+
+cdef str delivery_id(Delivery delivery):
+    return PyUnicode_DecodeUTF8(
+        PyBytes_AS_STRING(delivery.props) + delivery.head.id.offset, delivery.head.id.length, b"replace")
+
+
+cdef str delivery_task(Delivery delivery):
+    return PyUnicode_DecodeUTF8(
+        PyBytes_AS_STRING(delivery.props) + delivery.head.task.offset, delivery.head.task.length, b"replace")

@@ -1,0 +1,255 @@
+"""The main process of a worker that runs a Celery application: its signals, and failures recorded by Celery's own code.
+
+That code may block on a result store, so it runs in one thread of its own, in the order of what happened. So does the
+code of tasks that have a strategy or a request class of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import celery
+from billiard.einfo import ExceptionInfo
+from billiard.exceptions import WorkerLostError
+from celery import signals
+from celery.app.task import Context
+from celery.exceptions import InvalidTaskError, NotRegistered, WorkerTerminate
+from kombu import serialization
+
+from fastq._child import Child
+from fastq._core import Core
+from fastq.celery.consumer import Heart, Pool, Worker
+from fastq.celery.requests import message_of, modern_form, request_of
+from fastq.celery.strategies import Strategies
+from fastq.celery.threads import Recorder
+from fastq.link import Delivery
+from fastq.states import READY_STATES, STARTED
+from fastq.wire.properties import decode_properties
+from fastq.worker.events import Events
+from fastq.worker.hooks import DUMP_S, Hooks
+from fastq.worker.revoked import Revoked
+
+logger = logging.getLogger("celery.worker.consumer")
+
+_ACK, _REJECT, _REQUEUE = range(3)  # fastq.link's verdicts
+
+
+class CeleryHooks(Hooks):
+    """Answers the core as Celery's consumer would. ``consumer`` is set before the first call."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, app: celery.Celery, worker: Worker, on_running: Callable[[], None]
+    ) -> None:
+        super().__init__(loop, logging.getLogger("celery.worker.strategy"))
+        self._app = app
+        self._hostname = worker.hostname
+        #: What signals get as their sender.
+        self.consumer = worker.consumer
+        self.consumer.event_dispatcher = Eventer(loop, lambda: self.events)
+        self._on_running = on_running
+        self._recorder = Recorder(self._on_exit)
+        self._strategies: Strategies
+        worker.pool = Pool(lambda *args, **options: self._strategies.apply(*args, **options), lambda: self.pool, app)
+
+    def attach(self, core: Core) -> None:
+        """Belong to this message loop."""
+        core.reads_foreign = True
+        self._strategies = Strategies(self._loop, self._app, self.consumer, self._recorder, core)
+        super().attach(core)
+
+    def watch(self, revoked: Revoked, events: Events | None) -> None:
+        """Take part in remote control: the pool is there, and the steps may start."""
+        super().watch(revoked, events)
+        if events is not None and signals.heartbeat_sent.receivers:
+            events.on_beat = partial(signals.heartbeat_sent.send, sender=Heart(self.consumer, events.heartbeat_s))
+        self._on_running()
+
+    def refresh(self) -> None:
+        """Say anew what is to be reported; strategies look again whether events are on."""
+        super().refresh()
+        self._strategies.refresh()
+
+    @property
+    def wants_received(self) -> bool:
+        """Return whether each delivery is to be reported; receivers of ``task_received`` want it too."""
+        return super().wants_received or bool(signals.task_received.receivers)
+
+    def received(self, name: str, task_id: str, delivery: Delivery) -> None:
+        """Tell the log, the monitors and the receivers of ``task_received``. A task's own strategy does so itself."""
+        assert self.core is not None
+        options = self.core.tasks[name.encode()]
+        if options.handed_over:
+            self.look_for_stamps(task_id, delivery)
+            return
+        super().received(name, task_id, delivery)
+        if signals.task_received.receivers:
+            try:
+                if options.handed_in_turn:
+                    request = self._strategies.request_of(delivery)
+                else:
+                    request = request_of(self._app, delivery.describe(), self._hostname)
+            except Exception as error:  # the child will find the same fault with it, and count it
+                logger.debug("no request can be made of %s: %r", task_id, error)
+                return
+            signals.task_received.send(sender=self.consumer, request=request)
+
+    def refused(self, reason: str, queue: bytes, props: bytes, body: bytes) -> None:
+        """Tell the log and the receivers of ``task_rejected``."""
+        super().refused(reason, queue, props, body)
+        if reason == "content-type":
+            content_type = decode_properties(props).get("content_type")
+            name = serialization.registry.type_to_name.get(content_type, content_type)
+            logger.error("Refusing to deserialize disabled content of type %s (%s)", name, content_type)
+        if signals.task_rejected.receivers:
+            found = {"props": props, "body": body, "exchange": "", "routing_key": queue.decode("utf-8", "replace")}
+            try:
+                message = message_of(self._app, found | {"redelivered": False})
+            except Exception:  # properties that cannot even be read
+                message = None
+            signals.task_rejected.send(sender=self.consumer, message=message, exc=InvalidTaskError(reason))
+
+    def foreign(self, props: bytes, body: bytes) -> tuple[bytes, bytes] | None:
+        """Return a message of protocol 1 in today's form."""
+        return modern_form(self._app, props, body)
+
+    def failure(
+        self, kind: str, name: str, task_id: str, detail: Any, delivery: Delivery
+    ) -> tuple[str, bytes | None] | None:
+        """Have Celery's own code record it; the message is settled when that is done, as that code says."""
+        if delivery.is_own:
+            self._strategies.failed(kind, delivery, detail)
+            return None
+        self._recorder.put(lambda: self._record(kind, name, task_id, detail, delivery))
+        return None
+
+    def handed(self, delivery: Delivery) -> None:
+        """Give the message to its task's strategy or request."""
+        self._strategies.take(delivery, self._revoked)
+
+    def accepted(self, delivery: Delivery, pid: int) -> None:
+        """Tell who has the pool call something that it has begun."""
+        self._strategies.accepted(delivery, pid)
+
+    def reported(self, delivery: Delivery, state: str, report: bytes | None) -> None:
+        """Tell who has the pool call something how it ended; record a message that was rejected for good."""
+        assert report is not None
+        if delivery.is_own:
+            self._strategies.reported(delivery, report)
+        else:
+            found = delivery.describe()
+            name, task_id = (message_of(self._app, found).headers[key] for key in ("task", "id"))
+            self._recorder.put(lambda: self._record("rejected", name, task_id, report, delivery))
+
+    def hard_limit(self, child: Child, name: str, task_id: str, limit: float) -> None:
+        """A call ran past its hard limit: have the child write its stacks, then kill it. Celery's code logs it."""
+        assert self.pool is not None
+        self.pool.dump_stack(child)
+        self._loop.call_later(DUMP_S, self.pool.kill_child, child)
+
+    def mark_revoked(self, ids: Sequence[str]) -> None:
+        """Store REVOKED for tasks, in the recorder's thread."""
+        for task_id in ids:
+            self._recorder.put(partial(self._mark_revoked, task_id))
+
+    def _mark_revoked(self, task_id: str) -> None:
+        try:
+            backend = self._app.backend
+            if backend.get_state(task_id) not in READY_STATES | {STARTED}:
+                backend.mark_as_revoked(task_id, reason="revoked", store_result=True)
+        except Exception as error:  # a store that has no states (rpc, none), or that is away
+            logger.debug("task %s could not be marked as revoked: %r", task_id, error)
+
+    def close(self) -> None:
+        """Let the recorder finish what it has."""
+        self._recorder.close()
+
+    def _on_exit(self, error: SystemExit) -> None:
+        logger.warning("A task's strategy or request asks the worker to stop: %r", error)
+        worker = self.consumer.controller
+        (worker.terminate if isinstance(error, WorkerTerminate) else worker.stop)()
+
+    # --- in the recorder's thread
+
+    def _record(self, kind: str, name: str, task_id: str, detail: Any, delivery: Delivery) -> None:
+        verdicts: list[int] = []
+        try:
+            found = delivery.describe()
+            if kind == "unknown":
+                verdicts.append(_REJECT)
+                self._unknown(found, name, task_id)
+            else:
+                self._request_method(kind, found, detail, verdicts)
+        except Exception:
+            logger.exception("the failure of task %s[%s] could not be recorded", name, task_id)
+        verdict = verdicts[0] if verdicts else _ACK
+        assert self.core is not None
+        self._loop.call_soon_threadsafe(self.core.recorded, delivery, verdict)
+
+    def _request_method(self, kind: str, found: dict[str, Any], detail: Any, verdicts: list[int]) -> None:
+        request = request_of(
+            self._app,
+            found,
+            self._hostname,
+            self.consumer.event_dispatcher,
+            on_ack=lambda *_: verdicts.append(_ACK),
+            on_reject=lambda _logger, _errors, requeue=False: verdicts.append(_REQUEUE if requeue else _REJECT),
+        )
+        if kind in ("expired", "revoked"):
+            self._log.revoked(request.name, request.id)
+            request._announce_revoked(kind, False, None, kind == "expired")
+        elif kind == "terminated":
+            request._announce_revoked("terminated", True, detail, False)
+        elif kind == "time-limit":
+            request.on_timeout(False, detail)
+        elif kind == "rejected":
+            request.on_failure(pickle.loads(detail), return_ok=True)  # noqa: S301  a child of ours has written it
+        else:
+            request.on_failure(_lost(detail))
+
+    def _unknown(self, found: dict[str, Any], name: str, task_id: str) -> None:
+        self._log.unregistered(name, task_id)
+        message = message_of(self._app, found)
+        error = NotRegistered(name)
+        headers = {key: value for key, value in message.headers.items() if isinstance(key, str)}
+        request = Context(
+            headers, delivery_info=message.delivery_info, called_directly=False, errbacks=None, chord=None
+        )
+        request.reply_to = message.properties.get("reply_to")
+        request.correlation_id = message.properties.get("correlation_id")
+        self._app.backend.mark_as_failure(task_id, error, request=request)
+        self.consumer.event_dispatcher.send("task-failed", uuid=task_id, exception=repr(error))
+        signals.task_unknown.send(sender=self.consumer, message=message, exc=error, name=name, id=task_id)
+
+
+def _lost(reason: str) -> ExceptionInfo:
+    try:
+        raise WorkerLostError(f"Worker exited prematurely: {reason}.")
+    except WorkerLostError:
+        return ExceptionInfo()
+
+
+class Eventer:
+    """What Celery's Request takes for its event dispatcher; for other threads than the loop's."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, get_events: Callable[[], Events | None]) -> None:
+        self._loop = loop
+        self._get_events = get_events
+
+    @property
+    def enabled(self) -> bool:
+        """Return whether task events are on."""
+        events = self._get_events()
+        return events is not None and events.enabled
+
+    def send(self, type: str, **fields: Any) -> None:
+        """Send a task event."""
+        if (events := self._get_events()) is not None:
+            self._loop.call_soon_threadsafe(partial(events.send, type, **fields))
+
+    def flush(self, **options: Any) -> None:
+        """Nothing to do: events are sent soon by themselves."""

@@ -1,0 +1,249 @@
+"""A Celery application as a program of the worker: its settings and tasks, its signals in Celery's order."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property, partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import celery
+from celery import signals
+from celery.app import trace
+from celery.utils.nodenames import worker_direct
+from celery.utils.time import rate
+
+from fastq.celery import logs
+from fastq.celery.carried import warnings_of
+from fastq.celery.consumer import Worker
+from fastq.celery.hookpoints import REQUEST, STRATEGY, has_own
+from fastq.celery.options import as_celery_means, celery_options, overrides_of, read_user_options
+from fastq.celery.serializers import register_serializers
+from fastq.celery.settings import own_store, settings_of_app
+from fastq.celery.steps import Steps
+from fastq.errors import SettingsError
+from fastq.pool.zygote import ChildMain
+from fastq.settings import Settings
+from fastq.worker import child
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from fastq._child import TaskOptions
+    from fastq.celery.parent import CeleryHooks
+    from fastq.worker.hooks import Hooks
+    from fastq.worker.options import WorkerOptions
+
+logger = logging.getLogger("celery.worker")
+
+
+class CeleryProgram:
+    """A Celery application. Its settings are read when they are asked for first: ``load`` may still change them."""
+
+    node = "celery"
+    answers_all = True
+
+    def __init__(self, app: celery.Celery) -> None:
+        self.app = app
+        self._options: WorkerOptions
+        self._asked: Sequence[str] = ()
+        self._hostname = ""
+        self._logfile = ""
+        self._has_own_logging = False
+        self._instance: Worker | None = None
+        self._steps = Steps(self._ask_stop)
+        self._hooks: CeleryHooks | None = None
+
+    @property
+    def title(self) -> str:
+        """Return the application's name."""
+        return f"{self.app.main or '__main__'}:{id(self.app):#x}"
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Return the names of the tasks."""
+        return list(self.app.tasks)
+
+    @property
+    def commands(self) -> Mapping[str, Callable[..., Any]]:
+        """Return the remote control commands that the application has registered."""
+        from celery.worker.control import Panel
+
+        return {
+            name: partial(self._run_command, command)
+            for name, command in Panel.data.items()
+            if command.__module__ != "celery.worker.control"
+        }
+
+    def _run_command(self, command: Callable[..., Any], view: Any, **arguments: Any) -> Any:
+        consumer = self._instance.consumer if self._instance is not None else None
+        return command(SimpleNamespace(app=self.app, hostname=view.hostname, consumer=consumer, tset=set), **arguments)
+
+    @property
+    def registry(self) -> Mapping[str, Any]:
+        """Return the task objects by name."""
+        return dict(self.app.tasks)
+
+    def mark_revoked(self, ids: Sequence[str]) -> None:
+        """Store the state REVOKED for tasks that have not begun; does not wait."""
+        if self._hooks is not None:
+            self._hooks.mark_revoked(ids)
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Return the application's settings."""
+        return settings_of_app(self.app, self._asked)
+
+    @property
+    def shown_results(self) -> str:
+        """Return the result backend's URL without its password."""
+        return str(self.app.backend.as_uri())
+
+    @cached_property
+    def results(self) -> str:
+        """Return where the worker stores results by itself: "disabled" when Celery's code in the child does."""
+        store = own_store(self.app.backend)
+        if store == "redis":
+            return str(self.settings.result_backend)
+        return "rpc://" if store == "rpc" else "disabled"
+
+    # --- start
+
+    def adopt(self, options: WorkerOptions, words: Sequence[str]) -> tuple[WorkerOptions, list[str]]:
+        """Return the options as Celery means them, with those that the application has added, and the other words."""
+        user, rest = read_user_options(self.app, words)
+        self._options = as_celery_means(options, self.node).changed(user=user)
+        return self._options, rest
+
+    def load(self, options: WorkerOptions, overrides: Sequence[str]) -> None:
+        """Import the task modules as a worker does."""
+        if options.disable_prefetch is not None:
+            self.app.conf.worker_disable_prefetch = options.disable_prefetch
+        if options.reliable is not None:
+            self.app.conf.fastq_reliable = options.reliable
+        if overrides:
+            try:
+                self.app.config_from_cmdline(overrides_of(overrides), namespace="worker")
+            except (KeyError, ValueError) as error:
+                raise SettingsError(f"a setting after -- cannot be read: {error}. Write name=value") from error
+        self.app.loader.init_worker()
+        self.app.finalize()
+        register_serializers(self.app)
+
+    def begin(self, options: WorkerOptions) -> None:
+        """Send ``celeryd_init`` and ``worker_init``."""
+        app = self.app
+        self._hostname = options.hostname
+        self._instance = Worker(app, options, self._steps.thread)
+        trace.setup_worker_optimizations(app, options.hostname)
+        given = self._instance.options = celery_options(self._options)
+        signals.celeryd_init.send(sender=options.hostname, instance=self._instance, conf=app.conf, options=given)
+        self._select_queues()
+        # Receivers may have changed the configuration, which is what the signal is there for.
+        self.__dict__.pop("settings", None)
+        signals.worker_init.send(sender=self._instance)
+
+    def _select_queues(self) -> None:
+        options, queues = self._options, self.app.amqp.queues
+        self._asked = options.queues
+        with suppress(KeyError):  # a queue that is not declared: the worker says so when it chooses its queues
+            queues.select(list(options.queues))
+            queues.deselect(list(options.exclude_queues))
+        if self.app.conf.worker_direct:
+            queues.select_add(worker_direct(self._hostname))
+
+    def setup_logging(self, handler: logging.StreamHandler[Any], options: WorkerOptions) -> None:
+        """Have Celery set logging up, ``setup_logging`` and its other signals included."""
+        self._has_own_logging = logs.set_up(self.app, options)
+        self._logfile = options.logfile
+
+    def prepare(self, options: WorkerOptions) -> WorkerOptions:
+        """Tell the application that all is set up and that processes are about to be forked; return what it changed."""
+        for line in warnings_of(self.app):
+            logger.warning("%s", line)
+        trace.setup_worker_optimizations(self.app, options.hostname)
+        assert self._instance is not None
+        self._steps.make(self._instance, options.user)
+        signals.celeryd_after_setup.send(sender=options.hostname, instance=self._instance, conf=self.app.conf)
+        signals.worker_before_create_process.send(sender=self._instance)
+        queues = tuple(queue.name for queue in self.app.amqp.queues.consume_from.values())
+        if {*queues} != {*options.queues}:
+            # A receiver of celeryd_after_setup has chosen others, which is what the signal is there for.
+            self._asked = queues
+            self.__dict__.pop("settings", None)
+        return options.changed(queues=queues)
+
+    def task_options(self, options: WorkerOptions) -> list[TaskOptions]:
+        """Return how the calls of each task are to be treated."""
+        return [self._options_of(task, bool(options.reliable)) for task in self.app.tasks.values()]
+
+    def _options_of(self, task: Any, reliable: bool) -> TaskOptions:
+        from fastq._child import TaskOptions  # after the fork: children have no message loop
+
+        limited = not self.app.conf.worker_disable_rate_limits
+        return TaskOptions(
+            task.name,
+            acks_late=bool(task.acks_late) or reliable,
+            requeue_lost=reliable,
+            reject_failed=not _acks_on_failure(task),
+            handed_over=has_own(task, STRATEGY),
+            handed_in_turn=has_own(task, REQUEST),
+            ignore_result=bool(task.ignore_result),
+            time_limit=task.time_limit or 0,
+            soft_time_limit=task.soft_time_limit or 0,
+            rate_limit=rate(task.rate_limit) if limited and task.rate_limit else 0,
+        )
+
+    def child_main(self, options: child.ChildOptions) -> ChildMain:
+        """Return what runs in each child."""
+        from fastq.celery.child import CeleryChildMain
+
+        if not self._has_own_logging:
+            logs.redirect(self.app)
+        options = replace(options, setup=logs.ChildLogging(self.app, self._logfile, self._hostname))
+        return CeleryChildMain(self.app, options, self.results)
+
+    def hooks(self, loop: asyncio.AbstractEventLoop) -> Hooks:
+        """Return the hooks that speak Celery."""
+        from fastq.celery.parent import CeleryHooks  # after the fork: children have no use for an event loop
+
+        assert self._instance is not None
+        self._hooks = CeleryHooks(loop, self.app, self._instance, self._steps.start)
+        return self._hooks
+
+    def _ask_stop(self, how: str) -> None:
+        assert self._instance is not None
+        (self._instance.stop if how == "warm" else self._instance.terminate)()
+
+    def tell(self, what: str, **details: Any) -> None:
+        """Send the signal that belongs to an event in the worker's life."""
+        instance = self._instance
+        if instance is None:
+            return
+        if what == "ready":
+            instance.stop_soon = details["life"].stop_soon
+            self._steps.connected()
+            signals.worker_ready.send(sender=instance.consumer)
+        elif what == "stopping":
+            self._steps.quiet()
+            how = details["how"]
+            signals.worker_shutting_down.send(
+                sender=self._hostname,
+                sig=signal.Signals(details["signum"]).name,
+                how=how.capitalize(),
+                exitcode=int(how == "cold"),
+            )
+        elif what == "stopped":
+            self._steps.stop()
+            self.app.loader.shutdown_worker()
+            signals.worker_shutdown.send(sender=instance)
+
+
+def _acks_on_failure(task: Any) -> bool:
+    """Return whether a failed call is acknowledged, if acknowledgement is late. Celery before 5.7 has one switch."""
+    own = getattr(task, "acks_on_failure", None)
+    return bool(task.acks_on_failure_or_timeout if own is None else own)

@@ -1,0 +1,261 @@
+"""A Celery application's configuration as fastq's settings: what the worker itself needs, in the types it wants.
+
+Celery reads the configuration: every spelling, namespace, default and environment variable is its business, and
+``app.conf`` its answer. Opens no connection. What only Celery's own code needs stays there (``carried.py`` says what).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import celery
+from celery.app.defaults import NAMESPACES, flatten
+from celery.exceptions import ImproperlyConfigured
+from kombu import Connection, Exchange, Queue
+from kombu.exceptions import KombuError
+
+from fastq.errors import SettingsError
+from fastq.settings import Settings
+
+#: Result stores that the worker writes itself, by their class; every other one is written in the child.
+OWN_STORES = {
+    "celery.backends.redis.RedisBackend": "redis",
+    "celery.backends.redis.SentinelBackend": "redis",
+    "celery.backends.rpc.RPCBackend": "rpc",
+    "celery.backends.base.DisabledBackend": "disabled",
+}
+
+#: Where Celery looks for a broker when nobody says where it is.
+DEFAULT_BROKER_URL = "amqp://guest:guest@localhost:5672//"
+
+#: Taken as they are, once they have the type that Celery declares for them.
+_PLAIN = (
+    *("broker_connection_retry", "broker_connection_retry_on_startup", "broker_login_method"),
+    *("broker_transport_options", "broker_use_ssl", "broker_failover_strategy"),
+    "broker_native_delayed_delivery_queue_type",
+    *("control_exchange", "control_queue_expires", "control_queue_ttl", "control_queue_exclusive"),
+    *("control_queue_durable", "worker_enable_remote_control"),
+    *("event_queue_prefix", "event_queue_ttl", "event_queue_expires", "event_queue_exclusive", "event_queue_durable"),
+    *("event_exchange", "worker_send_task_events", "task_send_sent_event"),
+    *("result_extended", "result_serializer", "result_compression"),
+    *("result_backend_transport_options", "result_expires", "result_failure_expires"),
+    *("redis_host", "redis_port", "redis_db", "redis_username", "redis_password", "redis_backend_use_ssl"),
+    *("redis_socket_timeout", "redis_socket_connect_timeout", "redis_backend_health_check_interval"),
+    "accept_content",
+    *("task_acks_late", "task_ignore_result", "task_track_started", "task_time_limit", "task_soft_time_limit"),
+    *("task_serializer", "task_compression", "task_publish_retry", "task_publish_retry_policy"),
+    *("task_default_queue", "task_create_missing_queues", "task_create_missing_queue_type"),
+    *("task_create_missing_queue_exchange_type", "task_queue_max_priority", "task_default_priority"),
+    *(
+        "worker_direct",
+        "worker_prefetch_multiplier",
+        "worker_disable_prefetch",
+        "worker_max_tasks_per_child",
+        "worker_max_memory_per_child",
+    ),
+    *("worker_state_db", "worker_pool_restarts"),
+    *("worker_hijack_root_logger", "worker_log_color", "worker_log_format", "worker_task_log_format"),
+    *("worker_log_datefmt", "worker_task_log_datefmt", "worker_redirect_stdouts", "worker_redirect_stdouts_level"),
+)
+
+#: Settings that Celery declares as text although they are numbers.
+_NUMBERS = {"task_default_priority": "int", "task_queue_max_priority": "int"}
+
+_DELIVERY_MODES = {"transient": 1, "persistent": 2, "1": 1, "2": 2}
+
+
+def settings_of_app(app: celery.Celery, queues: Sequence[str] = ()) -> Settings:
+    """Return the settings of a worker for a Celery application; they are not frozen yet.
+
+    ``queues`` are the names that the worker was told to read: Celery's own code decides how those that it does not know
+    are made. Raises SettingsError for a value that the worker cannot use.
+    """
+    app.finalize()
+    settings = Settings()
+    # Celery acknowledges early and forgets what a lost worker held; an application that wants more says so.
+    settings.load({"fastq_reliable": False})
+    settings.load({name: value for name, value in _values(app) if _says_something(app, settings, name, value)})
+    settings.load({"task_queues": list(_queues(app, queues))})
+    # As if assigned: Celery has read the environment, and its own code in the children follows that.
+    settings.broker_url = broker_url_of(app)
+    settings.result_backend = result_backend_of(app)
+    return settings
+
+
+def _values(app: celery.Celery) -> Iterator[tuple[str, Any]]:
+    conf = app.conf
+    for name in _PLAIN:
+        yield name, _typed(name, conf.get(name))
+    yield "broker_heartbeat", _typed("broker_heartbeat", conf.broker_heartbeat) or 0.0
+    yield "broker_connection_timeout", _typed("broker_connection_timeout", conf.broker_connection_timeout) or 4.0
+    yield (
+        "broker_connection_max_retries",
+        _typed("broker_connection_max_retries", conf.broker_connection_max_retries) or None,
+    )
+    count = conf.worker_concurrency
+    yield "worker_concurrency", None if count == "auto" else _typed("worker_concurrency", count, "int")
+    yield "timezone", None if conf.timezone is None else str(conf.timezone)
+    mode = conf.task_default_delivery_mode
+    yield "task_default_delivery_mode", _DELIVERY_MODES.get(str(mode), mode)
+    for name in Settings.__annotations__:
+        if name.startswith("fastq_") and name in conf:
+            yield name, conf[name]
+
+
+def _says_something(app: celery.Celery, settings: Settings, name: str, value: Any) -> bool:
+    """Whether a value is to be taken: what nobody gives and is our default too is not a change."""
+    if name not in settings:
+        return False
+    if is_given(app, name):
+        return value is not None or settings[name] is not None
+    # Celery's None is a default of its own code; whether acknowledgements are late follows from fastq_reliable.
+    return value is not None and value != settings[name] and name != "task_acks_late"
+
+
+def is_given(app: celery.Celery, name: str) -> bool:
+    """Whether the application says a setting at all, be it with its default value, in whatever spelling."""
+    conf = app.conf.finalize()  # reads the configuration, if nobody did yet
+    return any(spelling in source for source in conf.maps[:-1] for spelling in conf._to_keys(name))
+
+
+def _typed(name: str, value: Any, kind: str = "") -> Any:
+    """Return a value in the type that Celery declares for the setting. Raises SettingsError for a wrong number."""
+    kind = kind or _NUMBERS.get(name) or _types().get(name, "")
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if name in ("broker_use_ssl", "redis_backend_use_ssl") and isinstance(value, Mapping):
+        return value
+    if name in ("result_expires", "result_failure_expires") and not value:
+        return None  # both mean: for ever
+    if value is None or kind not in ("int", "float", "bool", "list"):
+        return value
+    if kind == "list":
+        return [value] if isinstance(value, str) else list(value)
+    if kind == "bool":
+        return bool(value)
+    return _number(name, value, kind)
+
+
+def _number(name: str, value: Any, kind: str) -> Any:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise SettingsError(f"setting {name!r} is {value!r:.80}; expected a number") from None
+    return int(number) if kind == "int" and number == int(number) else number
+
+
+@cache
+def _types() -> dict[str, str]:
+    return {name: option.type for name, option in flatten(NAMESPACES)}
+
+
+# --- where the broker and the results are
+
+
+def broker_url_of(app: celery.Celery) -> str:
+    """Return the URL from which the worker consumes, or several with ``;`` between. It may hold a password."""
+    conf = app.conf
+    url = conf.broker_read_url
+    if isinstance(url, (list, tuple)):
+        url = ";".join(url)
+    parts = {
+        "userid": conf.broker_user,
+        "password": conf.broker_password,
+        "virtual_host": conf.broker_vhost,
+        "port": conf.broker_port,
+        "transport": conf.broker_transport,
+    }
+    if not any(parts.values()) and (not url or "://" in url):
+        return url or DEFAULT_BROKER_URL
+    # Bare host names and the parts that URLs replaced: kombu puts them together.
+    return str(Connection(url, **parts).as_uri(include_password=True))
+
+
+def result_backend_of(app: celery.Celery) -> str:
+    """Return the URL of a result store that the worker writes itself, else "disabled": the child writes the results."""
+    backend = backend_of(app)
+    kind = own_store(backend)
+    if kind != "redis":
+        return "rpc://" if kind == "rpc" else "disabled"
+    named = app.backend_cls or app.conf.result_backend
+    # Without a URL, the settings redis_host and so on say where it is, and they are carried.
+    return named if isinstance(named, str) and "://" in named else "redis://"
+
+
+def backend_of(app: celery.Celery) -> Any:
+    """Return the application's result store as Celery makes it. Raises SettingsError when Celery cannot."""
+    try:
+        return app.backend
+    except (ImproperlyConfigured, ImportError, KombuError) as error:
+        raise SettingsError(f"setting 'result_backend' cannot be used: {error}") from error
+
+
+def own_store(backend: object) -> str:
+    """Return "redis", "rpc" or "disabled" when the worker writes to such a store itself, else ""."""
+    kind = type(backend)
+    return OWN_STORES.get(f"{kind.__module__}.{kind.__qualname__}", "")
+
+
+# --- queues
+
+
+def _queues(app: celery.Celery, asked: Sequence[str]) -> Iterator[dict[str, Any]]:
+    known = app.amqp.queues
+    for name in asked:
+        if app.conf.task_create_missing_queues or name in known or name in known.aliases:
+            known[name]  # makes it, if it is missing
+    read = {queue.name for queue in known.consume_from.values()}
+    for queue in known.values():
+        yield queue_options(queue) | ({} if queue.name in read else {"consume": False})
+
+
+def queue_options(queue: Queue) -> dict[str, Any]:
+    """Return a kombu queue as an entry of fastq's ``task_queues``."""
+    options = {
+        "name": queue.name,
+        "alias": queue.alias,
+        "routing_key": queue.routing_key or "",
+        "durable": bool(queue.durable),
+        "exclusive": bool(queue.exclusive),
+        "auto_delete": bool(queue.auto_delete),
+        "no_declare": bool(queue.no_declare),
+        "queue_arguments": _queue_arguments(queue),
+        "binding_arguments": dict(queue.binding_arguments or {}),
+        "consumer_arguments": dict(queue.consumer_arguments or {}),
+        "bindings": [_binding(each) for each in queue.bindings],
+        # No exchange at all is the broker's own one, which needs no binding.
+        **(_exchange(queue.exchange) if queue.exchange else {"exchange": ""}),
+    }
+    return {name: value for name, value in options.items() if value not in (None, {}, [])}
+
+
+def _queue_arguments(queue: Queue) -> dict[str, Any]:
+    lifetimes = {"x-expires": queue.expires, "x-message-ttl": queue.message_ttl}
+    counts = {
+        "x-max-length": queue.max_length,
+        "x-max-length-bytes": queue.max_length_bytes,
+        "x-max-priority": queue.max_priority,
+    }
+    arguments = dict(queue.queue_arguments or {})
+    arguments |= {name: int(value * 1000) for name, value in lifetimes.items() if value is not None}
+    return arguments | {name: int(value) for name, value in counts.items() if value is not None}
+
+
+def _binding(binding: Any) -> dict[str, Any]:
+    options = {"routing_key": binding.routing_key or "", "arguments": dict(binding.arguments or {})}
+    return _exchange(binding.exchange) | options
+
+
+def _exchange(exchange: Exchange) -> dict[str, Any]:
+    return {
+        "exchange": exchange.name,
+        "exchange_type": exchange.type,
+        "exchange_durable": bool(exchange.durable),
+        "exchange_auto_delete": bool(exchange.auto_delete),
+        "exchange_passive": bool(exchange.passive),
+        "exchange_no_declare": bool(exchange.no_declare),
+        "exchange_arguments": dict(exchange.arguments or {}),
+    }

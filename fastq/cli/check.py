@@ -1,0 +1,54 @@
+"""``fastq check``: what a worker will make of an application, without starting one."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastq.amqp.url import mask_url
+from fastq.celery.report import Report, TaskPath
+from fastq.cli import Globals
+from fastq.cli.loader import find_any_app, is_celery, load_tasks
+from fastq.cli.options import misplaced_globals
+from fastq.worker.exitcodes import EX_FAILURE, EX_OK
+
+if TYPE_CHECKING:
+    from fastq.app import FastQ
+
+
+@click.command("check")
+@click.option("-j", "--json", "as_json", is_flag=True, help="Print JSON.")
+@misplaced_globals
+@click.pass_obj
+def command(settings: Globals, /, as_json: bool) -> int:
+    """Say which path each task takes, and which settings are unknown, not carried or risky.
+
+    Exit code 1: something that the application sets will not happen. Risks and notes do not count.
+    """
+    settings.require_app()
+    app: Any = find_any_app(settings.app)
+    report = report_on_celery(app) if is_celery(app) else report_on_fastq(app)
+    click.echo(json.dumps(report.as_json(), indent=2) if as_json else "\n".join(report.lines()))
+    return EX_OK if report.is_ok else EX_FAILURE
+
+
+def report_on_celery(app: Any) -> Report:
+    """Return the report on a Celery application. Raises Failure when one of its modules does not import."""
+    from fastq.celery.check import check  # only Celery users have Celery
+
+    load_tasks(app.loader.import_default_modules)
+    return check(app)
+
+
+def report_on_fastq(app: FastQ) -> Report:
+    """Return the report on a FastQ application: unknown settings cannot exist there, and every task runs straight."""
+    load_tasks(app.load_tasks)
+    app.finalize()
+    return Report(
+        application=f"{app.main or 'unnamed'} (FastQ)",
+        broker=mask_url(str(app.conf.broker_url)),
+        results=mask_url(str(app.conf.result_backend)),
+        tasks=[TaskPath(name) for name in sorted(app.tasks)],
+    )

@@ -1,0 +1,313 @@
+"""One connection to Redis on an event loop: commands are pipelined freely, replies come in order. No reconnecting.
+
+Who owns it watches ``lost`` and makes a new one. Not for use across a fork: loops are not either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final, TypeAlias, cast
+
+from fastq.errors import ConnectionLost, LocalProtocolError, RedisError, RemoteProtocolError
+from fastq.redis import login
+from fastq.redis.blocking import MORE, new_reader, pack, tune_socket
+from fastq.redis.login import Command
+from fastq.redis.url import RedisUrl, tls_context
+
+#: Chosen: a server that says nothing is asked for a sign of life after so long, and given up after as long again.
+HEALTH_CHECK_S: Final = 10.0
+
+Done: TypeAlias = "Callable[[list[Any]], None]"
+
+
+class AsyncRedis:
+    """A connection to the first of several servers that takes one; ``url`` says which it was.
+
+    ``lost`` ends with the reason when the connection does; ``on_push`` gets each message of a subscription, such as
+    ``[b"message", channel, payload]``. A command that blocks in the server must do so for less than
+    ``health_check_interval_s``: meanwhile the server answers nothing else.
+    """
+
+    lost: asyncio.Future[Exception]
+
+    def __init__(
+        self, urls: Sequence[RedisUrl], name: str = "", health_check_interval_s: float = HEALTH_CHECK_S
+    ) -> None:
+        self.url = urls[0]
+        self.on_push: Callable[[list[Any]], None] = _ignore
+        self._urls = list(urls)
+        self._name = name
+        self._interval_s = health_check_interval_s or HEALTH_CHECK_S
+        self._timeout_s = 0.0
+        self._loop: asyncio.AbstractEventLoop
+        self._wire: _Wire | None = None
+        self._reader = new_reader()
+        self._batches: deque[_Batch] = deque()
+        self._is_open = False
+        self._is_subscribed = False
+        self._has_pinged = False
+        self._heard_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    # --- life
+
+    async def open(self, timeout_s: float) -> None:
+        """Connect and log in, at each server within the time.
+
+        Raises ConnectionLost (try again) or SettingsError (do not).
+        """
+        self._loop = asyncio.get_running_loop()
+        self._timeout_s = timeout_s
+        failures: list[ConnectionLost] = []
+        for url in self._urls:
+            self.lost = self._loop.create_future()
+            try:
+                await asyncio.wait_for(self._open(url), timeout_s)
+            except asyncio.TimeoutError:
+                failures.append(login.unreachable(self.url, TimeoutError()))
+            except ConnectionLost as error:
+                failures.append(error)
+            else:
+                return
+            finally:
+                if not self._is_open:
+                    self._fail(ConnectionLost(f"not connected to Redis at {self.url}"))
+        raise login.none_reachable(failures)
+
+    async def close(self) -> None:
+        """Send what was written, then close. ``lost`` ends too."""
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.transport.close()
+        self._end(ConnectionLost(f"the connection to Redis at {self.url} was closed"))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the connection stands."""
+        return self._is_open
+
+    # --- commands
+
+    async def call(self, *command: str | bytes | float) -> Any:
+        """Return the reply to a command. Raises RedisError for an error reply, ConnectionLost when none will come."""
+        (reply,) = await self.pipeline([command])
+        if isinstance(reply, RedisError):
+            raise reply
+        return reply
+
+    async def pipeline(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands in one write and return their replies, error replies as RedisError. Raises ConnectionLost."""
+        if not self._is_open:
+            raise ConnectionLost(str(self.lost.result()) if self.lost.done() else f"no connection to {self.url}")
+        return await self._ask(commands)
+
+    def send(self, commands: Sequence[Command], done: Done) -> None:
+        """Send commands in one write; ``done`` gets their replies, error replies as RedisError objects.
+
+        On a lost connection nothing is sent and ``done`` is never called: ``lost`` has the reason.
+        """
+        if not self._is_open or not commands:
+            return
+        if self._is_subscribed:
+            raise LocalProtocolError(f"{commands[0][0]!r} on a connection that listens to channels; open another one")
+        self._write(commands, done)
+
+    def subscribe(self, *channels: str | bytes) -> None:
+        """Ask for the messages of channels; from now on this connection takes no other commands."""
+        self._listen("SUBSCRIBE", channels)
+
+    def psubscribe(self, *patterns: str | bytes) -> None:
+        """Ask for the messages of all channels that match a pattern; as ``subscribe``."""
+        self._listen("PSUBSCRIBE", patterns)
+
+    def unsubscribe(self, *channels: str | bytes) -> None:
+        """Ask for no more messages of channels."""
+        self._listen("UNSUBSCRIBE", channels)
+
+    # --- inside: connecting
+
+    async def _open(self, url: RedisUrl) -> None:
+        self.url = await self._find_master(url) if url.sentinels else url
+        await self._connect(self.url)
+        commands = login.login_commands(self.url, self._name)
+        login.check_login(self.url, commands, await self._ask(commands))
+        self._is_open = True
+        self._heard_at = self._loop.time()
+        self._check_alive_at(self._heard_at + self._interval_s)
+
+    async def _connect(self, url: RedisUrl) -> None:
+        tls = url.tls
+        make: Any = partial(_Wire, self)
+        try:
+            if url.path:
+                await self._loop.create_unix_connection(make, url.path)
+                return
+            context, name = (tls_context(tls), tls.server_name or url.host) if tls else (None, None)
+            await self._loop.create_connection(make, url.host, url.port, ssl=context, server_hostname=name)
+        except OSError as error:
+            is_tls = tls is not None and isinstance(error, (ssl.SSLError, ConnectionError))
+            raise (login.tls_failed if is_tls else login.unreachable)(url, error) from None
+        if self._wire is None:  # it was closed at once
+            raise ConnectionLost(str(self.lost.result()))
+        tune_socket(self._wire.transport.get_extra_info("socket"))
+
+    async def _find_master(self, url: RedisUrl) -> RedisUrl:
+        """Return the master that the first Sentinel to answer names."""
+        failures: list[ConnectionLost] = []
+        for sentinel in url.sentinels:
+            asked = AsyncRedis([sentinel], self._name)
+            try:
+                await asked.open(self._timeout_s / len(url.sentinels))
+                (reply,) = await asked.pipeline([("SENTINEL", "GET-MASTER-ADDR-BY-NAME", url.service)])
+                if isinstance(reply, list):
+                    return replace(url, host=reply[0].decode(), port=int(reply[1]), sentinels=())
+                error = login.no_master(sentinel, reply)
+                if not isinstance(error, ConnectionLost):
+                    raise error
+                failures.append(error)
+            except ConnectionLost as error:
+                failures.append(error)
+            finally:
+                await asked.close()
+        raise login.none_reachable(failures)
+
+    # --- inside: bytes
+
+    async def _ask(self, commands: Sequence[Command]) -> list[Any]:
+        if self.lost.done():
+            raise ConnectionLost(str(self.lost.result()))
+        answer: asyncio.Future[list[Any]] = self._loop.create_future()
+        self._write(commands, lambda replies: None if answer.done() else answer.set_result(replies), answer)
+        return await answer
+
+    def _write(self, commands: Sequence[Command], done: Done, waiting: asyncio.Future[list[Any]] | None = None) -> None:
+        assert self._wire is not None
+        if not self._batches:
+            # Silence counts from the question on, not from the last answer.
+            self._heard_at = self._loop.time()
+        self._batches.append(_Batch(len(commands), done, waiting))
+        self._wire.transport.write(pack(commands))
+
+    def _listen(self, command: str, names: Sequence[str | bytes]) -> None:
+        self._is_subscribed = True
+        if self._wire is not None and names:
+            self._wire.transport.write(pack([(command, *names)]))
+
+    def _on_data(self, data: bytes) -> None:
+        self._heard_at = self._loop.time()
+        self._has_pinged = False
+        try:
+            self._reader.feed(data)
+            while (reply := self._reader.gets()) is not MORE:
+                self._on_reply(reply)
+        except RemoteProtocolError as error:
+            self._fail(ConnectionLost(f"{self.url} does not speak Redis's protocol: {error}"))
+
+    def _on_reply(self, reply: Any) -> None:
+        if login.is_away(reply) and self._is_open:
+            self._fail(login.went_away(self.url, reply))
+        elif self._batches:
+            batch = self._batches[0]
+            batch.replies.append(reply)
+            if len(batch.replies) == batch.count:
+                self._batches.popleft()
+                batch.done(batch.replies)
+        elif isinstance(reply, RedisError):
+            self._fail((login.went_away if self._is_open else login.turned_away)(self.url, reply))
+        elif isinstance(reply, list) and reply[0] != b"pong":  # that one is a sign of life, no more
+            self.on_push(reply)
+
+    # --- inside: signs of life
+
+    def _check_alive_at(self, due: float) -> None:
+        self._timer = self._loop.call_at(due, self._check_alive, due)
+
+    def _check_alive(self, due: float) -> None:
+        """Ask a silent server for a sign of life; give it up when it does not answer."""
+        now = self._loop.time()
+        if now - due > self._interval_s:
+            # This process was stopped or suspended: what the server has said meanwhile still waits to be read.
+            self._heard_at, self._has_pinged = now, False
+        if now - self._heard_at < self._interval_s:
+            self._check_alive_at(self._heard_at + self._interval_s)
+            return
+        if self._has_pinged:
+            self._fail(login.silent(self.url, now - self._heard_at))
+            return
+        if self._wire is not None:
+            if not self._is_subscribed:
+                self._batches.append(_Batch(1, _ignore, None))
+            self._wire.transport.write(pack([("PING",)]))
+        self._has_pinged = True
+        self._check_alive_at(now + self._interval_s)
+
+    # --- inside: the end
+
+    def _on_lost(self, wire: _Wire, error: Exception | None) -> None:
+        if wire is self._wire:
+            self._wire = None
+            self._end(login.lost(self.url, error) if self._is_open else self._lost_early())
+
+    def _lost_early(self) -> Exception:
+        replies = self._batches[0].replies if self._batches else []
+        if replies and isinstance(replies[-1], RedisError):
+            return login.turned_away(self.url, replies[-1])
+        return login.closed_early(self.url)
+
+    def _fail(self, error: Exception) -> None:
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.transport.abort()
+        self._end(error)
+
+    def _end(self, error: Exception) -> None:
+        """Everybody who waits gets the error."""
+        self._is_open = self._has_pinged = False
+        self._reader = new_reader()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        batches, self._batches = self._batches, deque()
+        if not self.lost.done():
+            self.lost.set_result(error)
+        for batch in batches:
+            if batch.waiting is not None and not batch.waiting.done():
+                batch.waiting.set_exception(ConnectionLost(str(error)))
+
+
+class _Wire(asyncio.Protocol):
+    """The loop's end of one attempt to connect; a later attempt has another one."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, owner: AsyncRedis) -> None:
+        self._owner = owner
+        self.data_received = owner._on_data  # type: ignore[method-assign]  # one call less for each read
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self._owner._wire = self
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._owner._on_lost(self, exc)
+
+
+class _Batch:
+    """Commands of one write and the replies to them so far."""
+
+    __slots__ = ("count", "done", "replies", "waiting")
+
+    def __init__(self, count: int, done: Done, waiting: asyncio.Future[list[Any]] | None) -> None:
+        self.count = count
+        self.done = done
+        self.waiting = waiting
+        self.replies: list[Any] = []
+
+
+def _ignore(replies: list[Any]) -> None:
+    pass

@@ -1,0 +1,165 @@
+"""Celery's remote control messages: values to bytes and back, their names, and who is meant. No I/O, no commands.
+
+A request is broadcast to every worker's own queue; a reply goes to the queue that the request names. Source: kombu's
+pidbox as seen on the wire; the settings ``control_*``.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from fastq import codecs
+from fastq.errors import DecodeError, EncodeError, FastqError
+
+if TYPE_CHECKING:
+    from fastq.settings import Settings
+
+#: Chosen: a revoke of ten thousand ids fits; what is larger is dropped unread.
+MAX_REQUEST_BYTES: Final = 1024 * 1024
+#: Where a bus puts a message's content type among its headers.
+CONTENT_TYPE: Final = "content_type"
+
+
+class Mailbox:
+    """The exchanges and queues of remote control, by name, and how its messages are written and read."""
+
+    def __init__(self, settings: Settings) -> None:
+        name = settings.control_exchange
+        self.requests = f"{name}.pidbox"
+        self.replies = f"reply.{name}.pidbox"
+        self.expires_s = settings.control_queue_expires
+        self.ttl_s = settings.control_queue_ttl
+        self.exclusive = settings.control_queue_exclusive
+        self.durable = settings.control_queue_durable
+        self.codec = codecs.get(settings.task_serializer)
+        self.accept = codecs.accepted(settings.accept_content)
+
+    def node_queue(self, hostname: str) -> str:
+        """Return the name of a worker's queue."""
+        return f"{hostname}.{self.requests}"
+
+    def reply_queue(self, address: str) -> str:
+        """Return the name of the queue for replies to that address."""
+        return f"{address}.{self.replies}"
+
+    # --- requests
+
+    def encode_request(self, request: Request) -> bytes:
+        """Return a request's body. Raises EncodeError."""
+        fields = {
+            "method": request.method,
+            "arguments": dict(request.arguments),
+            "destination": list(request.destination) or None,
+            "pattern": request.pattern or None,
+            "matcher": request.matcher or None,
+        }
+        if request.reply_to:
+            fields["ticket"] = request.ticket
+            fields["reply_to"] = {"exchange": self.replies, "routing_key": request.reply_to}
+        return self.codec.encode(fields)
+
+    def decode_request(self, headers: Mapping[str, Any], body: bytes) -> Request:
+        """Return the request in a message. Raises DecodeError when it is none."""
+        if len(body) > MAX_REQUEST_BYTES:
+            raise DecodeError(f"a control message of {len(body)} bytes; {MAX_REQUEST_BYTES} are read")
+        fields = self._decode(headers, body)
+        method, arguments = fields.get("method"), fields.get("arguments") or {}
+        destination, reply_to = fields.get("destination") or (), fields.get("reply_to") or {}
+        if not isinstance(method, str) or not isinstance(arguments, dict) or not isinstance(destination, (list, tuple)):
+            raise DecodeError("a control message without a method, arguments and destination of the right types")
+        has_reply = isinstance(reply_to, dict) and reply_to.get("exchange") == self.replies
+        return Request(
+            method=method,
+            arguments=arguments,
+            destination=[str(name) for name in destination],
+            pattern=_text(fields.get("pattern")),
+            matcher=_text(fields.get("matcher")),
+            ticket=_text(fields.get("ticket")),
+            # A routing key is a short string; a longer one cannot be anybody's address.
+            reply_to=_text(reply_to.get("routing_key"))[:255] if has_reply else "",
+        )
+
+    # --- replies
+
+    def encode_reply(self, hostname: str, reply: object) -> bytes:
+        """Return a reply's body; a reply without a form in the serializer is an error with its repr."""
+        try:
+            return self.codec.encode({hostname: reply})
+        except EncodeError as error:
+            return self.codec.encode({hostname: {"error": repr(error)}})
+
+    def decode_replies(self, headers: Mapping[str, Any], body: bytes, ticket: str) -> list[tuple[str, Any]]:
+        """Return the nodes' replies in a message; [] when it answers another question or none."""
+        if headers.get("ticket") != ticket:
+            return []
+        try:
+            return list(self._decode(headers, body).items())
+        except DecodeError:
+            return _lenient(body)
+
+    def _decode(self, headers: Mapping[str, Any], body: bytes) -> dict[str, Any]:
+        try:
+            fields = codecs.decode(body, _text(headers.get(CONTENT_TYPE)), None, self.accept)
+        except FastqError as error:
+            raise DecodeError(f"a control message that cannot be read: {error}") from error
+        if not isinstance(fields, dict):
+            raise DecodeError(f"a control message that is a {type(fields).__name__}, not a mapping")
+        return fields
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One command to some or all workers."""
+
+    method: str
+    arguments: Mapping[str, Any]
+    destination: Sequence[str] = ()
+    pattern: str = ""
+    matcher: str = ""
+    ticket: str = ""
+    reply_to: str = ""  # routing key for the reply; empty: nobody waits for one
+
+    def is_for(self, hostname: str) -> bool:
+        """Return whether the node of that name is meant."""
+        if self.destination:
+            return hostname in self.destination
+        if not self.pattern or not self.matcher:
+            return True
+        if len(self.pattern) > 200:
+            return False
+        if self.matcher == "glob":
+            return fnmatch.fnmatch(hostname, self.pattern)
+        return self.matcher == "pcre" and _matches(self.pattern, hostname)
+
+
+def _lenient(body: bytes) -> list[tuple[str, Any]]:
+    """Return the replies in JSON as Python writes it, where a setting may be infinite; [] when it is none."""
+    try:
+        replies = json.loads(body)
+    except (ValueError, RecursionError):
+        return []
+    return list(replies.items()) if isinstance(replies, dict) else []
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _matches(pattern: str, hostname: str) -> bool:
+    """Return whether the regular expression matches the start of the name; one that could take long matches nothing.
+
+    Nothing can interrupt a match, and a message must not be able to stop the worker: hence no repeated groups, no
+    references, and at most three repetitions, which cost at worst the cube of a node name's length.
+    """
+    repetitions = len(re.findall(r"[*+?{]", pattern))
+    if repetitions > 3 or re.search(r"\)[*+?{]|\(\?|\\\d", pattern):
+        return False
+    try:
+        return re.match(pattern, hostname[:255]) is not None
+    except re.error:
+        return False

@@ -1,0 +1,217 @@
+"""Publishing to Redis with the reply collected behind the caller's back: ``confirm_publish="behind"``.
+
+A publish returns once the message is with the kernel. Each command is kept until Redis has answered it, and sent again
+on a new connection when the old one is lost, so a crash of the server or of the connection loses no message (but may
+store one twice); only a crash of this process in that moment can. What Redis refuses is logged, as nobody waits for it
+any more.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from fastq.errors import ConnectionLost, FastqError, RedisError
+from fastq.redis import login
+from fastq.redis.blocking import BlockingRedis
+from fastq.transport.limits import check_sizes
+from fastq.transport.redis_blocking import RedisPublisher
+from fastq.transport.redis_commands import push_command
+from fastq.transport.watcher import LOOK_EVERY_S, Watcher
+
+if TYPE_CHECKING:
+    from fastq.redis.login import Command
+    from fastq.settings import Settings
+    from fastq.wire.message import Message
+
+logger = logging.getLogger(__name__)
+
+WINDOW: Final = 512  # chosen: commands under way before the oldest are waited for; their replies fit any socket buffer
+COLLECT_EVERY: Final = 64  # chosen: commands between two looks at what has been answered
+
+
+class Backlog:
+    """Commands on their way over one connection, each kept until it is answered. Thread-safe and fork-aware.
+
+    ``timeout_s`` bounds how long a reply may take before the connection is made anew.
+    """
+
+    def __init__(self, redis: BlockingRedis, timeout_s: float) -> None:
+        self._redis = redis
+        self._timeout_s = timeout_s
+        self._unanswered: deque[tuple[str, Command]] = deque()  # (task id, command), in the order of sending
+        self._uncollected = 0
+        self._heard_at = 0.0
+        self._lock = threading.Lock()
+        self._watcher = Watcher(self._look, "fastq-replies")
+        _BACKLOGS.add(self)
+
+    def put(self, entries: Sequence[tuple[str, Command]]) -> None:
+        """Write commands, named by the tasks that they are of. Raises ConnectionLost when there is no server."""
+        with self._lock:
+            self._uncollected += len(entries)
+            if self._uncollected >= COLLECT_EVERY:
+                self._collect()
+            if not self._unanswered:
+                self._heard_at = time.monotonic()
+            before = len(self._unanswered)
+            self._unanswered.extend(entries)
+            try:
+                self._write(entries)
+            except FastqError:
+                # The caller hears of these: they are its own to send again.
+                while len(self._unanswered) > before:
+                    self._unanswered.pop()
+                raise
+            finally:
+                self._watcher.wake()
+            if len(self._unanswered) > WINDOW:
+                self._settle(WINDOW // 2, self._timeout_s)
+
+    def flush(self, timeout_s: float | None = None) -> int:
+        """Wait until everything is answered and return how many commands are not, 0 when all is well."""
+        with self._lock:
+            self._settle(0, self._timeout_s if timeout_s is None else timeout_s)
+            return len(self._unanswered)
+
+    def close(self) -> None:
+        """Wait for the replies, at most ``timeout_s``, and close the connection."""
+        if left := self.flush():
+            ids = ", ".join(task_id for task_id, _ in list(self._unanswered)[:5])
+            logger.error("closed with %d message(s) that Redis at %s has not taken: %s", left, self._redis.url, ids)
+        with self._lock:
+            self._redis.close()
+
+    def close_at_exit(self) -> None:
+        """Close unless a thread is still publishing."""
+        if self._lock.acquire(timeout=0.2):
+            self._lock.release()
+            self.close()
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: the parent keeps what it has sent."""
+        self._lock = threading.Lock()
+        self._unanswered = deque()
+        self._uncollected = 0
+        self._watcher.forget_after_fork()
+
+    # --- with the lock held
+
+    def _write(self, entries: Sequence[tuple[str, Command]]) -> None:
+        if not self._redis.is_open:
+            self._send_again()
+            return
+        try:
+            self._redis.send([command for _, command in entries])
+        except ConnectionLost as error:
+            logger.warning("%s; what is not answered is sent again", error)
+            self._send_again()
+
+    def _send_again(self) -> None:
+        """Open a connection and send everything that is not answered."""
+        self._redis.open()
+        waiting = [command for _, command in self._unanswered]
+        for start in range(0, len(waiting), WINDOW):
+            self._redis.send(waiting[start : start + WINDOW])
+        self._heard_at = time.monotonic()
+
+    def _collect(self, wait_s: float = 0.0) -> None:
+        """Take the replies that have come, waiting at most so long for the first."""
+        self._uncollected = 0
+        if not self._redis.is_open:
+            return
+        try:
+            for reply in self._redis.replies(wait_s):
+                self._take(reply)
+        except FastqError as error:
+            logger.warning("%s; what is not answered is sent again", error)
+
+    def _take(self, reply: Any) -> None:
+        if login.is_away(reply):
+            self._redis.close()
+            raise login.went_away(self._redis.url, reply)
+        task_id, _ = self._unanswered.popleft()
+        self._heard_at = time.monotonic()
+        if isinstance(reply, RedisError):
+            logger.error("Redis at %s refused task %s: %s", self._redis.url, task_id, reply)
+
+    def _settle(self, left: int, timeout_s: float) -> None:
+        """Wait until at most ``left`` commands are unanswered, through reconnects, or the time is over."""
+        deadline = time.monotonic() + timeout_s
+        while len(self._unanswered) > left and (left_s := deadline - time.monotonic()) > 0:
+            if self._mend():
+                self._collect(min(left_s, LOOK_EVERY_S))
+            else:
+                time.sleep(min(left_s, LOOK_EVERY_S))
+
+    def _mend(self) -> bool:
+        """Whether there is a connection with everything on its way; makes one where the old one is lost or silent."""
+        if self._redis.is_open and time.monotonic() - self._heard_at > self._timeout_s:
+            logger.warning("Redis has not answered %d command(s); connecting anew", len(self._unanswered))
+            self._redis.close()
+        if self._redis.is_open:
+            return True
+        try:
+            self._send_again()
+        except FastqError as error:
+            logger.warning("%d message(s) wait for a connection: %s", len(self._unanswered), error)
+            return False
+        return True
+
+    def _look(self) -> bool:
+        with self._lock:
+            self._collect()
+            if self._unanswered:
+                self._mend()
+            return bool(self._unanswered)
+
+
+class RedisBehindPublisher(RedisPublisher):
+    """A RedisPublisher that does not wait for replies but for room: at most WINDOW messages are unanswered."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        super().__init__(url, settings)
+        self._backlog = Backlog(self._redis_of(settings), settings.fastq_publish_timeout)
+
+    def publish(self, messages: Sequence[Message]) -> None:
+        """Return when the messages are on their way; errors of the connection are raised, later ones are logged."""
+        check_sizes(messages, self._max_message_bytes)
+        if any(message.exchange for message in messages):
+            # Where exchanges lead to is asked for; and what was sent before must not come behind.
+            self.flush()
+            super().publish(messages)
+            return
+        self._backlog.put([(message.id, push_command(self._layout, message)) for message in messages])
+
+    def flush(self, timeout_s: float | None = None) -> int:
+        """Wait until everything is answered and return how many messages are not, 0 when all is well."""
+        return self._backlog.flush(timeout_s)
+
+    def close(self) -> None:
+        """Wait for the replies, at most ``fastq_publish_timeout``, and close the connections."""
+        self._backlog.close()
+        super().close()
+
+
+_BACKLOGS: weakref.WeakSet[Backlog] = weakref.WeakSet()
+
+
+def _forget_after_fork() -> None:
+    for backlog in list(_BACKLOGS):
+        backlog.forget_after_fork()
+
+
+def _close_at_exit() -> None:
+    for backlog in list(_BACKLOGS):
+        backlog.close_at_exit()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+atexit.register(_close_at_exit)

@@ -1,0 +1,3 @@
+from typing import Any
+
+def decode_properties(props: bytes) -> dict[str, Any]: ...

@@ -1,0 +1,200 @@
+"""An application as the worker sees it: settings, tasks, what a child does, what the main process tells others.
+
+``FastQProgram`` is the one for a FastQ application; the bridge has one for Celery applications. No loop, no processes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastq.amqp.url import mask_url
+from fastq.app import FastQ
+from fastq.errors import SettingsError
+from fastq.pool.zygote import ChildMain
+from fastq.settings import Settings
+from fastq.worker import child
+from fastq.worker.options import NODE_NAME
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from fastq._child import TaskOptions
+    from fastq.worker.hooks import Hooks
+    from fastq.worker.options import WorkerOptions
+
+
+class Program(Protocol):
+    """What a worker runs."""
+
+    #: The first part of a node name that none was given for.
+    node: str
+    #: Whether replies (rpc) go to senders that gave no address too, into a queue of the task's own.
+    answers_all: bool
+
+    @property
+    def settings(self) -> Settings:
+        """Return the settings."""
+
+    @property
+    def results(self) -> str:
+        """Return where the worker itself stores results: a URL, "rpc://", or "disabled" (nowhere, or in the child)."""
+
+    @property
+    def shown_results(self) -> str:
+        """Return where results are, for people: secrets masked."""
+
+    @property
+    def commands(self) -> Mapping[str, Callable[..., Any]]:
+        """Return the application's own remote control commands, by name."""
+
+    @property
+    def registry(self) -> Mapping[str, Any]:
+        """Return the task objects by name."""
+
+    def mark_revoked(self, ids: Sequence[str]) -> None:
+        """Store the state REVOKED for tasks that have not begun; does not wait."""
+
+    @property
+    def title(self) -> str:
+        """Return the application's name for the banner."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Return the names of the tasks."""
+
+    def adopt(self, options: WorkerOptions, words: Sequence[str]) -> tuple[WorkerOptions, list[str]]:
+        """Return the options as this kind of application means them, and the words that are none of its options."""
+
+    def load(self, options: WorkerOptions, overrides: Sequence[str]) -> None:
+        """Import the application's task modules; ``overrides`` are settings as ``name=value`` that win."""
+
+    def begin(self, options: WorkerOptions) -> None:
+        """Tell the application that a worker starts; it may still change its settings. Logging is not set up yet."""
+
+    def setup_logging(self, handler: logging.StreamHandler[Any], options: WorkerOptions) -> None:
+        """Have records go to the handler, in the application's format."""
+
+    def prepare(self, options: WorkerOptions) -> WorkerOptions:
+        """Get ready for the first fork; return the options with the queues that the application may have changed."""
+
+    def task_options(self, options: WorkerOptions) -> list[TaskOptions]:
+        """Return how the calls of each task are to be treated."""
+
+    def child_main(self, options: child.ChildOptions) -> ChildMain:
+        """Return what runs in each child; all that children share is made here."""
+
+    def hooks(self, loop: asyncio.AbstractEventLoop) -> Hooks:
+        """Return what the message loop asks and reports to."""
+
+    def tell(self, what: str, **details: Any) -> None:
+        """Tell the application of an event in the worker's life: "ready", "stopping", "stopped", …."""
+
+
+class FastQProgram:
+    """A FastQ application. It has no hooks of its own into the main process."""
+
+    node = NODE_NAME
+    answers_all = False
+
+    def __init__(self, app: FastQ) -> None:
+        self.app = app
+
+    @property
+    def settings(self) -> Settings:
+        """Return the application's settings."""
+        return self.app.conf
+
+    @property
+    def results(self) -> str:
+        """Return the result store's URL."""
+        return self.app.conf.result_backend or "disabled"
+
+    @property
+    def commands(self) -> Mapping[str, Callable[..., Any]]:
+        """Return nothing: there is no way to register one."""
+        return {}
+
+    @property
+    def shown_results(self) -> str:
+        """Return the result store's URL without its password."""
+        return mask_url(self.results)
+
+    @property
+    def registry(self) -> Mapping[str, Any]:
+        """Return the task objects by name."""
+        return self.app.tasks
+
+    def mark_revoked(self, ids: Sequence[str]) -> None:
+        """Leave it to the worker that gets the message: it stores the state when it drops it."""
+
+    @property
+    def title(self) -> str:
+        """Return the application's name."""
+        return self.app.main or "unnamed"
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Return the names of the tasks."""
+        return list(self.app.tasks)
+
+    def adopt(self, options: WorkerOptions, words: Sequence[str]) -> tuple[WorkerOptions, list[str]]:
+        """Return the options with this kind's node name; the application has none of its own."""
+        return options.named(self.node), list(words)
+
+    def load(self, options: WorkerOptions, overrides: Sequence[str]) -> None:
+        """Import the modules that the settings name, and settle the application."""
+        if overrides:
+            raise SettingsError(f"{overrides[0]!r} after the options: settings there are for Celery applications only")
+        if options.reliable is not None:
+            self.app.conf.fastq_reliable = options.reliable
+        if options.disable_prefetch is not None:
+            self.app.conf.worker_disable_prefetch = options.disable_prefetch
+        self.app.load_tasks()
+        self.app.finalize()
+
+    def begin(self, options: WorkerOptions) -> None:
+        """Nobody waits to be told."""
+
+    def setup_logging(self, handler: logging.StreamHandler[Any], options: WorkerOptions) -> None:
+        """Have records go to the handler."""
+        from fastq.worker.log import setup_logging
+
+        setup_logging(handler, options.loglevel, self.settings, options.color)
+
+    def prepare(self, options: WorkerOptions) -> WorkerOptions:
+        """Settle the application."""
+        self.app.finalize()
+        return options
+
+    def task_options(self, options: WorkerOptions) -> list[TaskOptions]:
+        """Return how the calls of each task are to be treated."""
+        return [self._options_of(name, bool(options.reliable)) for name in self.app.tasks]
+
+    def _options_of(self, name: str, reliable: bool) -> TaskOptions:
+        from fastq._child import TaskOptions  # after the fork: children have no message loop
+
+        task, settings = self.app.tasks[name], self.settings
+        late = settings.task_acks_late if task.acks_late is None else task.acks_late
+        return TaskOptions(
+            name,
+            acks_late=reliable if late is None else late,
+            requeue_lost=reliable,
+            ignore_result=bool(settings.task_ignore_result if task.ignore_result is None else task.ignore_result),
+            time_limit=task.time_limit or 0,
+            soft_time_limit=task.soft_time_limit or 0,
+        )
+
+    def child_main(self, options: child.ChildOptions) -> ChildMain:
+        """Return what runs in each child."""
+        return child.ChildMain(self.app, options)
+
+    def hooks(self, loop: asyncio.AbstractEventLoop) -> Hooks:
+        """Return the plain hooks."""
+        from fastq.worker.hooks import Hooks  # after the fork: children have no use for an event loop
+
+        return Hooks(loop)
+
+    def tell(self, what: str, **details: Any) -> None:
+        """Nobody listens in the main process."""

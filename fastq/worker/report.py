@@ -1,0 +1,94 @@
+"""The configuration as others may see it, without secrets, and the text for bug reports."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote, urlsplit
+
+from fastq import __version__
+from fastq.amqp.url import mask_url, split_urls
+
+if TYPE_CHECKING:
+    from fastq.settings import Settings
+
+_MASK: Final = "********"
+#: Celery's list of words, and what holds key files' passwords.
+_SECRET: Final = re.compile("API|TOKEN|KEY|SECRET|PASS|PROFANITIES_LIST|SIGNATURE|DATABASE|BEAT_DBURI|CREDENTIAL", re.I)
+_URLS: Final = frozenset({"broker_url", "result_backend"})
+_LIBRARIES: Final = ("hiredis", "orjson", "uvloop", "psutil", "click")
+_PORTS: Final = {"amqps": 5671, "redis": 6379, "rediss": 6379, "sentinel": 26379}
+
+
+def configuration(settings: Settings, with_defaults: bool = False) -> dict[str, Any]:
+    """Return the settings that were changed, or all, with secrets masked; every value has a JSON form."""
+    names = sorted(name for name in dir(type(settings)) if name in settings) if with_defaults else settings.changes()
+    return {name: _shown(name, settings[name]) for name in dict.fromkeys([*names, *sorted(_URLS)])}
+
+
+def _shown(name: str, value: Any) -> Any:
+    if name in _URLS:
+        return mask_url(value) if isinstance(value, str) else value
+    if _SECRET.search(name):
+        return _MASK
+    if isinstance(value, Mapping):
+        return {str(key): _shown(str(key), each) for key, each in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_shown("", each) for each in value]
+    return value if value is None or isinstance(value, (str, int, float, bool)) else repr(value)
+
+
+def report_text(settings: Settings) -> str:
+    """Return what a bug report should say of this installation."""
+    versions = " ".join(f"{name}:{_version(name)}" for name in _LIBRARIES)
+    lines = [
+        "",
+        f"software -> fastq:{__version__} py:{platform.python_version()}",
+        f"            {versions}",
+        f"platform -> system:{platform.system()} arch:{', '.join(filter(None, platform.architecture()))}",
+        f"            kernel version:{platform.release()} imp:{platform.python_implementation()}",
+        f"settings -> transport:{_scheme(settings)} results:{mask_url(settings.result_backend or 'disabled')}",
+        "",
+        *(f"{name}: {value!r}" for name, value in configuration(settings).items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def broker_info(settings: Settings) -> dict[str, Any]:
+    """Return where the broker is, under kombu's names; the first one when several are tried in turn."""
+    urls = split_urls(settings.broker_url or "")
+    parts = urlsplit(urls[0] if urls else "")
+    is_redis = parts.scheme.startswith(("redis", "sentinel"))
+    return {
+        "hostname": parts.hostname or "localhost",
+        "userid": unquote(parts.username) if parts.username else None if is_redis else "guest",
+        "virtual_host": unquote(parts.path[1:]) or ("0" if is_redis else "/"),
+        "port": parts.port or _PORTS.get(parts.scheme, 5672),
+        "insist": False,
+        "ssl": bool(settings.broker_use_ssl) or parts.scheme in ("amqps", "rediss"),
+        "transport": parts.scheme,
+        "connect_timeout": settings.broker_connection_timeout,
+        "transport_options": _shown("", settings.broker_transport_options),
+        "login_method": None if is_redis else "PLAIN",
+        "uri_prefix": None,
+        "heartbeat": settings.broker_heartbeat,
+        "failover_strategy": settings.broker_failover_strategy,
+        "alternates": [mask_url(url) for url in urls[1:]],
+        "credential_provider": None,
+    }
+
+
+def _scheme(settings: Settings) -> str:
+    return (settings.broker_url if isinstance(settings.broker_url, str) else "").partition(":")[0]
+
+
+def _version(name: str) -> str:
+    from importlib import metadata  # few workers are ever asked for it
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,1 @@
+"""Applications with classes of their own inside the worker: strategies, requests, steps."""
