@@ -93,7 +93,16 @@ def test_a_part_is_refused() -> None:
             decode_properties(TASK[:size])
 
 
-@pytest.mark.parametrize("props", [TASK + b"\0", b"\0\1", b"\0\2", b"\x20\0\xff\xff\xff\xff", b""], ids=repr)
+@pytest.mark.parametrize(
+    "props",
+    [
+        pytest.param(TASK + b"\0", id="a byte more"),
+        pytest.param(b"\0\1", id="flags that go on"),
+        pytest.param(b"\0\2", id="an unknown flag"),
+        pytest.param(b"\x20\0\xff\xff\xff\xff", id="a table of 4 GiB"),
+        pytest.param(b"", id="nothing"),
+    ],
+)
 def test_what_is_malformed_is_refused(props: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         decode_properties(props)
