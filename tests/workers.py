@@ -8,7 +8,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -145,6 +146,18 @@ class WorkerProcess:
                 process.kill()
         self._process.wait(STOP_TIMEOUT_S)
 
+    def kill9_when(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+        """Kill the whole tree at a moment when the condition holds; the tree stands still while it is looked at."""
+        deadline = time.monotonic() + timeout_s
+        self._signal_tree(signal.SIGSTOP)
+        while not condition():
+            self._signal_tree(signal.SIGCONT)
+            if time.monotonic() > deadline:
+                raise self._failed(f"no moment within {timeout_s} s was one to kill the worker at")
+            time.sleep(0.005)
+            self._signal_tree(signal.SIGSTOP)
+        self.kill9()
+
     def kill9_parent(self) -> None:
         """Kill the parent process alone; its children have to notice by themselves."""
         assert self._process is not None, "start() first"
@@ -174,6 +187,10 @@ class WorkerProcess:
             timeout_s,
             lambda: self._failed(f"processes {self.leftovers()} outlived the worker"),
         )
+
+    def _signal_tree(self, number: signal.Signals) -> None:
+        for pid in self.tree():
+            os.kill(pid, number)
 
     def _remember(self) -> list[psutil.Process]:
         try:

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,17 +130,9 @@ def kill9_between_messages(stage: CeleryStage, victim: WorkerProcess, *, is_earl
     what the other worker does with the rest.
     """
     if stage.broker == "redis" and victim.program == "celery":
-        signal_tree(victim, signal.SIGSTOP)
-        while not _is_between_messages(stage, set(victim.children()), is_early=is_early):
-            signal_tree(victim, signal.SIGCONT)
-            time.sleep(0.005)
-            signal_tree(victim, signal.SIGSTOP)
-    victim.kill9()
-
-
-def signal_tree(worker: WorkerProcess, number: signal.Signals) -> None:
-    for pid in worker.tree():
-        os.kill(pid, number)
+        victim.kill9_when(lambda: _is_between_messages(stage, set(victim.children()), is_early=is_early))
+    else:
+        victim.kill9()
 
 
 def _is_between_messages(stage: CeleryStage, children: set[int], *, is_early: bool) -> bool:
