@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -146,17 +146,26 @@ class WorkerProcess:
                 process.kill()
         self._process.wait(STOP_TIMEOUT_S)
 
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Stop the whole tree for as long as the ``with`` block takes; what is killed in there stays dead."""
+        pids = self.tree()
+        _signal_all(pids, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            _signal_all(pids, signal.SIGCONT)
+
     def kill9_when(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
         """Kill the whole tree at a moment when the condition holds; the tree stands still while it is looked at."""
         deadline = time.monotonic() + timeout_s
-        self._signal_tree(signal.SIGSTOP)
-        while not condition():
-            self._signal_tree(signal.SIGCONT)
-            if time.monotonic() > deadline:
-                raise self._failed(f"no moment within {timeout_s} s was one to kill the worker at")
+        while time.monotonic() < deadline:
+            with self.standing_still():
+                if condition():
+                    self.kill9()
+                    return
             time.sleep(0.005)
-            self._signal_tree(signal.SIGSTOP)
-        self.kill9()
+        raise self._failed(f"no moment within {timeout_s} s was one to kill the worker at")
 
     def kill9_parent(self) -> None:
         """Kill the parent process alone; its children have to notice by themselves."""
@@ -188,10 +197,6 @@ class WorkerProcess:
             lambda: self._failed(f"processes {self.leftovers()} outlived the worker"),
         )
 
-    def _signal_tree(self, number: signal.Signals) -> None:
-        for pid in self.tree():
-            os.kill(pid, number)
-
     def _remember(self) -> list[psutil.Process]:
         try:
             tree: list[psutil.Process] = psutil.Process(self.pid).children(recursive=True)
@@ -202,6 +207,12 @@ class WorkerProcess:
 
     def _failed(self, what: str) -> WorkerFailed:
         return WorkerFailed(f"{what}\n--- log of {' '.join(self._command)}\n{self.log()[-6000:]}")
+
+
+def _signal_all(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _age(process: psutil.Process) -> tuple[float, int]:
