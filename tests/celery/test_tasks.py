@@ -839,8 +839,10 @@ def test_settings_that_every_task_takes(open_stage: OpenStage, kind: tuple[Any, 
     assert ignored.state == "PENDING"
     assert (limited.name, limited.args, limited.kwargs) == (f"{TASKS}.wait_for_soft_limit", [True], {})
     assert (limited.retries, limited.worker, limited.queue) == (0, f"celery@{socket.gethostname()}", "celery")
-    tracked = stage.tasks.sleep_for.apply_async((0,), ignore_result=False)
+    gate = stage.gate()
+    tracked = stage.tasks.hold.apply_async((str(gate),), ignore_result=False, soft_time_limit=60)
     assert stage.wait_for_state(tracked, "STARTED")["worker"] == f"celery@{socket.gethostname()}"
+    gate.touch()
 
 
 def test_the_worker_stops_in_order(stage: CeleryStage) -> None:

@@ -26,7 +26,7 @@ def by_count(requests: Sequence[SimpleRequest]) -> None:
     answer(requests)
 
 
-@app.task(name="by_time", base=Batches, flush_every=100, flush_interval=1)
+@app.task(name="by_time", base=Batches, flush_every=100, flush_interval=2)
 def by_time(requests: Sequence[SimpleRequest]) -> None:
     answer(requests)
 
@@ -38,7 +38,7 @@ def plain() -> str:
 
 def main() -> None:
     """Send a full batch, a part of one, one for later, and a task of the usual kind beside them."""
-    later = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=1.5)
+    later = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=4.5)
     calls = [by_count.delay(n) for n in range(3)]
     calls += [by_time.delay(3), by_time.delay(4), by_time.apply_async((5,), eta=later), plain.delay()]
     print(json.dumps([call.get(timeout=20) for call in calls]))
