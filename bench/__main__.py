@@ -53,10 +53,6 @@ def installed(python: str, distributions: set[str]) -> set[str]:
     }
 
 
-#: Beyond this RabbitMQ stops producers: replies that nobody reads, as in a drain with results, take more than 512 MB.
-MEMORY = "4GB"
-
-
 @contextlib.contextmanager
 def private_rabbitmq(needed: bool, folder: Path) -> Iterator[RabbitMQ | None]:
     """Run a RabbitMQ of our own while the body runs; none when no metric needs it."""
@@ -64,7 +60,7 @@ def private_rabbitmq(needed: bool, folder: Path) -> Iterator[RabbitMQ | None]:
         yield None
         return
     try:
-        server = RabbitMQ(folder, {"vm_memory_high_watermark.absolute": MEMORY})
+        server = RabbitMQ(folder)
     except ServerMissing as error:
         raise SystemExit(str(error)) from None
     say("starting a private RabbitMQ")

@@ -26,6 +26,8 @@ import psutil
 RABBITMQ_SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 START_TIMEOUT_S = 90.0  # measured 5 s on an idle machine, 13 s on a loaded one
 STOP_TIMEOUT_S = 30.0
+#: Beyond this RabbitMQ takes nothing more from producers; replies that nobody reads can take more than 512 MB.
+RABBITMQ_MEMORY = "4GB"
 
 
 class ServerMissing(Exception):
@@ -171,7 +173,7 @@ class RabbitMQ:
 
     def unblock_publishers(self) -> None:
         """Clear the memory alarm."""
-        self.evaluate('vm_memory_monitor:set_vm_memory_high_watermark({absolute, "512MB"})')
+        self.evaluate(f'vm_memory_monitor:set_vm_memory_high_watermark({{absolute, "{RABBITMQ_MEMORY}"}})')
 
     def pids(self) -> list[int]:
         """Return the pids of the Erlang machine and its helpers, for measuring."""
@@ -193,7 +195,7 @@ class RabbitMQ:
             "distribution.listener.interface": "127.0.0.1",
             "log.console": "true",
             "log.file": "false",
-            "vm_memory_high_watermark.absolute": "512MB",
+            "vm_memory_high_watermark.absolute": RABBITMQ_MEMORY,
             "disk_free_limit.absolute": "50MB",
             **self.settings,
         }

@@ -15,9 +15,9 @@ import ssl
 import struct
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, cast
 
 import hiredis
 
@@ -114,11 +114,14 @@ class BlockingRedis:
 
     # --- replies that nobody waits for
 
-    def send(self, commands: Sequence[Command]) -> None:
-        """Write commands on the open connection; ``replies`` brings the answers, in order. Raises ConnectionLost."""
-        if not self.is_open:
+    def send(self, packed: bytes) -> None:
+        """Write packed commands on the open connection; ``replies`` brings the answers, in order.
+
+        Raises ConnectionLost.
+        """
+        if self._sock is None:
             raise ConnectionLost(f"there is no connection to Redis at {self._url}")
-        self._send(commands, time.monotonic() + self._timeout_s)
+        self._write(packed, self._timeout_s)
 
     def replies(self, timeout_s: float = 0.0) -> list[Any]:
         """Return the answers that have come to what was sent, waiting at most so long for the first.
@@ -280,7 +283,6 @@ class BlockingRedis:
         """The hot path: one write, and one read, which nearly always brings the whole reply."""
         sock = self._sock
         assert sock is not None
-        pack_one: Any = hiredis.pack_command
         try:
             sock.sendall(pack_one(command))
             if not (data := sock.recv(REPLY_BYTES)):
@@ -323,11 +325,13 @@ class BlockingRedis:
             raise
 
     def _send(self, commands: Sequence[Command], deadline: float) -> None:
+        self._write(pack(commands), deadline - time.monotonic())
+
+    def _write(self, data: bytes, timeout_s: float) -> None:
         assert self._sock is not None
-        data = pack(commands)
         try:
             if isinstance(self._sock, ssl.SSLSocket):
-                self._sock.settimeout(max(deadline - time.monotonic(), 0.001))
+                self._sock.settimeout(max(timeout_s, 0.001))
             self._sock.sendall(data)
         except (OSError, ValueError) as error:
             self._fail(self._lost(error))
@@ -446,10 +450,13 @@ def _is_readable(sock: socket.socket, timeout_s: float) -> bool:
     return bool(poll.poll(min(timeout_s, 1e6) * 1000))
 
 
+#: Return one command as bytes of the protocol. (The library's stub takes tuples of one item only.)
+pack_one: Callable[[Command], bytes] = cast("Any", hiredis.pack_command)
+
+
 def pack(commands: Sequence[Command]) -> bytes:
     """Return commands as bytes of the protocol."""
-    packed: Any = hiredis.pack_command  # its stub takes tuples of one item only
-    return b"".join([packed(command) for command in commands])
+    return b"".join([pack_one(command) for command in commands])
 
 
 def new_reader() -> hiredis.Reader:

@@ -23,7 +23,7 @@ from fastq.errors import SettingsError
 from fastq.request import BROKER_HEADERS, Request
 from fastq.sending.options import CHECKS, RetryOptions, SendOptions, custom_headers, seconds, text_option
 from fastq.sending.routing import NO_ROUTE, Router
-from fastq.wire.message import Message, encode_task, iso8601_to_unix
+from fastq.wire.message import Message, TaskTemplate, iso8601_to_unix
 
 if TYPE_CHECKING:
     from fastq.interfaces import Codec
@@ -73,25 +73,23 @@ class Envelope:
     shadow: str | None = None
     headers: dict[str, Any] | None = None
 
-    #: Arguments of ``encode_task`` that follow from the above; None until the first message.
-    fixed: dict[str, Any] | None = field(default=None, init=False)
+    #: What follows from the above; None until the first message.
+    template: TaskTemplate | None = field(default=None, init=False)
 
     def message(self, task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any], parent: Request | None) -> Message:
         """Return the message of one call, sent by the running call ``parent``. Raises EncodeError."""
-        fixed = self.fixed
-        if fixed is None:
-            fixed = self.fixed = self._fix()
-        if parent is not None:
-            fixed = {**fixed, "root_id": parent.root_id or parent.id, "parent_id": parent.id}
+        template = self.template
+        if template is None:
+            template = self.template = self._template()
         if self.lifetime_s is not None:
-            fixed = {**fixed, "expires": time.time() + self.lifetime_s}
-        return encode_task(
-            self.name,
+            template = self._template(expires=time.time() + self.lifetime_s)
+        return template.message(
             task_id,
             self._body((args, kwargs, EMBED)),
-            argsrepr=short_repr(args),
-            kwargsrepr=short_repr(kwargs) if kwargs else "{}",
-            **fixed,
+            short_repr(args),
+            short_repr(kwargs) if kwargs else "{}",
+            None if parent is None else parent.root_id or parent.id,
+            None if parent is None else parent.id,
         )
 
     def next_run(self, request: Request, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Message:
@@ -101,37 +99,38 @@ class Envelope:
         """
         call = request.call
         assert call is not None, "only a call that came in a message has a next run"
-        fixed = self._fix()
         same_call = args is request.args and kwargs is request.kwargs
-        same_form = fixed["content_type"] == request.properties.get("content_type")
-        if same_call and same_form and fixed.get("compression") == request.compression:
+        same_form = self.codec.content_type == request.properties.get("content_type")
+        if same_call and same_form and self._compression() == request.compression:
             body = call.body
         else:
             body = self._body((args, kwargs, {name: getattr(request, name) for name in EMBED}))
-        return encode_task(
-            self.name,
+        template = self._template(retries=request.retries + 1, group=request.group, group_index=request.group_index)
+        return template.message(
             call.id,
             body,
-            argsrepr=(request.argsrepr if same_call else None) or short_repr(args),
-            kwargsrepr=(request.kwargsrepr if same_call else None) or short_repr(kwargs),
-            retries=request.retries + 1,
-            root_id=request.root_id,
-            parent_id=request.parent_id,
-            group=request.group,
-            group_index=request.group_index,
-            **fixed,
+            (request.argsrepr if same_call else None) or short_repr(args),
+            (request.kwargsrepr if same_call else None) or short_repr(kwargs),
+            request.root_id,
+            request.parent_id,
         )
 
     def _body(self, parts: tuple[Any, ...]) -> bytes:
         body = self.codec.encode(parts)
         return body if self.compression is None else compression.compress(body, self.compression)
 
-    def _fix(self) -> dict[str, Any]:
-        fixed = {name: getattr(self, name) for name in _FIXED if getattr(self, name) is not None}
-        fixed |= {"content_type": self.codec.content_type, "content_encoding": self.codec.content_encoding}
-        if self.compression is not None:
-            fixed["compression"] = compression.content_type(self.compression)
-        return fixed
+    def _compression(self) -> str | None:
+        return None if self.compression is None else compression.content_type(self.compression)
+
+    def _template(self, **more: Any) -> TaskTemplate:
+        fields = {name: getattr(self, name) for name in _FIXED if getattr(self, name) is not None}
+        return TaskTemplate(
+            self.name,
+            content_type=self.codec.content_type,
+            content_encoding=self.codec.content_encoding,
+            compression=self._compression(),
+            **fields | more,
+        )
 
 
 _FIXED = (

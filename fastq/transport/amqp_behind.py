@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from fastq.amqp.connection import BlockingConnection
@@ -156,7 +157,8 @@ class BehindPublisher(AmqpPublisher):
         if method_id in (BASIC_ACK, BASIC_NACK):
             _, fields = decode_method(method_id, arguments)
             tag = fields["delivery_tag"]
-            done = [each for each in self._unconfirmed if each <= tag] if fields["multiple"] else [tag]
+            # In the order of their tags: the first that is greater ends the search.
+            done = list(takewhile(tag.__ge__, self._unconfirmed)) if fields["multiple"] else [tag]
             for each in done:
                 message = self._unconfirmed.pop(each, None)
                 if message is not None and method_id == BASIC_NACK:

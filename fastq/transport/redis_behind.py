@@ -16,18 +16,17 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from fastq.errors import ConnectionLost, FastqError, RedisError
 from fastq.redis import login
-from fastq.redis.blocking import BlockingRedis
+from fastq.redis.blocking import BlockingRedis, pack_one
 from fastq.transport.limits import check_sizes
 from fastq.transport.redis_blocking import RedisPublisher
 from fastq.transport.redis_commands import push_command
 from fastq.transport.watcher import LOOK_EVERY_S, Watcher
 
 if TYPE_CHECKING:
-    from fastq.redis.login import Command
     from fastq.settings import Settings
     from fastq.wire.message import Message
 
@@ -46,15 +45,15 @@ class Backlog:
     def __init__(self, redis: BlockingRedis, timeout_s: float) -> None:
         self._redis = redis
         self._timeout_s = timeout_s
-        self._unanswered: deque[tuple[str, Command]] = deque()  # (task id, command), in the order of sending
+        self._unanswered: deque[tuple[str, bytes]] = deque()  # (task id, packed command), in the order of sending
         self._uncollected = 0
         self._heard_at = 0.0
         self._lock = threading.Lock()
         self._watcher = Watcher(self._look, "fastq-replies")
         _BACKLOGS.add(self)
 
-    def put(self, entries: Sequence[tuple[str, Command]]) -> None:
-        """Write commands, named by the tasks that they are of. Raises ConnectionLost when there is no server."""
+    def put(self, entries: Sequence[tuple[str, bytes]]) -> None:
+        """Write packed commands, each with the id of its task. Raises ConnectionLost when there is no server."""
         with self._lock:
             self._uncollected += len(entries)
             if self._uncollected >= COLLECT_EVERY:
@@ -104,12 +103,12 @@ class Backlog:
 
     # --- with the lock held
 
-    def _write(self, entries: Sequence[tuple[str, Command]]) -> None:
+    def _write(self, entries: Sequence[tuple[str, bytes]]) -> None:
         if not self._redis.is_open:
             self._send_again()
             return
         try:
-            self._redis.send([command for _, command in entries])
+            self._redis.send(entries[0][1] if len(entries) == 1 else b"".join([command for _, command in entries]))
         except ConnectionLost as error:
             logger.warning("%s; what is not answered is sent again", error)
             self._send_again()
@@ -119,7 +118,7 @@ class Backlog:
         self._redis.open()
         waiting = [command for _, command in self._unanswered]
         for start in range(0, len(waiting), WINDOW):
-            self._redis.send(waiting[start : start + WINDOW])
+            self._redis.send(b"".join(waiting[start : start + WINDOW]))
         self._heard_at = time.monotonic()
 
     def _collect(self, wait_s: float = 0.0) -> None:
@@ -129,18 +128,18 @@ class Backlog:
             return
         try:
             for reply in self._redis.replies(wait_s):
-                self._take(reply)
+                if isinstance(reply, RedisError):
+                    self._take_error(reply)
+                self._unanswered.popleft()
+                self._heard_at = time.monotonic()
         except FastqError as error:
             logger.warning("%s; what is not answered is sent again", error)
 
-    def _take(self, reply: Any) -> None:
-        if login.is_away(reply):
+    def _take_error(self, error: RedisError) -> None:
+        if login.is_away(error):
             self._redis.close()
-            raise login.went_away(self._redis.url, reply)
-        task_id, _ = self._unanswered.popleft()
-        self._heard_at = time.monotonic()
-        if isinstance(reply, RedisError):
-            logger.error("Redis at %s refused task %s: %s", self._redis.url, task_id, reply)
+            raise login.went_away(self._redis.url, error)
+        logger.error("Redis at %s refused task %s: %s", self._redis.url, self._unanswered[0][0], error)
 
     def _settle(self, left: int, timeout_s: float) -> None:
         """Wait until at most ``left`` commands are unanswered, through reconnects, or the time is over."""
@@ -183,12 +182,15 @@ class RedisBehindPublisher(RedisPublisher):
     def publish(self, messages: Sequence[Message]) -> None:
         """Return when the messages are on their way; errors of the connection are raised, later ones are logged."""
         check_sizes(messages, self._max_message_bytes)
-        if any(message.exchange for message in messages):
-            # Where exchanges lead to is asked for; and what was sent before must not come behind.
-            self.flush()
-            super().publish(messages)
-            return
-        self._backlog.put([(message.id, push_command(self._layout, message)) for message in messages])
+        entries = []
+        for message in messages:
+            if message.exchange:
+                # Where exchanges lead to is asked for; and what was sent before must not come behind.
+                self.flush()
+                super().publish(messages)
+                return
+            entries.append((message.id, pack_one(push_command(self._layout, message))))
+        self._backlog.put(entries)
 
     def flush(self, timeout_s: float | None = None) -> int:
         """Wait until everything is answered and return how many messages are not, 0 when all is well."""

@@ -46,6 +46,41 @@ class Call:
     def properties(self) -> dict[str, Any]: ...
     def headers(self) -> dict[str, Any]: ...
 
+class TaskTemplate:
+    def __init__(
+        self,
+        name: str,
+        *,
+        exchange: str = "",
+        routing_key: str = "celery",
+        content_type: str = "application/json",
+        content_encoding: str = "utf-8",
+        eta: float | None = None,
+        expires: float | None = None,
+        retries: int = 0,
+        time_limit: float | None = None,
+        soft_time_limit: float | None = None,
+        group: str | None = None,
+        group_index: int | None = None,
+        shadow: str | None = None,
+        ignore_result: bool = False,
+        reply_to: str | None = None,
+        priority: int | None = None,
+        delivery_mode: int = 2,
+        compression: str | None = None,
+        origin: str = "",
+        headers: Mapping[str, Any] | None = None,
+    ) -> None: ...
+    def message(
+        self,
+        task_id: str,
+        body: bytes,
+        argsrepr: str = "()",
+        kwargsrepr: str = "{}",
+        root_id: str | None = None,
+        parent_id: str | None = None,
+    ) -> Message: ...
+
 def encode_task(
     name: str,
     task_id: str,

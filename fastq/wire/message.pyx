@@ -526,108 +526,140 @@ cdef int put_table(Writer out, dict table, int depth) except -1:
     return 0
 
 
-cdef int put_limit(Writer out, object seconds) except -1:
-    if seconds is None:
-        return out.put_u8(c'V')
-    return put_value(out, seconds, 0)
-
-
 cdef Writer scratch = Writer()
 
 
-def encode_task(
-    str name, str task_id, bytes body, *, str exchange="", str routing_key="celery", str content_type="application/json",
-    str content_encoding="utf-8", str argsrepr="()", str kwargsrepr="{}", eta: float | None = None,
-    expires: float | None = None, int retries=0, time_limit: float | None = None, soft_time_limit: float | None = None,
-    str root_id=None, str parent_id=None, str group=None, group_index: int | None = None, str shadow=None,
-    bint ignore_result=False, str reply_to=None, priority: int | None = None, int delivery_mode=2, str compression=None,
-    str origin="", dict headers=None,
-) -> Message:
-    """Return a task message (protocol 2) with Celery's headers in Celery's order. ``eta`` and ``expires`` are unix seconds.
-    Raises EncodeError for a value that AMQP properties cannot hold."""
-    # User code can only run while headers are written (str() of a key): then the shared buffer must not be in use.
-    cdef Writer out = scratch if headers is None else Writer()
-    cdef uint16_t flags = (HAS_CONTENT_TYPE | HAS_CONTENT_ENCODING | HAS_HEADERS | HAS_DELIVERY_MODE | HAS_PRIORITY
-                           | HAS_CORRELATION_ID)
-    cdef Py_ssize_t table, start
-    cdef double left
-    if priority is not None and not 0 <= priority <= 255:
-        raise EncodeError(f"priority {priority!r} is not between 0 and 255")
-    out.size = 0
-    out.put_u16(0)
-    put_shortstr(out, content_type)
-    put_shortstr(out, content_encoding)
-    table = out.size
-    out.put_u32(0)
-    put_key(out, b"lang", 4)
-    put_text(out, "py")
-    put_key(out, b"task", 4)
-    put_text(out, name)
-    put_key(out, b"id", 2)
-    put_text(out, task_id)
-    put_key(out, b"shadow", 6)
-    put_text(out, shadow)
-    put_key(out, b"eta", 3)
-    put_text(out, None if eta is None else format_iso8601(eta).decode("ascii"))
-    put_key(out, b"expires", 7)
-    put_text(out, None if expires is None else format_iso8601(expires).decode("ascii"))
-    put_key(out, b"group", 5)
-    put_text(out, group)
-    put_key(out, b"group_index", 11)
-    put_value(out, group_index, 0)
-    put_key(out, b"retries", 7)
-    put_int(out, retries)
-    put_key(out, b"timelimit", 9)
-    out.put_u8(c'A')
-    if time_limit is None and soft_time_limit is None:
-        out.put_u32(2)
-        out.put_u16((c'V' << 8) | c'V')
-    else:
+cdef class TaskTemplate:
+    """The messages of one task (protocol 2, Celery's headers in Celery's order), encoded but for what differs by call.
+
+    ``eta`` and ``expires`` are unix seconds. Raises EncodeError for a value that AMQP properties cannot hold.
+    """
+
+    cdef str exchange
+    cdef str routing_key
+    cdef str reply_to
+    cdef int priority
+    cdef object eta
+    cdef object expires
+    cdef bytes until_id         # from the flags to the value of the header "id"
+    cdef bytes until_root_id
+    cdef bytes since_origin     # to the end of the headers
+    cdef bytes octets           # delivery mode and priority
+    cdef Py_ssize_t table       # where the headers begin
+
+    def __init__(
+        self, str name, *, str exchange="", str routing_key="celery", str content_type="application/json",
+        str content_encoding="utf-8", eta: float | None = None, expires: float | None = None, int retries=0,
+        time_limit: float | None = None, soft_time_limit: float | None = None, str group=None,
+        group_index: int | None = None, str shadow=None, bint ignore_result=False, str reply_to=None,
+        priority: int | None = None, int delivery_mode=2, str compression=None, str origin="", dict headers=None,
+    ):
+        cdef Writer out = Writer()
+        cdef uint16_t flags = (HAS_CONTENT_TYPE | HAS_CONTENT_ENCODING | HAS_HEADERS | HAS_DELIVERY_MODE | HAS_PRIORITY
+                               | HAS_CORRELATION_ID)
+        cdef Py_ssize_t start
+        if priority is not None and not 0 <= priority <= 255:
+            raise EncodeError(f"priority {priority!r} is not between 0 and 255")
+        if reply_to is not None:
+            flags |= HAS_REPLY_TO
+        if expires is not None:
+            flags |= HAS_EXPIRATION
+        self.exchange, self.routing_key, self.reply_to = exchange, routing_key, reply_to
+        self.priority = 0 if priority is None else priority
+        self.eta, self.expires = eta, expires
+
+        out.put_u16(flags)
+        put_shortstr(out, content_type)
+        put_shortstr(out, content_encoding)
+        self.table = out.size
+        out.put_u32(0)
+        put_key(out, b"lang", 4)
+        put_text(out, "py")
+        put_key(out, b"task", 4)
+        put_text(out, name)
+        put_key(out, b"id", 2)
+        self.until_id = out.take()
+
+        put_key(out, b"shadow", 6)
+        put_text(out, shadow)
+        put_key(out, b"eta", 3)
+        put_text(out, None if eta is None else format_iso8601(eta).decode("ascii"))
+        put_key(out, b"expires", 7)
+        put_text(out, None if expires is None else format_iso8601(expires).decode("ascii"))
+        put_key(out, b"group", 5)
+        put_text(out, group)
+        put_key(out, b"group_index", 11)
+        put_value(out, group_index, 0)
+        put_key(out, b"retries", 7)
+        put_int(out, retries)
+        put_key(out, b"timelimit", 9)
+        out.put_u8(c'A')
         start = out.size
         out.put_u32(0)
-        put_limit(out, time_limit)
-        put_limit(out, soft_time_limit)
+        put_value(out, time_limit, 0)
+        put_value(out, soft_time_limit, 0)
         store_u32(out.data + start, <uint32_t> (out.size - start - 4))
-    put_key(out, b"root_id", 7)
-    put_text(out, task_id if root_id is None else root_id)
-    put_key(out, b"parent_id", 9)
-    put_text(out, parent_id)
-    put_key(out, b"argsrepr", 8)
-    put_text(out, argsrepr)
-    put_key(out, b"kwargsrepr", 10)
-    put_text(out, kwargsrepr)
-    put_key(out, b"origin", 6)
-    put_text(out, origin)
-    put_key(out, b"ignore_result", 13)
-    out.put_u8(c't')
-    out.put_u8(1 if ignore_result else 0)
-    put_key(out, b"replaced_task_nesting", 21)
-    put_int(out, 0)
-    put_key(out, b"stamped_headers", 15)
-    out.put_u8(c'V')
-    put_key(out, b"stamps", 6)
-    out.put_u8(c'F')
-    out.put_u32(0)
-    if compression is not None:
-        put_key(out, b"compression", 11)
-        put_text(out, compression)
-    if headers is not None:
-        for key, value in headers.items():
-            put_shortstr(out, key if type(key) is str else str(key))
-            put_value(out, value, 1)
-    store_u32(out.data + table, <uint32_t> (out.size - table - 4))
-    out.put_u8(<uint8_t> delivery_mode)
-    out.put_u8(<uint8_t> (0 if priority is None else priority))
-    put_shortstr(out, task_id)
-    if reply_to is not None:
-        flags |= HAS_REPLY_TO
-        put_shortstr(out, reply_to)
-    if expires is not None:
-        flags |= HAS_EXPIRATION
-        left = (expires - read_clock()) * 1000
-        put_shortstr(out, str(int(left) if left > 0 else 0))
-    store_u16(out.data, flags)
-    return Message(exchange, routing_key, out.take(), body, task_id, 0 if priority is None else priority, eta, expires)
+        put_key(out, b"root_id", 7)
+        self.until_root_id = out.take()
+
+        put_key(out, b"origin", 6)
+        put_text(out, origin)
+        put_key(out, b"ignore_result", 13)
+        put_value(out, ignore_result, 0)
+        put_key(out, b"replaced_task_nesting", 21)
+        put_int(out, 0)
+        put_key(out, b"stamped_headers", 15)
+        put_text(out, None)
+        put_key(out, b"stamps", 6)
+        put_value(out, {}, 0)
+        if compression is not None:
+            put_key(out, b"compression", 11)
+            put_text(out, compression)
+        if headers is not None:
+            for key, value in headers.items():
+                put_shortstr(out, key if type(key) is str else str(key))
+                put_value(out, value, 1)
+        self.since_origin = out.take()
+
+        out.put_u8(<uint8_t> delivery_mode)
+        out.put_u8(<uint8_t> self.priority)
+        self.octets = out.take()
+
+    def message(self, str task_id not None, bytes body not None, str argsrepr="()", str kwargsrepr="{}", str root_id=None,
+                str parent_id=None) -> Message:
+        """Return the message of one call. Without a ``root_id`` it is the first of its family. Raises EncodeError."""
+        cdef Writer out = scratch   # nobody else's code runs before its bytes are taken
+        cdef double left
+        out.size = 0
+        put_bytes(out, self.until_id)
+        put_text(out, task_id)
+        put_bytes(out, self.until_root_id)
+        put_text(out, task_id if root_id is None else root_id)
+        put_key(out, b"parent_id", 9)
+        put_text(out, parent_id)
+        put_key(out, b"argsrepr", 8)
+        put_text(out, argsrepr)
+        put_key(out, b"kwargsrepr", 10)
+        put_text(out, kwargsrepr)
+        put_bytes(out, self.since_origin)
+        store_u32(out.data + self.table, <uint32_t> (out.size - self.table - 4))
+        put_bytes(out, self.octets)
+        put_shortstr(out, task_id)
+        if self.reply_to is not None:
+            put_shortstr(out, self.reply_to)
+        if self.expires is not None:
+            left = (<double> self.expires - read_clock()) * 1000
+            put_shortstr(out, str(int(left) if left > 0 else 0))
+        return Message(self.exchange, self.routing_key, out.take(), body, task_id, self.priority, self.eta, self.expires)
+
+
+cdef int put_bytes(Writer out, bytes data) except -1:
+    return out.put(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+
+
+def encode_task(name, task_id, body, *, argsrepr="()", kwargsrepr="{}", root_id=None, parent_id=None, **fixed) -> Message:
+    """Return a task message: that of a TaskTemplate with the ``fixed`` fields, which are not kept. Raises EncodeError."""
+    return TaskTemplate(name, **fixed).message(task_id, body, argsrepr, kwargsrepr, root_id, parent_id)
 
 
 cdef bytes encode_result_properties(const char *task_id, Py_ssize_t size):

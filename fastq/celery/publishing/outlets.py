@@ -18,7 +18,7 @@ from kombu.transport.base import to_rabbitmq_queue_arguments
 
 from fastq.amqp.connection import ADMIN_CHANNEL, BlockingConnection
 from fastq.errors import ConnectionLost, SettingsError
-from fastq.redis.blocking import BlockingRedis
+from fastq.redis.blocking import BlockingRedis, pack_one
 from fastq.redis.url import parse_redis_url
 from fastq.settings import Settings
 from fastq.transport.amqp_blocking import AmqpPublisher
@@ -208,7 +208,7 @@ class RedisOutlet:
         envelope = encode_envelope(message.exchange, message.routing_key, message.props, message.body, new_uuid4())
         key = self._layout.list_of(message.routing_key, message.priority)
         if self._backlog is not None:
-            self._backlog.put([(message.id, ("LPUSH", key, envelope))])
+            self._backlog.put([(message.id, pack_one(("LPUSH", key, envelope)))])
             return
         with self._lock:
             self._redis.call("LPUSH", key, envelope)
