@@ -18,6 +18,7 @@ from fastq.wire.pipe cimport (
     OUTCOME_RETURNED, OUTCOME_UNKNOWN, RECORD_OUTCOME, RECORD_PUBLISH, RECORD_READY, RECORD_STATE,
     OutcomeRecord, PublishRecord, StateRecord, load32, load64s, monotonic_ns, store32)
 
+import os
 from heapq import heappop, heappush
 
 from fastq.errors import EncodeError, LocalProtocolError
@@ -34,6 +35,9 @@ cdef enum:
 cdef double ADVANCE_NS = 2e6
 # Calls go to a child that is awake for as long as they take this together: waking another costs more (measured 50 to 100 µs).
 cdef double PACK_NS = 0.2e6
+# And this much when as many children are awake as there are cores: one more would end nothing sooner.
+cdef double CROWD_NS = 1e6
+cdef int CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 cdef double STUCK_NS = 10e6     # after this a running call is long: what waits behind it is taken back
 cdef double TICK_S = 0.005      # acks and held outcomes wait at most this long
 cdef double LIMIT_TICK_S = 0.05     # precision of hard time limits
@@ -419,11 +423,13 @@ cdef class Core(Keeper):
     # --- dispatch
 
     cdef Child pick(self, TaskOptions task):
-        """The child to give the next call to: one that is awake with little to do, an idle one, or the least loaded one that
-        may be given calls in advance."""
-        cdef Child child, best = None, idle = None
+        """The child to give the next call to: one that is awake with little to do, an idle one unless the cores are taken by
+        others with short calls, or the least loaded one that may be given calls in advance."""
+        cdef Child child, best = None, idle = None, awake = None
         cdef uint32_t load
-        cdef int64_t now = monotonic_ns()
+        cdef double expected_ns
+        cdef int awake_count = 0
+        cdef int64_t now = monotonic_ns(), begun, since_ns
         for each in self.children:
             child = <Child> each
             if not child.accepting or child.limited:
@@ -433,15 +439,22 @@ cdef class Core(Keeper):
                 if idle is None:
                     idle = child
                 continue
-            if (task.run_ns >= 0 and child.expected_ns + task.run_ns <= PACK_NS and load < MAX_ADVANCE
-                    and (now - child.woken_ns < PACK_NS or now - load64s(&child.reader.shared.started_ns) < PACK_NS)):
-                return child
-            if task.run_ns < 0 or child.expected_ns + task.run_ns > ADVANCE_NS or load >= MAX_ADVANCE:
+            expected_ns = child.expected_ns + task.run_ns
+            if (task.run_ns < 0 or expected_ns > ADVANCE_NS or load >= MAX_ADVANCE
+                    or child.out.size > MAX_ADVANCE_BYTES):
                 continue
-            if child.out.size > MAX_ADVANCE_BYTES:
-                continue
+            begun = load64s(&child.reader.shared.started_ns)
+            since_ns = now - (child.woken_ns if child.woken_ns > begun else begun)
+            if expected_ns <= CROWD_NS and since_ns < CROWD_NS:
+                if expected_ns <= PACK_NS and since_ns < PACK_NS:
+                    return child
+                awake_count += 1
+                if awake is None or child.expected_ns < awake.expected_ns:
+                    awake = child
             if best is None or load < best.outstanding():
                 best = child
+        if awake_count >= CORES:
+            return awake
         return best if idle is None else idle
 
     cdef int dispatch(self) except -1:
