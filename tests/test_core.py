@@ -106,12 +106,12 @@ def test_short_calls_wake_no_more_children_than_there_are_cores() -> None:
     woken: list[int] = []
 
     async def body(t: Running) -> None:
-        for burst in range(40):
+        for _burst in range(40):
             t.broker.saved.clear()
             # All at once, about a millisecond of work; the first bursts teach the loop how short the calls are.
             for _ in range(150):
                 t.broker.put("pid")
-            await t.broker.until(lambda: len(t.broker.saved) == 150)  # noqa: B023
+            await t.broker.until(lambda: len(t.broker.saved) == 150)
             woken.append(len({meta for _, _, meta, _ in t.broker.saved}))
 
     run_loop(body, concurrency=cores + 6, window=150)
