@@ -28,8 +28,10 @@ async function outcomeOf(result, timeoutMs) {
 
 async function main([brokerUrl, resultBackend, calls]) {
   const client = createClient({ brokerUrl, resultBackend });
-  // It declares its reply queue beside sending; a quick worker answers before the queue is there, and RabbitMQ drops that.
+  // It declares its reply queue, or subscribes to results in Redis, beside sending: what a quick worker answers before
+  // that is lost to it.
   await client.backend.consumerTag;
+  await client.backend.subscriber;
   const results = JSON.parse(calls).map((call) => ({
     result: client.createTask(call.task).applyAsync(optionsOf(call)),
     timeoutMs: call.timeout_ms || DEFAULT_TIMEOUT_MS,
