@@ -445,7 +445,7 @@ cdef class Core(Keeper):
                 continue
             begun = load64s(&child.reader.shared.started_ns)
             since_ns = now - (child.woken_ns if child.woken_ns > begun else begun)
-            if expected_ns <= CROWD_NS and since_ns < CROWD_NS:
+            if task.run_ns <= PACK_NS and expected_ns <= CROWD_NS and since_ns < CROWD_NS:
                 if expected_ns <= PACK_NS and since_ns < PACK_NS:
                     return child
                 awake_count += 1

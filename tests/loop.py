@@ -32,12 +32,19 @@ def stuck_in_c(seconds: float) -> None:
     ctypes.PyDLL(None).usleep(int(seconds * 1e6))
 
 
+def nap() -> int:
+    """Take about as long on any machine, and short: tens of microseconds. Returns who it was."""
+    time.sleep(20e-6)
+    return os.getpid()
+
+
 TASKS: dict[str, Callable[..., Any]] = {
     "noop": lambda *args: None,
     "sleep": time.sleep,
     "die": lambda code=3: os._exit(code),
     "stuck": stuck_in_c,
     "pid": os.getpid,
+    "nap": nap,
 }
 
 
