@@ -33,7 +33,7 @@ def connect_socket(url: AmqpUrl, deadline: float) -> socket.socket:
 
 
 def tune_socket(sock: socket.socket) -> None:
-    """Send small frames at once, and notice a peer that is gone within about 20 s."""
+    """Send small writes at once, and notice a peer that is gone within about 20 s."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     # Linux names; elsewhere the system's own, longer spans hold.

@@ -14,6 +14,7 @@ from cpython.unicode cimport PyUnicode_AsUTF8AndSize
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from fastq.wire.buffer cimport Writer, store_u16, store_u32
+from fastq.wire.message cimport put_shortstr
 from fastq.wire.properties cimport (
     HAS_CONTENT_ENCODING, HAS_CONTENT_TYPE, HAS_CORRELATION_ID, HAS_DELIVERY_MODE, HAS_EXPIRATION, HAS_HEADERS,
     HAS_PRIORITY, HAS_REPLY_TO)
@@ -26,31 +27,12 @@ cdef extern from "Python.h":
     PyObject *PyDict_GetItemWithError(object mapping, object key) except? NULL
     long long PyLong_AsLongLongAndOverflow(object value, int *overflow) except? -1
 
-cdef extern from *:
-    """
-    static void fastq_put_double(unsigned char *p, double value) {
-        unsigned long long raw;
-        __builtin_memcpy(&raw, &value, 8);
-        for (int i = 7; i >= 0; i--) { p[i] = raw & 0xFF; raw >>= 8; }
-    }
-    """
-    void store_double "fastq_put_double"(uint8_t *p, double value) nogil
-
 cdef enum:
     MAX_DEPTH = 32  # as in wire.message: no header goes deeper
     MAX_LEVELS = 8  # of short_repr; Celery's task_repr_maxlevels is 3
 
 
 # --- properties -------------------------------------------------------------------------------------------------------
-
-cdef int put_short(Writer out, str text) except -1:
-    cdef Py_ssize_t size
-    cdef const char *data = PyUnicode_AsUTF8AndSize(text, &size)
-    if size > 255:
-        raise EncodeError(f"text too long for an AMQP short string ({size} bytes, at most 255): {text[:60]!r}…")
-    out.put_u8(<uint8_t> size)
-    return out.put(data, size)
-
 
 cdef int put_long(Writer out, const char *data, Py_ssize_t size) except -1:
     out.put_u8(c'S')
@@ -87,8 +69,7 @@ cdef int put_value(Writer out, object value, int depth) except -1:
         return out.put_u8(1 if value else 0)
     if isinstance(value, float):
         out.put_u8(c'd')
-        store_double(out.reserve(8), value)
-        return 0
+        return out.put_double(value)
     if isinstance(value, int):
         return put_integer(out, value)
     if depth == MAX_DEPTH:
@@ -113,7 +94,7 @@ cdef int put_table(Writer out, dict table, int depth) except -1:
     for key, value in table.items():
         if type(key) is not str:
             raise EncodeError(f"message header with a key of type {type(key).__name__}: {key!r:.80}")
-        put_short(out, key)
+        put_shortstr(out, key)
         put_value(out, value, depth)
     store_u32(out.data + start, <uint32_t> (out.size - start - 4))
     return 0
@@ -140,8 +121,8 @@ def task_properties(
     cdef uint16_t flags = HAS_CONTENT_TYPE | HAS_CONTENT_ENCODING | HAS_HEADERS | HAS_CORRELATION_ID | HAS_REPLY_TO
     try:
         out.put_u16(0)
-        put_short(out, content_type)
-        put_short(out, content_encoding)
+        put_shortstr(out, content_type)
+        put_shortstr(out, content_encoding)
         put_table(out, headers, 1)
         if delivery_mode is not None:
             flags |= HAS_DELIVERY_MODE
@@ -149,11 +130,11 @@ def task_properties(
         if priority is not None:
             flags |= HAS_PRIORITY
             put_octet(out, priority)
-        put_short(out, correlation_id)
-        put_short(out, reply_to)
+        put_shortstr(out, correlation_id)
+        put_shortstr(out, reply_to)
         if expiration is not None:
             flags |= HAS_EXPIRATION
-            put_short(out, expiration)
+            put_shortstr(out, expiration)
     except UnicodeEncodeError as error:
         raise EncodeError(f"a message property or header is not text in UTF-8: {error}") from None
     store_u16(out.data, flags)
@@ -195,7 +176,7 @@ cdef class PropertiesTemplate:
         self.expiration = expiration
         self.pieces, self.variables = [], []
         for key, value in headers.items():
-            put_short(out, key)
+            put_shortstr(out, key)
             if key in VARIABLES:
                 self.variables.append(VARIABLES[key])
                 self.pieces.append(out.take())
@@ -210,26 +191,22 @@ cdef class PropertiesTemplate:
         cdef Py_ssize_t i, table
         try:
             out.size = 0
-            put_bytes(out, self.head)
+            out.put_bytes(self.head)
             table = out.size
             out.put_u32(0)
             for i in range(len(self.variables)):
-                put_bytes(out, <bytes> self.pieces[i])
+                out.put_bytes(<bytes> self.pieces[i])
                 put_variable(out, self.variables[i], task_id, argsrepr, kwargsrepr, origin)
-            put_bytes(out, <bytes> self.pieces[len(self.variables)])
+            out.put_bytes(<bytes> self.pieces[len(self.variables)])
             store_u32(out.data + table, <uint32_t> (out.size - table - 4))
-            put_bytes(out, self.octets)
-            put_short(out, task_id)
-            put_short(out, reply_to)
+            out.put_bytes(self.octets)
+            put_shortstr(out, task_id)
+            put_shortstr(out, reply_to)
             if self.expiration is not None:
-                put_short(out, self.expiration)
+                put_shortstr(out, self.expiration)
         except UnicodeEncodeError as error:
             raise EncodeError(f"a message property or header is not text in UTF-8: {error}") from None
         return out.take()
-
-
-cdef int put_bytes(Writer out, bytes data) except -1:
-    return out.put(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
 
 
 cdef int put_variable(Writer out, int variable, str task_id, str argsrepr, str kwargsrepr, str origin) except -1:

@@ -13,9 +13,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeAlias, cast
 
+from fastq.amqp.tcp import tune_socket
 from fastq.errors import ConnectionLost, LocalProtocolError, RedisError, RemoteProtocolError
 from fastq.redis import login
-from fastq.redis.blocking import MORE, new_reader, pack, tune_socket
+from fastq.redis.blocking import MORE, new_reader, pack
 from fastq.redis.login import Command
 from fastq.redis.url import RedisUrl, tls_context
 

@@ -21,6 +21,7 @@ from typing import Any, Final, NoReturn, cast
 
 import hiredis
 
+from fastq.amqp.tcp import tune_socket
 from fastq.errors import ConnectionLost, FastqError, LocalProtocolError, RedisError, RemoteProtocolError
 from fastq.redis import login
 from fastq.redis.login import Command
@@ -432,16 +433,6 @@ def _connect_plain(url: RedisUrl, timeout_s: float) -> socket.socket:
     except OSError as error:
         raise login.unreachable(url, error) from None
     return sock
-
-
-def tune_socket(sock: socket.socket) -> None:
-    """Send small writes at once, and notice a peer that is gone within about 20 s."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # Linux names; elsewhere the system's own, longer spans hold.
-    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 20000)):
-        if hasattr(socket, option):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def _is_readable(sock: socket.socket, timeout_s: float) -> bool:

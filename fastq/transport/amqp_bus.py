@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING, Any, Final
 from fastq.amqp.connection import BlockingConnection, Event, connect_any
 from fastq.amqp.tcp import none_reachable
 from fastq.amqp.url import Endpoints
-from fastq.errors import ConnectionLost, RemoteProtocolError, SettingsError
+from fastq.errors import ConnectionLost, SettingsError
 from fastq.link import AmqpLink
 from fastq.transport.amqp import ADMIN_CHANNEL, CHANNEL, AmqpConnection
 from fastq.transport.bus import LosableBus
-from fastq.transport.pidbox import CONTENT_TYPE, MAX_REQUEST_BYTES, Mailbox, Request
+from fastq.transport.pidbox import MAX_REQUEST_BYTES, Mailbox, Request, decode_headers, encode_headers
 from fastq.wire.amqp import METHODS
 from fastq.wire.frames import publish_frames
 from fastq.wire.ids import new_id
-from fastq.wire.message import Message, encode_properties
-from fastq.wire.properties import decode_properties
+from fastq.wire.message import Message
 
 if TYPE_CHECKING:
     from fastq.settings import Settings
@@ -107,7 +106,7 @@ class AmqpBus(LosableBus):
             listener = self._listeners.get(channel)
             if listener is not None:
                 _, props, body = arguments
-                listener(readable_headers(props), body)
+                listener(decode_headers(props), body)
 
         connection.link.on_method = on_method
 
@@ -135,7 +134,7 @@ class AmqpBus(LosableBus):
         if connection.blocked is not None or connection.link.transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
             # What is written now would only fill our memory.
             raise ConnectionLost(f"RabbitMQ at {connection.url} takes no messages now")
-        message = Message(exchange, routing_key, encode_properties(properties(headers, kind, encoding)), body)
+        message = Message(exchange, routing_key, encode_headers(headers, kind, encoding), body)
         connection.link.write(publish_frames(CHANNEL, message, connection.link.frame_max))
 
     # --- asking
@@ -222,7 +221,7 @@ class BlockingAmqpBus:
     def _replies_in(self, event: Event, ticket: str) -> list[Reply]:
         if event.method_id != _DELIVER:
             return []
-        return self._mailbox.decode_replies(readable_headers(event.props), event.body, ticket)
+        return self._mailbox.decode_replies(decode_headers(event.props), event.body, ticket)
 
     def tell(
         self,
@@ -241,7 +240,7 @@ class BlockingAmqpBus:
     def _send(self, request: Request, expires: float) -> None:
         connection, codec = self._connect(), self._mailbox.codec
         headers = {"clock": 0, "expires": expires}
-        props = encode_properties(properties(headers, codec.content_type, codec.content_encoding))
+        props = encode_headers(headers, codec.content_type, codec.content_encoding)
         message = Message(self._mailbox.requests, "", props, self._mailbox.encode_request(request))
         connection.transmit(publish_frames(self.CHANNEL, message, connection.frame_max))
 
@@ -261,7 +260,7 @@ class BlockingAmqpBus:
                 continue
             connection.check_channel(event)
             if event.method_id == _DELIVER:
-                yield readable_headers(event.props), event.body
+                yield decode_headers(event.props), event.body
 
     def publish_event(self, routing_key: str, headers: Mapping[str, Any], body: bytes) -> None:
         """Publish an event, which is JSON."""
@@ -273,7 +272,7 @@ class BlockingAmqpBus:
             step, fields = event_exchange_step(self._settings)
             connection.rpc(self.CHANNEL, step, **fields)
             self._events_on = connection
-        props = encode_properties(properties(headers, "application/json", "utf-8"))
+        props = encode_headers(headers, "application/json", "utf-8")
         message = Message(self._settings.event_exchange, routing_key, props, body)
         connection.transmit(publish_frames(self.CHANNEL, message, connection.frame_max))
 
@@ -351,26 +350,3 @@ def _queue(name: str, exclusive: bool, durable: bool, expires_s: float | None, t
         "auto_delete": not durable,
         "arguments": arguments,
     }
-
-
-# --- what is written and read
-
-
-def properties(headers: Mapping[str, Any], content_type: str, content_encoding: str) -> dict[str, Any]:
-    """Return the properties of a message that need not survive the broker's end."""
-    return {
-        "content_type": content_type,
-        "content_encoding": content_encoding,
-        "headers": dict(headers),
-        "delivery_mode": 1,
-        "priority": 0,
-    }
-
-
-def readable_headers(props: bytes) -> dict[str, Any]:
-    """Return a message's headers with its content type; {} for properties that cannot be read."""
-    try:
-        found = decode_properties(props)
-    except RemoteProtocolError:
-        return {}
-    return {**(found.get("headers") or {}), CONTENT_TYPE: found.get("content_type")}

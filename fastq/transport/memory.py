@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from fastq.embedded.space import Space, find_space
 from fastq.errors import PublishError, SettingsError
 from fastq.link import BatchSource
+from fastq.transport.fixed import FixedQueues
 from fastq.transport.limits import check_sizes
 
 if TYPE_CHECKING:
     from fastq._core import Core
-    from fastq.amqp.topology import QueueSpec
     from fastq.embedded.results import SaveItem
     from fastq.settings import Settings
     from fastq.wire.message import Message
@@ -138,7 +138,7 @@ class MemorySource(BatchSource):
         self._alarm = None if due is None else self._loop.call_later(max(0.0, due - time.time()), self._claim)
 
 
-class MemoryConsumer:
+class MemoryConsumer(FixedQueues):
     """A worker's side of a space. Without ``consume`` it only stores results and publishes."""
 
     source: MemorySource
@@ -170,25 +170,6 @@ class MemoryConsumer:
     async def set_prefetch(self, prefetch: int) -> None:
         """Change how many unsettled messages may be here."""
         self.source.window = prefetch
-
-    @property
-    def queue_specs(self) -> Sequence[QueueSpec]:
-        """Return nothing: there is no remote control here that could add or cancel one."""
-        return ()
-
-    async def add_queue(self, spec: QueueSpec) -> None:
-        """Refuse: queues are fixed when consuming starts."""
-        raise SettingsError(f"queue {spec.name!r} cannot be added while running; name it with -Q")
-
-    async def cancel_queue(self, name: str) -> None:
-        """Refuse: queues are fixed when consuming starts."""
-        raise SettingsError(f"queue {name!r} cannot be left while running; leave it out with -X")
-
-    async def prepare_answers(self) -> None:
-        """Do nothing: replies are RabbitMQ's."""
-
-    async def answer(self, task_id: str, meta: bytes) -> None:
-        """Do nothing: replies are RabbitMQ's."""
 
     async def cancel(self) -> None:
         """Receive nothing more."""

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from fastq import codecs
-from fastq.errors import DecodeError, EncodeError, FastqError
+from fastq.errors import DecodeError, EncodeError, FastqError, RemoteProtocolError
+from fastq.wire.message import encode_properties
+from fastq.wire.properties import decode_properties
 
 if TYPE_CHECKING:
     from fastq.settings import Settings
@@ -163,3 +165,26 @@ def _matches(pattern: str, hostname: str) -> bool:
         return re.match(pattern, hostname[:255]) is not None
     except re.error:
         return False
+
+
+# --- properties
+
+
+def encode_headers(headers: Mapping[str, Any], content_type: str, content_encoding: str) -> bytes:
+    """Return the properties of a message that need not survive the broker's end."""
+    return encode_properties({
+        "content_type": content_type,
+        "content_encoding": content_encoding,
+        "headers": dict(headers),
+        "delivery_mode": 1,
+        "priority": 0,
+    })  # fmt: skip
+
+
+def decode_headers(props: bytes) -> dict[str, Any]:
+    """Return a message's headers with its content type; {} for properties that cannot be read."""
+    try:
+        found = decode_properties(props)
+    except RemoteProtocolError:
+        return {}
+    return {**(found.get("headers") or {}), CONTENT_TYPE: found.get("content_type")}

@@ -18,6 +18,7 @@ from fastq.errors import ConnectionLost, RedisError, SettingsError
 from fastq.redis.aio import AsyncRedis
 from fastq.redis.url import parse_redis_url
 from fastq.transport import redis_scripts as scripts
+from fastq.transport.fixed import NoAnswers
 from fastq.transport.redis_commands import (
     bind_commands,
     check,
@@ -45,7 +46,7 @@ CLOSE_S: Final = 3.0
 INVALIDATED: Final = "__redis__:invalidate"
 
 
-class RedisConsumer:
+class RedisConsumer(NoAnswers):
     """A worker's side of Redis. One that does not ``consume`` still publishes.
 
     Two connections: one for all commands, one that hears of new messages (the server tells which of the lists that
@@ -142,12 +143,6 @@ class RedisConsumer:
             del self._patterns[pattern]
         self._receive_from_lists()
         await self._redis.call("PING")
-
-    async def prepare_answers(self) -> None:
-        """Do nothing: replies are RabbitMQ's."""
-
-    async def answer(self, task_id: str, meta: bytes) -> None:
-        """Do nothing: replies are RabbitMQ's."""
 
     async def cancel(self) -> None:
         """Stop receiving; nothing new arrives after it returns. Settling goes on."""

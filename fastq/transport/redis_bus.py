@@ -12,17 +12,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from fastq.errors import ConnectionLost, DecodeError, RedisError, RemoteProtocolError
+from fastq.errors import ConnectionLost, DecodeError, RedisError
 from fastq.redis.aio import AsyncRedis
 from fastq.redis.blocking import BlockingRedis
 from fastq.redis.url import parse_redis_url
 from fastq.transport.bus import LosableBus
-from fastq.transport.pidbox import CONTENT_TYPE, Mailbox, Request
+from fastq.transport.pidbox import Mailbox, Request, decode_headers, encode_headers
 from fastq.transport.redis_layout import Layout, read_layout
 from fastq.wire.envelope import decode_envelope, encode_envelope
 from fastq.wire.ids import new_id
-from fastq.wire.message import encode_properties
-from fastq.wire.properties import decode_properties
 
 if TYPE_CHECKING:
     from fastq.redis.login import Command
@@ -276,21 +274,14 @@ def sealed(
     exchange: str, routing_key: str, headers: Mapping[str, Any], body: bytes, content_type: str, content_encoding: str
 ) -> bytes:
     """Return a message in kombu's envelope."""
-    properties = {
-        "content_type": content_type,
-        "content_encoding": content_encoding,
-        "headers": dict(headers),
-        "delivery_mode": 1,
-        "priority": 0,
-    }
-    return encode_envelope(exchange, routing_key, encode_properties(properties), body, new_id())
+    props = encode_headers(headers, content_type, content_encoding)
+    return encode_envelope(exchange, routing_key, props, body, new_id())
 
 
 def opened(raw: bytes) -> tuple[dict[str, Any], bytes]:
     """Return the headers of an envelope, with the content type, and its body; ({}, b"") when it is none."""
     try:
         props, body, _ = decode_envelope(raw)
-        found = decode_properties(props)
-    except (DecodeError, RemoteProtocolError):
+    except DecodeError:
         return {}, b""
-    return {**(found.get("headers") or {}), CONTENT_TYPE: found.get("content_type")}, body
+    return decode_headers(props), body

@@ -25,13 +25,13 @@ from fastq.embedded.results import SaveItem
 from fastq.errors import ConnectionLost, PublishError, SettingsError
 from fastq.link import BatchSource
 from fastq.transport import sqlite_tables as tables
+from fastq.transport.fixed import FixedQueues
 from fastq.transport.limits import check_sizes
 from fastq.transport.sqlite_tables import QueueIds, WorkerInfo
 from fastq.transport.sqlite_thread import UNSTORABLE, Outcome, SqliteThread, Work
 
 if TYPE_CHECKING:
     from fastq._core import Core
-    from fastq.amqp.topology import QueueSpec
     from fastq.settings import Settings
     from fastq.wire.message import Message
 
@@ -142,7 +142,7 @@ class SqliteSource(BatchSource):
             self.receive(outcome.rows)
 
 
-class SqliteConsumer:
+class SqliteConsumer(FixedQueues):
     """A worker's side of the file. One that does not ``consume`` still publishes and stores results."""
 
     source: SqliteSource
@@ -185,25 +185,6 @@ class SqliteConsumer:
     async def set_prefetch(self, prefetch: int) -> None:
         """Change how many unsettled messages may be here; the core asks for them by itself."""
         self.source.window = prefetch
-
-    @property
-    def queue_specs(self) -> Sequence[QueueSpec]:
-        """Return nothing: there is no remote control here that could add or cancel one."""
-        return ()
-
-    async def add_queue(self, spec: QueueSpec) -> None:
-        """Refuse: queues are fixed when consuming starts."""
-        raise SettingsError(f"queue {spec.name!r} cannot be added while running; name it with -Q")
-
-    async def cancel_queue(self, name: str) -> None:
-        """Refuse: queues are fixed when consuming starts."""
-        raise SettingsError(f"queue {name!r} cannot be left while running; leave it out with -X")
-
-    async def prepare_answers(self) -> None:
-        """Do nothing: replies are RabbitMQ's."""
-
-    async def answer(self, task_id: str, meta: bytes) -> None:
-        """Do nothing: replies are RabbitMQ's."""
 
     async def cancel(self) -> None:
         """Stop receiving; what was claimed has been received when this returns."""

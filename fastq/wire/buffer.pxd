@@ -3,6 +3,7 @@
 A ``Writer`` owns its memory; ``view`` and ``take`` are the only ways out. Pointers into it are valid until the next write.
 """
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -34,6 +35,26 @@ cdef inline void store_u32(uint8_t *p, uint32_t value) noexcept nogil:
 cdef inline void store_u64(uint8_t *p, uint64_t value) noexcept nogil:
     store_u32(p, <uint32_t> (value >> 32))
     store_u32(p + 4, <uint32_t> value)
+
+
+cdef inline float load_float(const uint8_t *p) noexcept nogil:
+    cdef uint32_t raw = load_u32(p)
+    cdef float value
+    memcpy(&value, &raw, sizeof(value))
+    return value
+
+
+cdef inline double load_double(const uint8_t *p) noexcept nogil:
+    cdef uint64_t raw = load_u64(p)
+    cdef double value
+    memcpy(&value, &raw, sizeof(value))
+    return value
+
+
+cdef inline void store_double(uint8_t *p, double value) noexcept nogil:
+    cdef uint64_t raw
+    memcpy(&raw, &value, sizeof(raw))
+    store_u64(p, raw)
 
 
 cdef class Writer:
@@ -71,6 +92,13 @@ cdef class Writer:
     cdef inline int put(self, const void *source, Py_ssize_t length) except -1:
         if length:
             memcpy(self.reserve(length), source, length)
+        return 0
+
+    cdef inline int put_bytes(self, bytes data) except -1:
+        return self.put(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+
+    cdef inline int put_double(self, double value) except -1:
+        store_double(self.reserve(8), value)
         return 0
 
     cdef bytes take(self)

@@ -10,7 +10,7 @@ from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeUTF8
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from fastq.wire.buffer cimport Writer, load_u16, load_u32, load_u64
+from fastq.wire.buffer cimport Writer, load_double, load_u16, load_u32, load_u64
 
 from binascii import a2b_base64, b2a_base64
 
@@ -18,17 +18,6 @@ import orjson
 
 from fastq.errors import DecodeError, EncodeError
 from fastq.wire.message import encode_properties
-
-cdef extern from *:
-    """
-    static double fastq_envelope_double(const unsigned char *p) {
-        unsigned long long raw = 0; double value;
-        for (int i = 0; i < 8; i++) raw = (raw << 8) | p[i];
-        __builtin_memcpy(&value, &raw, 8);
-        return value;
-    }
-    """
-    double load_double "fastq_envelope_double"(const uint8_t *p) nogil
 
 cdef enum:
     MAX_DEPTH = 32          # as in wire.message: no header goes deeper
@@ -264,7 +253,7 @@ def encode_envelope(str exchange, str routing_key, bytes props, bytes body, str 
     out.size = 0
     split_properties(props, parts)
     out.put(b'{"body": "', 10)
-    out.put(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+    out.put_bytes(text)
     out.put(b'", "content-encoding": ', 23)
     put_or_null(out, parts[CONTENT_ENCODING])
     out.put(b', "content-type": ', 18)

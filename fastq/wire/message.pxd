@@ -2,6 +2,8 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from fastq.wire.buffer cimport Writer
+
 
 cdef struct Span:
     uint32_t offset
@@ -43,6 +45,7 @@ cdef int scan_head(const uint8_t *props, Py_ssize_t size, Head *head) noexcept n
 cdef bint is_utf8(const uint8_t *p, Py_ssize_t size) noexcept
 cdef double parse_iso8601(const uint8_t *text, Py_ssize_t size) noexcept nogil
 cdef double read_clock() noexcept nogil
+cdef int put_shortstr(Writer out, str text) except -1
 cdef bytes encode_result_properties(const char *task_id, Py_ssize_t size)
 
 

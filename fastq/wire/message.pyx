@@ -12,37 +12,13 @@ from libc.math cimport floor
 from libc.string cimport memcmp, memcpy, memset
 from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 
-from fastq.wire.buffer cimport Writer, load_u16, load_u32, load_u64, store_u16, store_u32
+from fastq.wire.buffer cimport Writer, load_double, load_float, load_u16, load_u32, load_u64, store_u16, store_u32
 from fastq.wire.properties cimport (
     HAS_APP_ID, HAS_CLUSTER_ID, HAS_CONTENT_ENCODING, HAS_CONTENT_TYPE, HAS_CORRELATION_ID, HAS_DELIVERY_MODE,
     HAS_EXPIRATION, HAS_HEADERS, HAS_MESSAGE_ID, HAS_PRIORITY, HAS_REPLY_TO, HAS_TIMESTAMP, HAS_TYPE, HAS_USER_ID)
 
 from fastq.errors import EncodeError
 from fastq.wire.properties import decode_properties
-
-cdef extern from *:
-    """
-    static double fastq_load_double(const unsigned char *p) {
-        unsigned long long raw = 0; double value;
-        for (int i = 0; i < 8; i++) raw = (raw << 8) | p[i];
-        __builtin_memcpy(&value, &raw, 8);
-        return value;
-    }
-    static float fastq_load_float(const unsigned char *p) {
-        unsigned int raw = 0; float value;
-        for (int i = 0; i < 4; i++) raw = (raw << 8) | p[i];
-        __builtin_memcpy(&value, &raw, 4);
-        return value;
-    }
-    static void fastq_store_double(unsigned char *p, double value) {
-        unsigned long long raw;
-        __builtin_memcpy(&raw, &value, 8);
-        for (int i = 7; i >= 0; i--) { p[i] = raw & 0xFF; raw >>= 8; }
-    }
-    """
-    double load_double "fastq_load_double"(const uint8_t *p) nogil
-    float load_float "fastq_load_float"(const uint8_t *p) nogil
-    void store_double "fastq_store_double"(uint8_t *p, double value) nogil
 
 cdef enum:
     MAX_NAME = 1024     # chosen: longer task names and ids are not task messages
@@ -496,7 +472,7 @@ cdef int put_value(Writer out, object value, int depth) except -1:
         put_int(out, value)
     elif isinstance(value, float):
         out.put_u8(c'd')
-        store_double(out.reserve(8), value)
+        out.put_double(value)
     elif isinstance(value, (bytes, bytearray)):
         out.put_u8(c'x')
         out.put_u32(<uint32_t> len(value))
@@ -631,9 +607,9 @@ cdef class TaskTemplate:
         cdef Writer out = scratch   # nobody else's code runs before its bytes are taken
         cdef double left
         out.size = 0
-        put_bytes(out, self.until_id)
+        out.put_bytes(self.until_id)
         put_text(out, task_id)
-        put_bytes(out, self.until_root_id)
+        out.put_bytes(self.until_root_id)
         put_text(out, task_id if root_id is None else root_id)
         put_key(out, b"parent_id", 9)
         put_text(out, parent_id)
@@ -641,9 +617,9 @@ cdef class TaskTemplate:
         put_text(out, argsrepr)
         put_key(out, b"kwargsrepr", 10)
         put_text(out, kwargsrepr)
-        put_bytes(out, self.since_origin)
+        out.put_bytes(self.since_origin)
         store_u32(out.data + self.table, <uint32_t> (out.size - self.table - 4))
-        put_bytes(out, self.octets)
+        out.put_bytes(self.octets)
         put_shortstr(out, task_id)
         if self.reply_to is not None:
             put_shortstr(out, self.reply_to)
@@ -651,10 +627,6 @@ cdef class TaskTemplate:
             left = (<double> self.expires - read_clock()) * 1000
             put_shortstr(out, str(int(left) if left > 0 else 0))
         return Message(self.exchange, self.routing_key, out.take(), body, task_id, self.priority, self.eta, self.expires)
-
-
-cdef int put_bytes(Writer out, bytes data) except -1:
-    return out.put(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
 
 
 def encode_task(name, task_id, body, *, argsrepr="()", kwargsrepr="{}", root_id=None, parent_id=None, **fixed) -> Message:
