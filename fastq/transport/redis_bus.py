@@ -284,4 +284,5 @@ def opened(raw: bytes) -> tuple[dict[str, Any], bytes]:
         props, body, _ = decode_envelope(raw)
     except DecodeError:
         return {}, b""
-    return decode_headers(props), body
+    headers = decode_headers(props)
+    return headers, body if headers else b""

@@ -13,6 +13,8 @@ from libc.string cimport memcmp
 
 from fastq.wire.buffer cimport load_u16, load_u32, load_u64
 
+from fastq.errors import RemoteProtocolError
+
 cdef enum:
     READ_HERE = 0xFF00      # from the content type to the expiration; the rest is rare
     MAX_DEPTH = 8           # Celery's own headers nest 3 deep
@@ -147,3 +149,11 @@ def decode_properties(bytes props not None) -> dict[str, object]:
     except (Rare, UnicodeDecodeError):
         from fastq.wire.amqp import decode_properties as decode_any  # programs without RabbitMQ hardly ever need it
         return decode_any(props)
+
+
+def readable_properties(bytes props not None) -> dict[str, object]:
+    """Return the same, {} for properties that cannot be read: where they are shown or passed over, not decided on."""
+    try:
+        return decode_properties(props)
+    except RemoteProtocolError:
+        return {}

@@ -19,11 +19,11 @@ import orjson
 
 from fastq import __version__
 from fastq.codecs._walk import short_repr
-from fastq.errors import ConnectionLost, EncodeError, RemoteProtocolError
+from fastq.errors import ConnectionLost, EncodeError
 from fastq.sending.sent import utc_offset_h
 from fastq.states import FAILURE, REJECTED, RETRY, SUCCESS
 from fastq.wire.message import iso8601_to_unix, unix_to_iso8601
-from fastq.wire.properties import decode_properties
+from fastq.wire.properties import readable_properties
 
 if TYPE_CHECKING:
     import asyncio
@@ -147,7 +147,7 @@ class Events:
         """A task message was admitted. As with Celery, of one that has expired only its end is told."""
         if not self.enabled:
             return
-        properties = _properties(props)
+        properties = readable_properties(props)
         headers = properties.get("headers") or {}
         expires = _moment(headers.get("expires"))
         if expires is not None and _is_past(expires):
@@ -363,14 +363,6 @@ class Events:
 
 def _nothing() -> None:
     pass
-
-
-def _properties(props: bytes) -> dict[str, Any]:
-    """Return decoded properties; {} for what the message loop could read and the decoder cannot."""
-    try:
-        return decode_properties(props)
-    except RemoteProtocolError:
-        return {}
 
 
 def _arguments(properties: Mapping[str, Any], headers: Mapping[str, Any], body: bytes) -> tuple[str, str]:

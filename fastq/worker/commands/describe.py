@@ -10,7 +10,7 @@ from fastq import codecs
 from fastq.codecs.compression import decompress
 from fastq.errors import FastqError
 from fastq.wire.message import unix_to_iso8601
-from fastq.wire.properties import decode_properties
+from fastq.wire.properties import readable_properties
 
 #: Chosen: a larger body is described by what its sender wrote of the arguments.
 _MAX_BODY_BYTES: Final = 64 * 1024
@@ -54,7 +54,7 @@ async def described(rows: Sequence[Mapping[str, Any]], hostname: str, describe: 
 
 def info(row: Mapping[str, Any], hostname: str) -> dict[str, Any]:
     """Return what ``active`` and ``reserved`` show of a message."""
-    properties = _properties(row["props"])
+    properties = readable_properties(row["props"])
     headers = properties.get("headers") or {}
     args, kwargs = _arguments(properties, headers, row["body"])
     return _info(row, hostname, properties, headers, args, kwargs)
@@ -62,7 +62,7 @@ def info(row: Mapping[str, Any], hostname: str) -> dict[str, Any]:
 
 def safe_info(row: Mapping[str, Any], hostname: str) -> dict[str, Any]:
     """Return the same with the arguments as text."""
-    properties = _properties(row["props"])
+    properties = readable_properties(row["props"])
     headers = properties.get("headers") or {}
     return _info(row, hostname, properties, headers, *_as_text(headers))
 
@@ -79,7 +79,7 @@ def schedule_info(row: Mapping[str, Any], hostname: str) -> dict[str, Any]:
 
 def stamps_of(props: bytes) -> dict[str, set[str]]:
     """Return the stamps that a message carries, by header."""
-    headers = _properties(props).get("headers") or {}
+    headers = readable_properties(props).get("headers") or {}
     names, stamps = headers.get("stamped_headers") or (), headers.get("stamps") or {}
     if not isinstance(names, (list, tuple)) or not isinstance(stamps, Mapping):
         return {}
@@ -117,13 +117,6 @@ def _info(
         },
         "worker_pid": row["pid"],
     }
-
-
-def _properties(props: bytes) -> dict[str, Any]:
-    try:
-        return decode_properties(props)
-    except FastqError:
-        return {}
 
 
 def _arguments(properties: Mapping[str, Any], headers: Mapping[str, Any], body: bytes) -> tuple[Any, Any]:
