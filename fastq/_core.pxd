@@ -57,7 +57,7 @@ cdef class Core(Keeper):
     cdef bint has_limit(self, Child child) except -1
     cdef str reply_to(self, Delivery delivery)
     cdef Py_ssize_t unsettled(self) except -1
-    cdef int refuse(self, Delivery delivery, str reason) except -1
+    cdef int refuse(self, Delivery delivery, str reason, str detail) except -1
     cdef int fail(self, Delivery delivery, str kind, object detail, int verdict) except -1
     cdef int admit(self, Delivery delivery) except -1
     cdef int on_own_call(self, Delivery delivery) except -1

@@ -226,16 +226,16 @@ cdef class Core(Keeper):
             return self.on_own_call(delivery)
         self.received += 1
         if delivery.oversized:
-            return self.refuse(delivery, "oversized")
+            return self.refuse(delivery, "oversized", "")
         if problem == NO_TASK and self.reads_foreign and self.read_foreign(delivery):
             problem = scan_head(<const uint8_t *> PyBytes_AS_STRING(delivery.props), PyBytes_GET_SIZE(delivery.props),
                                 &delivery.head)
-        if problem != FINE:
-            return self.refuse(delivery, <str> PROBLEMS[problem])
         if delivery.head.reply_to.length and not is_utf8(
                 <const uint8_t *> PyBytes_AS_STRING(delivery.props) + delivery.head.reply_to.offset, delivery.head.reply_to.length):
             # Nobody can be listening there.
             delivery.head.reply_to.length = 0
+        if problem != FINE:
+            return self.refuse(delivery, <str> PROBLEMS[problem], "")
         name = PyBytes_AS_STRING(delivery.props) + delivery.head.task.offset
         size = delivery.head.task.length
         if task is None or PyBytes_GET_SIZE(task.key) != size or memcmp(PyBytes_AS_STRING(task.key), name, size) != 0:
@@ -368,12 +368,13 @@ cdef class Core(Keeper):
         delivery.props, delivery.body = found
         return True
 
-    cdef int refuse(self, Delivery delivery, str reason) except -1:
-        """Reject a message that is not a task message; counted under its class."""
+    cdef int refuse(self, Delivery delivery, str reason, str detail) except -1:
+        """Reject a message that is not a task message; counted under its class. Who waits for it is told, if its id was read."""
         self.refused[reason] = self.refused.get(reason, 0) + 1
-        self.settle(delivery, REJECT)
         self.hooks.refused(reason, delivery.routing_key, delivery.props, delivery.body)
-        return 0
+        if delivery.head.id.length == 0:
+            return self.settle(delivery, REJECT)
+        return self.fail(delivery, "refused", (reason, detail), REJECT)
 
     cdef int fail(self, Delivery delivery, str kind, object detail, int verdict) except -1:
         """End a delivery that no child can end: record its failure, then settle it."""
@@ -629,16 +630,15 @@ cdef class Core(Keeper):
             self.hooks.reported(delivery, <str> _STATES[record.state], meta)
             return 0
         if record.state == OUTCOME_MALFORMED:
-            self.refused[reason] = self.refused.get(reason, 0) + 1
-            self.hooks.refused(reason, delivery.routing_key, delivery.props, delivery.body)
-            delivery.verdict = REJECT
-        elif record.state == OUTCOME_UNKNOWN or record.state == OUTCOME_REJECTED:
+            reason, _, detail = reason.partition("\n")
+            return self.refuse(delivery, reason, detail)
+        if record.state == OUTCOME_UNKNOWN or record.state == OUTCOME_REJECTED:
             delivery.verdict = REJECT
         elif record.state == OUTCOME_REQUEUE:
             delivery.verdict = REQUEUE
         elif record.state == OUTCOME_FAILURE and task.reject_failed and task.acks_late:
             delivery.verdict = REJECT
-        if self.wants_outcomes and record.state != OUTCOME_MALFORMED:
+        if self.wants_outcomes:
             self.hooks.finished(task.name, delivery_id(delivery), _STATES[record.state], reason, record.runtime_ns * 1e-9)
         if meta is not None:
             self.save(delivery, <str> _STATES[record.state], meta, True)

@@ -608,3 +608,15 @@ def test_all_is_sorted_and_every_name_is_there() -> None:
     assert set(dir(fastq)) == set(fastq.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         fastq.nothing  # noqa: B018
+
+
+def test_a_serializer_that_the_own_workers_refuse_is_refused_when_sending() -> None:
+    app = make_app()
+    refused = r"serializer 'pickle'.*would refuse.*accept_content is \['json'\].*Add 'pickle'"
+    with pytest.raises(SettingsError, match=refused):
+        app.send_task("elsewhere", (1,), serializer="pickle")
+    app = make_app(task_serializer="pickle")
+    with pytest.raises(SettingsError, match="would refuse"):
+        app.send_task("elsewhere", (1,))
+    app = make_app(accept_content=["application/x-python-serialize"])
+    app.send_task("elsewhere", (1,), serializer="pickle")

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fastq.errors import EncodeError
+from fastq.errors import ContentDisallowed, DecodeError, EncodeError
 from fastq.wire.envelope import encode_envelope
 from fastq.wire.ids import new_id
-from fastq.wire.message import Message, encode_task
+from fastq.wire.message import Message, encode_properties, encode_task, scan
+from fastq.wire.properties import decode_properties
 from tests.malformed import BODY, GADGET, MIB, SECRET, Case, all_cases, headers, properties, with_number
 from tests.servers import RabbitMQ
 from tests.stage import QUEUE, Kind, Stage, open_stage, until
@@ -44,7 +46,8 @@ CARRIED = [(kind, case) for kind in ("amqp", "redis", "sqlite") for case in CASE
 every_broker = pytest.mark.parametrize("kind", ["amqp", "redis", "sqlite"])
 EVIL_MODULE = "import os\nos.mkdir(os.environ['FASTQ_TEST_GADGET'])\n"
 BOMB_GROWTH = 80 * MIB  # reliability rules, section 6.1
-REJECTED = "Rejected malformed message: class="
+REJECTED = re.compile(r"Rejected (malformed|unaccepted) message: class=(\S+) queue=celery ")
+UNACCEPTED = {"content-type", "follow-ups"}
 
 
 class Site:
@@ -146,13 +149,13 @@ def test_a_malformed_message_harms_nobody(site: Site, case: Case) -> None:
         until(lambda: stage.depth() == site.waiting, 5, "the queue holds no more than before")
         log = worker.log()[before:]
         if case.outcome == "rejected":
-            assert log.count(REJECTED) == 1, log
-            assert f"{REJECTED}{case.reason} queue=celery " in log
+            word = "unaccepted" if case.reason in UNACCEPTED else "malformed"
+            assert REJECTED.findall(log) == [(word, case.reason)], log
         else:
             assert log.count("Received unregistered task of type") == 1
         assert number not in stage.ledger.started()
         return
-    assert REJECTED not in worker.log()[before:]
+    assert not REJECTED.search(worker.log()[before:])
     if case.outcome == "waits":
         assert waits == site.waiting + 1
         site.waiting += 1
@@ -161,6 +164,39 @@ def test_a_malformed_message_harms_nobody(site: Site, case: Case) -> None:
         stage.wait_for([number], 5)
         assert stage.ledger.started()[number] == 1
         until(lambda: stage.depth() == site.waiting, 5, "the message is settled")
+
+
+#: Not those that are no longer what they are once their properties were read and written again.
+TOLD = [
+    case
+    for case in CASES
+    if case.outcome == "rejected" and scan(case.props)["id"] and case.number != 34 and "duplicate" not in case.name
+]
+
+
+@every_broker
+def test_who_waits_for_a_refused_message_is_told(site: Site) -> None:
+    """Every class whose id can be read: the failure is stored, or sent to the address for replies, with the class."""
+    stage, client = site.stage, site.stage.client
+    waiting = []
+    for case in TOLD:
+        found = decode_properties(case.props) if case.reason != "properties" else {}
+        if not is_carried(stage.kind, case) or not found:
+            continue
+        task_id = new_id()
+        table = {**found["headers"], "id": task_id, "ignore_result": False}
+        props = encode_properties(
+            {**found, "headers": table, "reply_to": client.store.reply_address(), "correlation_id": task_id}
+        )
+        stage.publish([Message("", QUEUE, props, with_number(case.body(), 0))])
+        waiting.append((case, client.AsyncResult(task_id)))
+    assert len(waiting) > 30
+    for case, result in waiting:
+        error = result.get(timeout=10, propagate=False)
+        assert f"class={case.reason})" in str(error), case
+        assert result.state == "FAILURE"
+        assert isinstance(error, ContentDisallowed if case.reason == "content-type" else DecodeError)
+    stage.dead_letters(len(waiting))
 
 
 class PeakMemory:
@@ -218,7 +254,7 @@ def test_1000_malformed_messages_among_1000_good_ones(site: Site) -> None:
     site.stage.publish(messages)
     site.stage.wait_for(good, 20)
     assert len(site.stage.dead_letters(1000, 10)) == 1000
-    assert site.worker.log()[before:].count(REJECTED) == 1000
+    assert len(REJECTED.findall(site.worker.log()[before:])) == 1000
     site.check()
     started = site.stage.ledger.started()
     assert all(started[number] == 1 for number in good)
@@ -236,7 +272,7 @@ def test_nothing_was_lost_logged_or_left_at_the_end(site: Site) -> None:
     log = site.worker.log()
     assert SECRET not in log
     assert "Traceback" not in log
-    counts = {word: log.count(word) for word in (REJECTED, "unregistered", "succeeded")}
+    counts = {word: log.count(word) for word in ("Rejected", "unregistered", "succeeded")}
     print(counts)
 
 
@@ -282,7 +318,7 @@ def test_an_oversized_message_is_rejected_and_those_behind_it_run(
         stage.wait_for(stage.send(1), 10)
         [(_, dead)] = stage.dead_letters()
         assert dead == body
-        assert worker.log().count(f"{REJECTED}oversized ") == 1
+        assert worker.log().count("Rejected malformed message: class=oversized ") == 1
         assert "Connection to broker lost" not in worker.log()
         assert stage.ledger.started() == {1: 1}
     finally:

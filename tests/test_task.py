@@ -203,6 +203,7 @@ def test_every_option_reaches_the_message(app: FastQ) -> None:
 def test_options_of_the_task_reach_the_message_and_expires_counts_from_each_sending(
     app: FastQ, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    app.conf.accept_content = ["json", "pickle"]
     task = app.task(expires=10, priority=3, time_limit=60, serializer="pickle", queue="q")(add)
     task.delay(1)
     now = time.time()
@@ -458,6 +459,7 @@ def test_retry_keeps_the_callbacks_of_other_clients_and_drops_the_broker_s_heade
 
 
 def test_retry_keeps_serializer_and_compression(app: FastQ, retrying: Task[..., Any]) -> None:
+    app.conf.accept_content = ["json", "pickle"]
     retrying.apply_async((1,), serializer="pickle", compression="bzip2")
     first = sent(app)[0]
     call = received(first)

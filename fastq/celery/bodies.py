@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import celery
+from celery.exceptions import SecurityError
 from kombu import serialization
 from kombu.utils import json as kombu_json
 
@@ -35,7 +36,7 @@ class Bodies:
             try:
                 payload = decode_json(call.body)
             except DecodeError as error:
-                raise Malformed("empty-body" if not call.body else "json") from error
+                raise Malformed("empty-body" if not call.body else "json", error) from error
         else:
             payload = self._read_other(call)
         if not isinstance(payload, (list, tuple)) or len(payload) != 3:
@@ -56,17 +57,19 @@ class Bodies:
             properties = call.properties()
             name = call.headers().get("compression")
         except Exception as error:  # the wire layer's own errors: nested too deep, cut short
-            raise Malformed("properties") from error
+            raise Malformed("properties", error) from error
         body = call.body
         if name is not None:
             body = _decompress(body, name)
         content_type = properties.get("content_type") or "application/json"
         if self._accept is not None and content_type not in self._accept:
-            raise Malformed("content-type")
+            raise Malformed("content-type", content_type)
         try:
             return serialization.loads(body, content_type, properties.get("content_encoding") or "utf-8", self._accept)
         except Exception as error:  # a serializer of anybody's, on bytes of anybody's
-            raise Malformed("body") from error
+            # kombu puts its own error around what a serializer raises.
+            is_signature = isinstance(error.__context__, SecurityError)
+            raise Malformed("signature" if is_signature else "body", repr(error)) from error
 
 
 def _decompress(body: bytes, name: object) -> bytes:
@@ -79,7 +82,7 @@ def _decompress(body: bytes, name: object) -> bytes:
             return own
         return compression.decompress(body, name)
     except Exception as error:  # a method of anybody's, on bytes of anybody's
-        raise Malformed("compression") from error
+        raise Malformed("compression", repr(error)) from error
 
 
 def _has_own_types() -> bool:

@@ -123,7 +123,7 @@ class CeleryRunner:
         try:
             args, kwargs, embed = self._bodies.read(call)
         except Malformed as error:
-            self._pipe.finish(call, _MALFORMED, None, str(error))
+            self._pipe.finish(call, _MALFORMED, None, error.report)
             return
         request = request_fields(call, args, kwargs, embed, self._hostname, self._is_amqp)
         try:

@@ -19,7 +19,7 @@ from billiard.exceptions import WorkerLostError
 from celery import signals
 from celery.app.task import Context
 from celery.exceptions import InvalidTaskError, NotRegistered, WorkerTerminate
-from kombu import serialization
+from kombu.exceptions import ContentDisallowed
 
 from fastq._child import Child
 from fastq._core import Core
@@ -29,9 +29,9 @@ from fastq.celery.strategies import Strategies
 from fastq.celery.threads import Recorder
 from fastq.link import Delivery
 from fastq.states import READY_STATES, STARTED
-from fastq.wire.properties import decode_properties
+from fastq.wire.message import scan
 from fastq.worker.events import Events
-from fastq.worker.hooks import DUMP_S, Hooks
+from fastq.worker.hooks import DUMP_S, Hooks, refusal
 from fastq.worker.revoked import Revoked
 
 logger = logging.getLogger("celery.worker.consumer")
@@ -101,10 +101,6 @@ class CeleryHooks(Hooks):
     def refused(self, reason: str, queue: bytes, props: bytes, body: bytes) -> None:
         """Tell the log and the receivers of ``task_rejected``."""
         super().refused(reason, queue, props, body)
-        if reason == "content-type":
-            content_type = decode_properties(props).get("content_type")
-            name = serialization.registry.type_to_name.get(content_type, content_type)
-            logger.error("Refusing to deserialize disabled content of type %s (%s)", name, content_type)
         if signals.task_rejected.receivers:
             found = {"props": props, "body": body, "exchange": "", "routing_key": queue.decode("utf-8", "replace")}
             try:
@@ -182,6 +178,9 @@ class CeleryHooks(Hooks):
             if kind == "unknown":
                 verdicts.append(_REJECT)
                 self._unknown(found, name, task_id)
+            elif kind == "refused":
+                verdicts.append(_REJECT)
+                self._tell_refused(found, name, task_id, detail)
             else:
                 self._request_method(kind, found, detail, verdicts)
         except Exception:
@@ -224,6 +223,22 @@ class CeleryHooks(Hooks):
         self._app.backend.mark_as_failure(task_id, error, request=request)
         self.consumer.event_dispatcher.send("task-failed", uuid=task_id, exception=repr(error))
         signals.task_unknown.send(sender=self.consumer, message=message, exc=error, name=name, id=task_id)
+
+    def _tell_refused(self, found: dict[str, Any], name: str, task_id: str, detail: tuple[str, str]) -> None:
+        """Store the failure of a message that cannot be run. Not all of its headers are sound."""
+        known = scan(found["props"])
+        task = self._app.tasks.get(name)
+        ignores = known["ignore_result"]
+        text = refusal(*detail)
+        error = ContentDisallowed(text) if detail[0] == "content-type" else InvalidTaskError(text)
+        request = Context(
+            {"id": task_id, "task": name, "ignore_result": ignores},
+            called_directly=False, errbacks=None, chord=None,
+            reply_to=known["reply_to"] or None, correlation_id=known["correlation_id"] or task_id,
+        )  # fmt: skip
+        if not (ignores if ignores is not None or task is None else task.ignore_result):
+            (self._app if task is None else task).backend.mark_as_failure(task_id, error, request=request)
+        self.consumer.event_dispatcher.send("task-failed", uuid=task_id, exception=repr(error))
 
 
 def _lost(reason: str) -> ExceptionInfo:

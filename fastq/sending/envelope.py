@@ -57,6 +57,7 @@ class Envelope:
     name: str
     codec: Codec
     routing_key: str
+    accept: Sequence[str]  #: names or content types of the serializers that the application's workers read
     exchange: str = ""
     compression: str | None = None
     priority: int | None = None
@@ -123,6 +124,12 @@ class Envelope:
         return None if self.compression is None else compression.content_type(self.compression)
 
     def _template(self, **more: Any) -> TaskTemplate:
+        if self.codec.name not in self.accept and self.codec.content_type not in self.accept:
+            name, accepted = self.codec.name, ", ".join(map(repr, self.accept))
+            raise SettingsError(
+                f"serializer {name!r}: the application's own workers would refuse the message, as accept_content is "
+                f"[{accepted}]. Add {name!r} to it, or choose another serializer"
+            )
         fields = {name: getattr(self, name) for name in _FIXED if getattr(self, name) is not None}
         return TaskTemplate(
             self.name,
@@ -171,6 +178,7 @@ class Envelopes:
         return Envelope(
             name=text_option("name", name),
             codec=codecs.get(self._settings.task_serializer),
+            accept=self._settings.accept_content,
             routing_key=self._settings.task_default_queue,
             compression=self._settings.task_compression,
             priority=self._settings.task_default_priority,
@@ -233,6 +241,7 @@ class Envelopes:
         return Envelope(
             name=request.task or "",
             codec=codecs.get(properties.get("content_type") or self._settings.task_serializer),
+            accept=self._settings.accept_content,
             routing_key=info["routing_key"],
             exchange=info["exchange"],
             compression=request.compression,

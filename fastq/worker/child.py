@@ -46,6 +46,9 @@ from fastq.worker.messages import TaskLog, retry_reason
 _SUCCESS, _FAILURE, _RETRY, _IGNORED, _REJECTED, _REQUEUE, _MALFORMED, _RETURNED, _UNKNOWN = range(len(OUTCOME_NAMES))
 _RECYCLE = 1  # FLAG_RECYCLE
 
+#: Chosen: characters of a decoder's words that a refused message's sender is told.
+MAX_DETAIL = 500
+
 #: Exit code of a child that was asked to end, as Celery's recycled children have.
 EX_RECYCLE = 155
 
@@ -64,7 +67,15 @@ class ChildOptions:
 
 
 class Malformed(DecodeError):
-    """A message body that is not a task's; ``args[0]`` is the class it is counted under."""
+    """A message body that is not a task's: the class that it is counted under, and for its sender what is wrong."""
+
+    def __init__(self, kind: str, detail: object = "") -> None:
+        super().__init__(kind, str(detail)[:MAX_DETAIL])
+
+    @property
+    def report(self) -> str:
+        """Return both as the main process reads them."""
+        return "\n".join(filter(None, self.args))
 
 
 # --- what the task API sees of the outside ----------------------------------------------------------------------------
@@ -149,7 +160,7 @@ def decode_call(call: Call, accept: frozenset[str]) -> tuple[list[Any], dict[str
         try:
             payload = decode_json(call.body)
         except DecodeError as error:
-            raise Malformed("empty-body" if not call.body else "json") from error
+            raise Malformed("empty-body" if not call.body else "json", error) from error
     else:
         payload = _decode_other(call, accept)
     if type(payload) is not list or len(payload) != 3:
@@ -183,21 +194,21 @@ def _decode_other(call: Call, accept: frozenset[str]) -> Any:
     try:
         properties = call.properties()
     except Exception as error:  # the wire layer's own errors: nested too deep, cut short
-        raise Malformed("properties") from error
+        raise Malformed("properties", error) from error
     body = call.body
     name = call.headers().get("compression")
     if name is not None:
         try:
             body = compression.decompress(body, name if isinstance(name, str) else repr(name))
         except DecodeError as error:
-            raise Malformed("compression") from error
+            raise Malformed("compression", error) from error
     content_type = properties.get("content_type") or "application/json"
     try:
         return decode_content(body, content_type, properties.get("content_encoding"), accept)
     except ContentDisallowed as error:
-        raise Malformed("content-type") from error
+        raise Malformed("content-type", error) from error
     except DecodeError as error:
-        raise Malformed("body") from error
+        raise Malformed("body", error) from error
 
 
 #: A handler that the task overrides, None for one that would do nothing.
@@ -268,7 +279,7 @@ class Runner:
         try:
             args, kwargs, embed = decode_call(call, self._accept)
         except Malformed as error:
-            self._pipe.finish(call, _MALFORMED, None, str(error))
+            self._pipe.finish(call, _MALFORMED, None, error.report)
             return
         request = Request.from_call(call, args, kwargs, self._hostname, embed)
         push_request(request)

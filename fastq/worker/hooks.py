@@ -13,11 +13,12 @@ from typing import Any
 from fastq._child import Child
 from fastq._core import Core
 from fastq.codecs.meta import encode_meta
-from fastq.errors import NotRegistered, TaskRevoked, TimeLimitExceeded, WorkerLostError
+from fastq.errors import ContentDisallowed, DecodeError, NotRegistered, TaskRevoked, TimeLimitExceeded, WorkerLostError
 from fastq.link import Delivery
 from fastq.pool.supervisor import Pool
 from fastq.states import FAILURE, REVOKED
 from fastq.wire.message import scan
+from fastq.wire.properties import readable_properties
 from fastq.worker.events import Events
 from fastq.worker.messages import TaskLog
 from fastq.worker.revoked import Revoked
@@ -26,6 +27,25 @@ logger = logging.getLogger("fastq.worker")
 
 #: Kinds of failure that are no fault of the task: its time had passed, or somebody took it back.
 REVOCATIONS = frozenset({"expired", "revoked", "terminated"})
+
+#: Classes of messages that are sound, but not taken by this worker.
+NOT_ACCEPTED = frozenset({"content-type", "follow-ups", "signature"})
+
+#: What is wrong with a refused message, by the class it is counted under, where the class alone does not say it.
+REFUSALS: Mapping[str, str] = {
+    "args": "its arguments are not a list",
+    "body-shape": "its body is not [args, kwargs, embed]",
+    "compression": "its body cannot be decompressed within the bounds",
+    "content-type": "its content type is not in the worker's accept_content",
+    "embed": "the third part of its body is not a mapping",
+    "empty-body": "its body is empty",
+    "follow-ups": "it asks for callbacks, a chain or a chord, which this application does not carry out",
+    "json": "its body is no JSON, or nested too deeply",
+    "kwargs": "its keyword arguments are not a mapping with names as keys",
+    "no-task": "it names no task",
+    "oversized": "it is larger than fastq_max_message_bytes",
+    "signature": "its signature does not hold",
+}
 
 #: Time for a child to write its stacks before it is killed at its hard limit.
 DUMP_S = 0.1
@@ -120,16 +140,18 @@ class Hooks:
         return None
 
     def refused(self, reason: str, queue: bytes, props: bytes, body: bytes) -> None:
-        """A message was rejected because it is not a task message."""
+        """A message was rejected because it is not a task message, or none that this worker takes."""
         found = scan(props)
         logger.error(
-            "Rejected malformed message: class=%s queue=%s task=%.100r id=%.100r headers=%d bytes body=%d bytes",
+            "Rejected %s message: class=%s queue=%s task=%.100r id=%.100r headers=%d bytes body=%d bytes%s",
+            "malformed" if reason not in NOT_ACCEPTED else "unaccepted",
             reason,
             queue.decode("utf-8", "replace"),
             found["task"],
             found["id"],
             len(props),
             len(body),
+            _remedy(reason, props),
         )
 
     def failure(
@@ -156,6 +178,8 @@ class Hooks:
         if kind == "unknown":
             self._log.unregistered(name, task_id)
             error = NotRegistered(name)
+        elif kind == "refused":  # ``refused`` has logged it
+            error = (ContentDisallowed if detail[0] == "content-type" else DecodeError)(refusal(*detail))
         elif kind == "time-limit":
             error = TimeLimitExceeded(detail)
         elif kind == "deliveries":
@@ -228,6 +252,23 @@ class Hooks:
     def child_lost(self, pid: int, reason: str) -> None:
         """A child ended that nobody had asked to."""
         logger.error("Process %r pid:%d exited with %r", "ForkPoolWorker", pid, reason)
+
+
+def refusal(reason: str, detail: str) -> str:
+    """Return what the sender of a refused message is told: its class and what is wrong with it."""
+    text = REFUSALS.get(reason, f"its {reason} cannot be read")
+    return f"the worker refused the message (class={reason}): {text}" + (f": {detail}" if detail else "")
+
+
+def _remedy(reason: str, props: bytes) -> str:
+    """Return what is to be done about a message that is sound but not taken; nothing for the others."""
+    if reason != "content-type":
+        return ""
+    content_type = readable_properties(props).get("content_type")
+    return (
+        f". Content type {content_type!r:.100} is not accepted: if all who can send are trusted, "
+        "list its serializer in accept_content"
+    )
 
 
 #: What the message loop calls, and what it is told when that fails.

@@ -524,3 +524,48 @@ def test_a_row_of_the_result_table(open_stage: OpenStage, kind: tuple[Any, ...])
         "queue": "celery",
     }
     assert json.loads(row["args"]) == [1, 2]
+
+
+# --- refused messages -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["rpc", "redis", "database"])
+def test_who_waits_for_a_refused_message_is_told(open_stage: OpenStage, backend: Any) -> None:
+    """Under Celery itself such a message is dropped, and who waits for it waits for ever."""
+    stage = open_stage("fastq", "amqp" if backend == "rpc" else "redis", backend)
+    stage.start_worker("-c", "1")
+    refused = {
+        "content-type": stage.tasks.identity.apply_async((1,), serializer="pickle"),
+        "timelimit": stage.tasks.identity.apply_async((1,), time_limit=-1),
+        "json": _raw(stage, "[[1"),
+        "args": _raw(stage, '[{"a": 1}, {}, {}]'),
+    }
+    for kind, result in refused.items():
+        error = stage.error(result)
+        assert f"class={kind})" in str(error)
+        assert type(error).__name__ == ("ContentDisallowed" if kind == "content-type" else "InvalidTaskError")
+    log = stage.worker.log()
+    assert "Rejected unaccepted message: class=content-type" in log
+    assert "accept_content" in log
+    assert log.count("Rejected malformed message") == 3
+    ignored = stage.tasks.identity.apply_async((1,), serializer="pickle", ignore_result=True)
+    assert stage.get(stage.tasks.identity.delay(2)) == 2
+    assert stage.client.AsyncResult(ignored.id).state == "PENDING"
+
+
+def _raw(stage: CeleryStage, body: str) -> Any:
+    """Send a call of ``identity`` with this body."""
+    task_id = str(uuid.uuid4())
+    headers = {"task": f"{TASKS}.identity", "id": task_id, "lang": "py"}
+    with stage.client.producer_pool.acquire() as producer:
+        stage.client.backend.on_task_call(producer, task_id)
+        producer.publish(
+            body,
+            routing_key="celery",
+            headers=headers,
+            content_type="application/json",
+            content_encoding="utf-8",
+            correlation_id=task_id,
+            reply_to=stage.client.thread_oid,
+        )
+    return stage.client.AsyncResult(task_id)
