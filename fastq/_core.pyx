@@ -197,6 +197,7 @@ cdef class Core(Keeper):
             return self.fail(delivery, "terminated", child.terminated_by, ACK)
         if child.killed_for:
             return self.fail(delivery, "time-limit", child.killed_for, ACK)
+        reason = f"{reason} Job: {delivery.seq}"
         if delivery.settled or not task.requeue_lost:
             return self.fail(delivery, "lost", reason, ACK)
         delivery.deaths += 1

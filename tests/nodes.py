@@ -28,6 +28,7 @@ from fastq.wire.message import encode_task
 from fastq.worker.clock import LamportClock
 from fastq.worker.control import Control
 from fastq.worker.options import WorkerOptions
+from fastq.worker.report import configuration, report_text
 from fastq.worker.revoked import Revoked
 from tests.servers import wait_until
 
@@ -149,6 +150,12 @@ class View:
             "celery.chord": SimpleNamespace(name="celery.chord"),
         }
         self.custom_commands: Mapping[str, Callable[..., Any]] = {}
+
+    def configuration(self, with_defaults: bool) -> dict[str, Any]:
+        return configuration(self.settings, with_defaults)
+
+    def report(self) -> str:
+        return report_text(self.settings)
 
     def mark_revoked(self, ids: Sequence[str]) -> None:
         self.done.append(("mark_revoked", *ids))

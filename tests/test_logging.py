@@ -380,9 +380,9 @@ def test_a_long_return_value_is_cut() -> None:
 
 def test_log_readers_find_the_fields_on_the_record(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    TaskLog(logging.getLogger("fastq.worker")).received("proj.add", "id-1")
+    TaskLog(logging.getLogger("fastq.worker")).received("proj.add", "id-1", "(2, 3)", "{}")
     (record,) = caplog.records
-    assert record.args == {"name": "proj.add", "id": "id-1"}
+    assert record.args == {"name": "proj.add", "id": "id-1", "args": "(2, 3)", "kwargs": "{}"}
     assert vars(record)["data"] == record.args
 
 

@@ -41,6 +41,7 @@ from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, STARTED, SUCCESS
 from fastq.wire.message import Call
 from fastq.wire.pipe import OUTCOME_NAMES, ChildPipe
 from fastq.worker.child import EX_RECYCLE, ChildOptions, Malformed, recycle_flag
+from fastq.worker.titles import set_title
 
 _SUCCESS, _FAILURE, _RETRY, _IGNORED, _REJECTED, _REQUEUE, _MALFORMED, _RETURNED, _UNKNOWN = range(len(OUTCOME_NAMES))
 _OUTCOMES = {SUCCESS: _SUCCESS, FAILURE: _FAILURE, RETRY: _RETRY, IGNORED: _IGNORED, REJECTED: _REJECTED}
@@ -497,6 +498,7 @@ class CeleryChildMain:
             if (util := sys.modules.get(f"{name}.util")) is not None:
                 util._run_after_forkers()
         _state._set_task_join_will_block(True)
+        set_title(self._options.program, self._options.hostname, f"ForkPoolWorker-{number}")
         if self._options.setup is not None:
             self._options.setup(number)
         app.loader.init_worker()

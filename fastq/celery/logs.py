@@ -6,6 +6,7 @@ So formats, colours, ``setup_logging`` and its companions, log files per child a
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import celery
 
+from fastq.worker import messages
 from fastq.worker.log import log_stream
 from fastq.worker.options import WorkerOptions
 
@@ -30,6 +32,39 @@ def set_up(app: celery.Celery, options: WorkerOptions) -> bool:
         hostname=options.hostname,
     )
     return bool(handled)
+
+
+#: Celery's logger for each of our main process's lines that people look for; the other lines come from the last.
+_NAMES = {
+    messages.READY: "celery.apps.worker",
+    messages.WARM_SHUTDOWN: "celery.apps.worker",
+    messages.COLD_SHUTDOWN: "celery.apps.worker",
+    messages.CONNECTED: "celery.worker.consumer.connection",
+    messages.CONNECTION_LOST: "celery.worker.consumer.consumer",
+    messages.CANNOT_CONNECT: "celery.worker.consumer.consumer",
+}
+_NAME = "celery.worker"
+
+
+class _AsCelery(logging.Handler):
+    """Hands records of ours on under the names of Celery's loggers: those are the ones that projects configure."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Have the logger of that name handle the record, as if it had been logged there."""
+        record.name = _NAMES.get(str(record.msg), _NAMES.get(record.getMessage(), _NAME))
+        logger = logging.getLogger(record.name)
+        if logger.isEnabledFor(record.levelno):
+            logger.handle(record)
+
+
+def speak_as_celery() -> None:
+    """Have the lines of this process come from Celery's loggers, unless the project configures ``fastq`` by name."""
+    ours = logging.getLogger("fastq")
+    if not ours.handlers:
+        ours.addHandler(_AsCelery())
+        ours.propagate = False
+        if ours.level == logging.NOTSET:
+            ours.setLevel(logging.DEBUG)  # the logger that it is handed to decides
 
 
 def redirect(app: celery.Celery) -> None:

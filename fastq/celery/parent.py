@@ -199,12 +199,13 @@ class CeleryHooks(Hooks):
             on_reject=lambda _logger, _errors, requeue=False: verdicts.append(_REQUEUE if requeue else _REJECT),
         )
         if kind in ("expired", "revoked"):
-            self._log.revoked(request.name, request.id)
+            self.log_revoked(request.name, request.id)
             request._announce_revoked(kind, False, None, kind == "expired")
         elif kind == "terminated":
             request._announce_revoked("terminated", True, detail, False)
         elif kind == "time-limit":
-            request.on_timeout(False, detail)
+            # Without a fraction where there is none: it is part of the stored exception.
+            request.on_timeout(False, int(detail) if detail == int(detail) else detail)
         elif kind == "rejected":
             request.on_failure(pickle.loads(detail), return_ok=True)  # noqa: S301  a child of ours has written it
         else:

@@ -15,7 +15,9 @@ import celery
 from celery import signals
 from celery.app import trace
 from celery.utils.nodenames import worker_direct
+from celery.utils.serialization import jsonify
 from celery.utils.time import rate
+from kombu.utils.encoding import safe_repr
 
 from fastq.celery import logs
 from fastq.celery.carried import warnings_of
@@ -29,6 +31,7 @@ from fastq.errors import SettingsError
 from fastq.pool.zygote import ChildMain
 from fastq.settings import Settings
 from fastq.worker import child
+from fastq.worker.report import software
 
 if TYPE_CHECKING:
     import asyncio
@@ -45,6 +48,7 @@ class CeleryProgram:
     """A Celery application. Its settings are read when they are asked for first: ``load`` may still change them."""
 
     node = "celery"
+    process_title = "celeryd"
     answers_all = True
 
     def __init__(self, app: celery.Celery) -> None:
@@ -67,6 +71,17 @@ class CeleryProgram:
     def names(self) -> Sequence[str]:
         """Return the names of the tasks."""
         return list(self.app.tasks)
+
+    def configuration(self, with_defaults: bool) -> dict[str, Any]:
+        """Return the settings as Celery's workers show them, without secrets."""
+        found: dict[str, Any] = jsonify(
+            self.app.conf.table(with_defaults=with_defaults), keyfilter=_is_shown, unknown_type_filter=safe_repr
+        )
+        return found
+
+    def report(self) -> str:
+        """Return Celery's report with our versions in it."""
+        return bug_report(self.app)
 
     @property
     def commands(self) -> Mapping[str, Callable[..., Any]]:
@@ -159,6 +174,7 @@ class CeleryProgram:
     def setup_logging(self, handler: logging.StreamHandler[Any], options: WorkerOptions) -> None:
         """Have Celery set logging up, ``setup_logging`` and its other signals included."""
         self._has_own_logging = logs.set_up(self.app, options)
+        logs.speak_as_celery()
         self._logfile = options.logfile
 
     def prepare(self, options: WorkerOptions) -> WorkerOptions:
@@ -241,6 +257,15 @@ class CeleryProgram:
             self._steps.stop()
             self.app.loader.shutdown_worker()
             signals.worker_shutdown.send(sender=instance)
+
+
+def bug_report(app: celery.Celery) -> str:
+    """Return Celery's report on an application, with our versions among those of the software."""
+    return str(app.bugreport()).replace("\nplatform ->", f"\n            {software()}\nplatform ->", 1)
+
+
+def _is_shown(name: object) -> bool:
+    return isinstance(name, str) and not name.startswith("__")
 
 
 def _acks_on_failure(task: Any) -> bool:

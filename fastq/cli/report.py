@@ -21,7 +21,9 @@ def command(settings: Globals, /) -> int:
     app: Any = settings.load_any_app()
     if is_celery(app):
         load_tasks(app.loader.import_default_modules)
-        click.echo(app.bugreport())
+        from fastq.celery.program import bug_report
+
+        click.echo(bug_report(app))
         return 0
     app.finalize()
     click.echo(report_text(app.conf))

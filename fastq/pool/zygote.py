@@ -90,8 +90,11 @@ class Zygote:
             os.waitpid(self.pid, 0)
 
 
-def start_zygote(child_main: ChildMain) -> Zygote:
-    """Fork the zygote. Call it before any thread or event loop exists, with the application imported."""
+def start_zygote(child_main: ChildMain, on_start: Callable[[], None] = lambda: None) -> Zygote:
+    """Fork the zygote. Call it before any thread or event loop exists, with the application imported.
+
+    ``on_start`` is called in the zygote before it forks anything.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -103,6 +106,7 @@ def start_zygote(child_main: ChildMain) -> Zygote:
         code = 70
         try:
             ours.close()
+            on_start()
             code = _serve(theirs, child_main)
         finally:
             os._exit(code)

@@ -42,6 +42,7 @@ from fastq.task import ExceptionInfo, Task
 from fastq.wire.message import Call, Message
 from fastq.wire.pipe import OUTCOME_NAMES, ChildPipe
 from fastq.worker.messages import TaskLog, retry_reason
+from fastq.worker.titles import set_title
 
 _SUCCESS, _FAILURE, _RETRY, _IGNORED, _REJECTED, _REQUEUE, _MALFORMED, _RETURNED, _UNKNOWN = range(len(OUTCOME_NAMES))
 _RECYCLE = 1  # FLAG_RECYCLE
@@ -63,6 +64,7 @@ class ChildOptions:
     max_memory_kib: int = 0
     track_started: bool = False
     is_amqp: bool = False  # messages come from a broker that speaks AMQP
+    program: str = "fastq"  # what the process's title begins with
     setup: Callable[[int], None] | None = None  # logging and the like, called with the child's number
 
 
@@ -315,7 +317,9 @@ class Runner:
                 text = _bounded_repr(value)
                 report = _report(call, result=text)
                 if self._logs_info:
-                    self._log.succeeded(call.name, call.id, self._runtime(call), text)
+                    self._log.succeeded(
+                        call.name, call.id, self._runtime(call), text, request.argsrepr or "", request.kwargsrepr or ""
+                    )
             self._pipe.finish(
                 call, _SUCCESS, meta, report, recycle_flag(self._max_memory_kib) if self._max_memory_kib else 0
             )
@@ -483,8 +487,10 @@ class ChildMain:
         os.close(shared)
         set_name(b"fastq-child")
         faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2, all_threads=True, chain=False)
+        number = slot + 1 if slot >= 0 else os.getpid()
+        set_title(self._options.program, self._options.hostname, f"ForkPoolWorker-{number}")
         if self._options.setup is not None:
-            self._options.setup(slot + 1 if slot >= 0 else os.getpid())
+            self._options.setup(number)
         app.publisher = publisher = PipePublisher(pipe)
         if app.stores_results:
             app.store = PipeStore(pipe, lambda: open_store(app.conf.result_backend or "", app.conf, publisher))

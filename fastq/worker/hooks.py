@@ -101,7 +101,8 @@ class Hooks:
     def received(self, name: str, task_id: str, delivery: Delivery) -> None:
         """A task message was admitted (called only when somebody wants to know)."""
         if self._logs_received:
-            self._log.received(name, task_id)
+            headers = readable_properties(delivery.describe()["props"]).get("headers") or {}
+            self._log.received(name, task_id, *(str(headers.get(key) or "") for key in ("argsrepr", "kwargsrepr")))
         self.look_for_stamps(task_id, delivery)
         # Of a revoked task monitors hear that alone.
         if self._sends is not None and not (self._revoked and task_id in self._revoked):
@@ -173,7 +174,7 @@ class Hooks:
         """Return the state and the error that a kind of failure means, and log it."""
         error: Exception
         if kind in REVOCATIONS:
-            self._log.revoked(name, task_id)
+            self.log_revoked(name, task_id)
             return REVOKED, TaskRevoked(kind)
         if kind == "unknown":
             self._log.unregistered(name, task_id)
@@ -189,6 +190,10 @@ class Hooks:
             error = WorkerLostError(f"Worker exited prematurely: {detail}")
             logger.error("Task %s[%s] raised unexpected: %r", name, task_id, error)
         return FAILURE, error
+
+    def log_revoked(self, name: str, task_id: str) -> None:
+        """Log that a task does not run, and why if it was for a stamp."""
+        self._log.revoked(name, task_id, self._revoked.stamp_of.get(task_id) if self._revoked is not None else None)
 
     def unaddressed(self, task_id: str, meta: bytes, delivery: Delivery) -> None:
         """A result is to reach a sender who gave no address; ``core.confirmed`` when that was tried."""

@@ -6,10 +6,13 @@ Imported only after the zygote was forked, so that children do not carry an even
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
+import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 
@@ -32,6 +35,7 @@ from fastq.worker.options import WorkerOptions
 from fastq.worker.program import Program
 from fastq.worker.remote import Remote
 from fastq.worker.signals import dump_stacks, install, restart
+from fastq.worker.titles import active, set_title
 
 logger = logging.getLogger("fastq.worker")
 
@@ -64,6 +68,7 @@ class Life:
         self.pool: Pool
         self._zygote = zygote
         self._was_connected = False
+        self._owns_process = False
         self._queues: Sequence[str] = options.queues
         self._added: list[QueueSpec] = []
         self._consumer: Consumer | None = None
@@ -77,6 +82,7 @@ class Life:
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 20)
+        self._owns_process = handle_signals
         loop = uvloop.new_event_loop()
         try:
             return loop.run_until_complete(self._main(loop, self._zygote, on_ready, handle_signals))
@@ -147,6 +153,8 @@ class Life:
             self._was_connected = True
             logger.info(messages.CONNECTED, mask_url(self._broker))
             logger.info(messages.READY, {"hostname": self.options.hostname})
+            if self._owns_process:
+                set_title(self.program.process_title, self.options.hostname, "MainProcess", active())
             self.program.tell("ready", life=self)
             if on_ready is not None:
                 on_ready()
@@ -284,12 +292,12 @@ class Life:
     def _actions(self) -> dict[str, Callable[[], None]]:
         def warm() -> None:
             self.core.hold()
-            logger.warning(messages.WARM_SHUTDOWN)
+            say(messages.WARM_SHUTDOWN)
             self._stop.ask("warm")
             self.program.tell("stopping", how="warm", signum=self._signum)
 
         def cold() -> None:
-            logger.warning(messages.COLD_SHUTDOWN)
+            say(messages.COLD_SHUTDOWN)
             self._stop.ask("cold")
             self.program.tell("stopping", how="cold", signum=self._signum)
 
@@ -390,6 +398,15 @@ class Life:
             core.answers_all = True
             hooks.answer = self._answer
         return core
+
+
+def say(text: str) -> None:
+    """Log a line that whoever has stopped the worker looks for, and print it where their terminal shows no log."""
+    logger.warning("%s", text)
+    streams = [getattr(each, "stream", None) for each in logging.getLogger().handlers]
+    if sys.__stderr__ is not None and sys.__stderr__ not in streams:
+        with contextlib.suppress(OSError):
+            os.write(sys.__stderr__.fileno(), f"\n{text}\n".encode())
 
 
 class Stop:

@@ -18,6 +18,7 @@ RETRY: Final = "Task %(name)s[%(id)s] retry: %(exc)s"
 REJECTED: Final = "Task %(name)s[%(id)s] rejected %(exc)s"
 IGNORED: Final = "Task %(name)s[%(id)s] ignored"
 REVOKED: Final = "Discarding revoked task: %(name)s[%(id)s]"
+REVOKED_BY_STAMP: Final = "Discarding revoked task: %(name)s[%(id)s] (revoked by header: %(stamp)s)"
 SOFT_LIMIT: Final = "Soft time limit (%(limit)ss) exceeded for %(name)s[%(id)s]"
 HARD_LIMIT: Final = "Hard time limit (%(limit)ss) exceeded for %(name)s[%(id)s]"
 UNREGISTERED: Final = (
@@ -44,13 +45,16 @@ class TaskLog:
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
 
-    def received(self, name: str, task_id: str) -> None:
-        """Log, at INFO, that a task's message was taken in."""
-        self._write(logging.INFO, RECEIVED, {"name": name, "id": task_id})
+    def received(self, name: str, task_id: str, args: str = "", kwargs: str = "") -> None:
+        """Log, at INFO, that a task's message was taken in; ``args`` and ``kwargs`` as its sender wrote them."""
+        self._write(logging.INFO, RECEIVED, {"name": name, "id": task_id, "args": args, "kwargs": kwargs})
 
-    def succeeded(self, name: str, task_id: str, runtime_s: float, return_repr: str) -> None:
-        """Log, at INFO, that a task returned."""
+    def succeeded(
+        self, name: str, task_id: str, runtime_s: float, return_repr: str, args: str = "", kwargs: str = ""
+    ) -> None:
+        """Log, at INFO, that a task returned; ``args`` and ``kwargs`` as its sender wrote them."""
         context = {"name": name, "id": task_id, "runtime": runtime_s, "return_value": shorten(return_repr)}
+        context |= {"args": args, "kwargs": kwargs}
         self._write(logging.INFO, SUCCEEDED, context)
 
     def failed(self, name: str, task_id: str, exc_repr: str, traceback: str) -> None:
@@ -74,9 +78,13 @@ class TaskLog:
         """Log, at INFO, that a task asked to be forgotten."""
         self._write(logging.INFO, IGNORED, {"name": name, "id": task_id})
 
-    def revoked(self, name: str, task_id: str) -> None:
-        """Log, at INFO, that a task had expired or was revoked before it ran."""
-        self._write(logging.INFO, REVOKED, {"name": name, "id": task_id})
+    def revoked(self, name: str, task_id: str, stamp: Mapping[str, str] | None = None) -> None:
+        """Log, at INFO, that a task had expired or was revoked before it ran; ``stamp``: the one it was revoked for."""
+        context = {"name": name, "id": task_id}
+        if stamp:
+            self._write(logging.INFO, REVOKED_BY_STAMP, {**context, "stamp": dict(stamp)})
+        else:
+            self._write(logging.INFO, REVOKED, context)
 
     def soft_limit(self, name: str, task_id: str, limit_s: float) -> None:
         """Log, at WARNING, that a task was told that its time is up."""

@@ -16,6 +16,7 @@ from fastq.pool.zygote import ChildMain
 from fastq.settings import Settings
 from fastq.worker import child
 from fastq.worker.options import NODE_NAME
+from fastq.worker.report import configuration, report_text
 
 if TYPE_CHECKING:
     import asyncio
@@ -30,6 +31,8 @@ class Program(Protocol):
 
     #: The first part of a node name that none was given for.
     node: str
+    #: What the titles of the worker's processes begin with.
+    process_title: str
     #: Whether replies (rpc) go to senders that gave no address too, into a queue of the task's own.
     answers_all: bool
 
@@ -44,6 +47,12 @@ class Program(Protocol):
     @property
     def shown_results(self) -> str:
         """Return where results are, for people: secrets masked."""
+
+    def configuration(self, with_defaults: bool) -> dict[str, Any]:
+        """Return the settings that were changed, or all, without secrets; every value has a JSON form."""
+
+    def report(self) -> str:
+        """Return what a bug report should say of this installation."""
 
     @property
     def commands(self) -> Mapping[str, Callable[..., Any]]:
@@ -96,6 +105,7 @@ class FastQProgram:
     """A FastQ application. It has no hooks of its own into the main process."""
 
     node = NODE_NAME
+    process_title = "fastq"
     answers_all = False
 
     def __init__(self, app: FastQ) -> None:
@@ -110,6 +120,14 @@ class FastQProgram:
     def results(self) -> str:
         """Return the result store's URL."""
         return self.app.conf.result_backend or "disabled"
+
+    def configuration(self, with_defaults: bool) -> dict[str, Any]:
+        """Return the settings without secrets."""
+        return configuration(self.settings, with_defaults)
+
+    def report(self) -> str:
+        """Return versions, platform and settings."""
+        return report_text(self.settings)
 
     @property
     def commands(self) -> Mapping[str, Callable[..., Any]]:

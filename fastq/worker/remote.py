@@ -126,6 +126,14 @@ class Remote:
         """Return the application's settings."""
         return self._program.settings
 
+    def configuration(self, with_defaults: bool) -> dict[str, Any]:
+        """Return the settings that were changed, or all, without secrets."""
+        return self._program.configuration(with_defaults)
+
+    def report(self) -> str:
+        """Return what a bug report should say of this installation."""
+        return self._program.report()
+
     @property
     def consumer(self) -> Any:
         """Return the connection that tasks come over; None while the broker is away."""

@@ -40,13 +40,17 @@ def _shown(name: str, value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float, bool)) else repr(value)
 
 
+def software() -> str:
+    """Return the versions of fastq and of what it is built on."""
+    return " ".join([f"fastq:{__version__}", *(f"{name}:{_version(name)}" for name in _LIBRARIES)])
+
+
 def report_text(settings: Settings) -> str:
     """Return what a bug report should say of this installation."""
-    versions = " ".join(f"{name}:{_version(name)}" for name in _LIBRARIES)
     lines = [
         "",
-        f"software -> fastq:{__version__} py:{platform.python_version()}",
-        f"            {versions}",
+        f"software -> {software()}",
+        f"            py:{platform.python_version()}",
         f"platform -> system:{platform.system()} arch:{', '.join(filter(None, platform.architecture()))}",
         f"            kernel version:{platform.release()} imp:{platform.python_implementation()}",
         f"settings -> transport:{_scheme(settings)} results:{mask_url(settings.result_backend or 'disabled')}",

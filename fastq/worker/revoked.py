@@ -46,6 +46,8 @@ class Revoked:
 
     def __init__(self, max_ids: int = MAX_IDS, expires_s: float = EXPIRES_S) -> None:
         self.stamps: dict[str, set[str]] = {}
+        #: The stamp, as {header: value}, for which an id was revoked.
+        self.stamp_of: dict[str, dict[str, str]] = {}
         self._ids: dict[str, float] = {}  # when each was revoked, by the monotonic clock
         self._max_ids = max_ids
         self._expires_s = expires_s
@@ -77,6 +79,7 @@ class Revoked:
             if len(self._ids) <= self._max_ids and since >= limit:
                 return
             del self._ids[oldest]
+            self.stamp_of.pop(oldest, None)
 
     def add_stamps(self, stamps: Mapping[str, set[str]]) -> None:
         """Revoke every task that carries one of these stamps, when it is seen."""
@@ -91,10 +94,13 @@ class Revoked:
         if not self.stamps:
             return False
         carried = stamps_of(props)
-        if not any(carried.get(name, set()) & values for name, values in self.stamps.items()):
-            return False
-        self.update([task_id])
-        return True
+        for name, values in self.stamps.items():
+            if common := carried.get(name, set()) & values:
+                if task_id not in self._ids:
+                    self.stamp_of[task_id] = {name: min(common)}
+                self.update([task_id])
+                return True
+        return False
 
 
 def revoked_from_environment() -> Revoked:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastq.pool.zygote import Zygote, start_zygote
@@ -16,6 +17,7 @@ from fastq.worker.child import ChildOptions
 from fastq.worker.log import ChildLogging
 from fastq.worker.options import WorkerOptions
 from fastq.worker.program import Program
+from fastq.worker.titles import set_title
 
 if TYPE_CHECKING:
     from fastq.worker.life import Life
@@ -35,7 +37,8 @@ class Worker:
 
     def start_zygote(self) -> Zygote:
         """Fork the zygote for ``run_with``."""
-        return start_zygote(self.program.child_main(self._child_options()))
+        title = partial(set_title, self.program.process_title, self.options.hostname, "zygote")
+        return start_zygote(self.program.child_main(self._child_options()), title)
 
     def run_with(self, zygote: Zygote, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
         """Run with a zygote that was forked already; this may be another thread than the one that forked it."""
@@ -61,5 +64,6 @@ class Worker:
             options.max_memory_per_child or 0,
             settings.task_track_started,
             is_amqp(str(settings.broker_url)),
+            self.program.process_title,
             setup,
         )

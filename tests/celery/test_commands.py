@@ -128,7 +128,7 @@ def test_a_broker_that_is_away_is_a_temporary_failure_in_one_line(run: Run) -> N
 
 @pytest.mark.parametrize(
     "words",
-    [["report"], ["list", "bindings"], ["graph", "bootsteps"], ["beat", "--help"], ["logtool", "stats", "no-such-file"],
+    [["list", "bindings"], ["graph", "bootsteps"], ["beat", "--help"], ["logtool", "stats", "no-such-file"],
      ["multi", "names", "2"], ["multi", "bogus"], ["shell", "--bogus"], ["upgrade", "settings"], ["flower", "--help"]],
     ids=" ".join,
 )  # fmt: skip
@@ -137,6 +137,13 @@ def test_celery_s_own_commands_run_with_their_output_and_exit_code(run: Run, wor
     assert lines(ours) == lines(theirs)
     # Celery says that all was well even when `multi` did not understand.
     assert ours.returncode == (1 if words == ["multi", "bogus"] else theirs.returncode), ours.stderr
+
+
+def test_the_report_is_celery_s_with_our_versions_in_it(run: Run) -> None:
+    theirs, ours = (lines(run("-A", "tasks", "report", program=program)) for program in ("celery", "fastq"))
+    [version] = set(ours) - set(theirs)
+    assert version.startswith("            fastq:")
+    assert [line for line in ours if line != version] == theirs
 
 
 def lines(done: subprocess.CompletedProcess[str]) -> list[str]:

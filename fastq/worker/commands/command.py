@@ -116,6 +116,12 @@ class WorkerView(Protocol):
     def settings(self) -> Settings:
         """The application's settings."""
 
+    def configuration(self, with_defaults: bool) -> dict[str, Any]:
+        """The settings that were changed, or all, without secrets; every value has a JSON form."""
+
+    def report(self) -> str:
+        """What a bug report should say of this installation."""
+
     @property
     def options(self) -> WorkerOptions:
         """What the worker was asked to do."""

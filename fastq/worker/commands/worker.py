@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from fastq.worker.commands.command import Command, WorkerView, failed, ok
 from fastq.worker.commands.revoking import publish
-from fastq.worker.report import broker_info, configuration, report_text
+from fastq.worker.report import broker_info
 
 logger = logging.getLogger("fastq.worker")
 
@@ -27,12 +27,12 @@ def clock(view: WorkerView, **_: object) -> dict[str, Any]:
 
 def report(view: WorkerView) -> dict[str, Any]:
     """Information about the installation for bug reports."""
-    return ok(report_text(view.settings))
+    return ok(view.report())
 
 
 def conf(view: WorkerView, with_defaults: bool = False, **_: object) -> dict[str, Any]:
     """List configuration."""
-    return configuration(view.settings, with_defaults)
+    return view.configuration(with_defaults)
 
 
 def hello(view: WorkerView, from_node: str, revoked: object = None, **_: object) -> dict[str, Any] | None:
