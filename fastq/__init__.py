@@ -7,6 +7,7 @@ nothing.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
     from fastq.request import Request
     from fastq.result import AsyncResult, EagerResult
     from fastq.task import Task
+
+if not any(name.startswith("_core.") and name.endswith(".so") for name in os.listdir(os.path.dirname(__file__))):
+    # The folder of a clone goes before an installed package for every program that is started in it.
+    raise ImportError(
+        f"{os.path.dirname(__file__)} is fastq's source, not built: start Python in another folder to use the "
+        "installed fastq, or build this one with ./ci/quickstart"
+    )
 
 __version__ = "0.1.0"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fastq import __version__
+from fastq import FastQ, __version__
 from fastq.cli import COMMANDS
 from fastq.cli.errors import DEBUG_VARIABLE, Failure, run_guarded
 from fastq.errors import ConnectionLost, FastqError, LocalProtocolError, PublishError, ResultTimeout, SettingsError
@@ -406,7 +407,7 @@ def test_an_unknown_kind_of_broker_names_the_known_ones(fastq: Run) -> None:
 def test_status_without_workers_says_so_with_celery_s_exit_code(fastq: Run) -> None:
     done = fastq("-A", "shop", "status")
     assert done.code == 69
-    assert done.error.startswith("Error: No nodes replied within time constraint")
+    assert done.error.startswith("Error: no worker is up on ")
 
 
 def test_status_of_a_memory_broker_cannot_be_asked(fastq: Run) -> None:
@@ -583,3 +584,53 @@ def test_a_reader_that_goes_away_is_no_error(fastq: Run) -> None:
     )
     assert done.stdout == "U"
     assert done.stderr == ""
+
+
+# --- the first hour ---------------------------------------------------------------------------------------------------
+
+
+def test_the_worker_s_help_has_sections(fastq: Run) -> None:
+    help_text = fastq("worker", "--help").out
+    titles = [line for line in help_text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["Options:", "Messages:", "Child processes:", "Time:", "Monitoring:", "Process:"]
+
+
+def test_who_waits_at_an_embedded_broker_without_a_worker_is_told(fastq: Run, project: Path) -> None:
+    path = project / "shop.db"
+    none_there = fastq("-A", "shop", "status")
+    assert none_there.code == 69
+    assert f"no worker is up on {path}, and there is no such file. Start one there" in none_there.error
+    waiting = fastq("-A", "shop", "call", "shop.add", "--args", "[1, 2]", "--wait", "0.2")
+    assert waiting.code == 75
+    assert f"Waiting, but no worker is up on {path}; the task runs once one is started" in waiting.err
+
+
+def test_a_worker_says_that_it_is_ready_what_it_waits_for_and_that_there_are_no_events(project: Path) -> None:
+    source = SHOP + "\nimport time\n@app.task\ndef nap(s):\n    print('napping')\n    time.sleep(s)\n"
+    worker = WorkerProcess(project, "-c", "1", source=source, log_level="WARNING").start()
+    assert "task events: not with this broker" in worker.log()
+    client = FastQ("client", broker=f"sqlite:///{project / 'shop.db'}")
+    client.send_task("tasks.nap", (1,))
+    worker.wait_for_log("napping")
+    worker.signal(signal.SIGTERM)
+    worker.wait_for_log(r"waiting for running tasks to end: 1, for at most 25 s")
+    assert worker.wait() == 0
+    again = WorkerProcess(project, "-c", "1", log_level="WARNING").start()
+    client.send_task("tasks.nap", (60,))
+    again.wait_for_log("napping", count=2)
+    again.signal(signal.SIGTERM)
+    again.wait_for_log("waiting for running tasks to end: 1", count=2)
+    again.signal(signal.SIGTERM)
+    assert again.wait() == 1
+    assert "the worker stops at once; they are given back: tasks.nap[" in again.log()
+    assert "within 25 s" not in again.log()
+    client.close()
+
+
+def test_the_source_folder_says_that_it_is_not_built(tmp_path: Path) -> None:
+    (tmp_path / "fastq").mkdir()
+    (tmp_path / "fastq" / "__init__.py").write_text((ROOT / "fastq" / "__init__.py").read_text())
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastq"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert f"ImportError: {tmp_path}/fastq is fastq's source, not built: start Python in another folder" in done.stderr

@@ -327,7 +327,7 @@ def test_the_task_lines_are_celery_s_word_for_word() -> None:
     log.received("proj.add", "id-1")
     log.succeeded("proj.add", "id-1", 0.25, "3")
     log.failed_expected("proj.add", "id-1", "KeyError('x')")
-    log.retry("proj.add", "id-1", retry_reason(3, "ValueError('again')"))
+    log.retry("proj.add", "id-1", retry_reason(3, "ValueError('again')", 2, 3))
     log.ignored("proj.add", "id-1")
     log.rejected("proj.add", "id-1", "no room")
     log.revoked("proj.add", "id-1")
@@ -335,9 +335,9 @@ def test_the_task_lines_are_celery_s_word_for_word() -> None:
     log.hard_limit("proj.add", "id-1", 2.0)
     assert stream.getvalue().splitlines() == [
         "INFO Task proj.add[id-1] received",
-        "INFO Task proj.add[id-1] succeeded in 0.25s: 3",
+        "INFO Task proj.add[id-1] succeeded in 0.250000s: 3",
         "INFO Task proj.add[id-1] raised expected: KeyError('x')",
-        "INFO Task proj.add[id-1] retry: Retry in 3s: ValueError('again')",
+        "INFO Task proj.add[id-1] retry: Retry 2 of 3 in 3s: ValueError('again')",
         "INFO Task proj.add[id-1] ignored",
         "WARNING Task proj.add[id-1] rejected no room",
         "INFO Discarding revoked task: proj.add[id-1]",
@@ -368,7 +368,7 @@ def test_an_unknown_task_is_named_with_the_remedy_and_cannot_forge_a_line() -> N
 def test_a_percent_sign_in_a_value_is_text() -> None:
     log, stream = task_log()
     log.succeeded("proj.add", "id-1", 1.0, "'100 %d'")
-    assert stream.getvalue() == "INFO Task proj.add[id-1] succeeded in 1.0s: '100 %d'\n"
+    assert stream.getvalue() == "INFO Task proj.add[id-1] succeeded in 1.000000s: '100 %d'\n"
 
 
 def test_a_long_return_value_is_cut() -> None:

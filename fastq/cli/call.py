@@ -62,8 +62,20 @@ def _awaited(app: Any, result: Any, timeout_s: float | None) -> Meta:
         from fastq.celery import client
 
         return client.wait_for(app, result, timeout_s)
+    _warn_if_nobody_works(str(app.conf.broker_url))
     meta: Meta = app.store.wait(result.id, timeout_s)
     return meta
+
+
+def _warn_if_nobody_works(url: str) -> None:
+    """Say on standard error that the wait will be long, where workers are known without asking them."""
+    if not url.startswith("sqlite:"):
+        return
+    from fastq.cli.remote import no_worker_at
+    from fastq.transport.sqlite import live_workers
+
+    if not live_workers(url):
+        click.echo(f"Waiting, but {no_worker_at(url)}; the task runs once one is started", err=True)
 
 
 def _seconds(wait: str | None) -> float | None:

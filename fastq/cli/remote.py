@@ -6,6 +6,7 @@ No application is imported for them: a broker URL is enough. What is printed is 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pprint import pformat
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -63,9 +64,20 @@ def ask(
         bus.close()
 
 
-def nobody() -> Failure:
-    """Return the error for a question without an answer."""
-    return Failure(NOBODY, EX_UNAVAILABLE)
+def nobody(settings: Settings) -> Failure:
+    """Return the error for a question without an answer; what is missing, where that can be known."""
+    url = str(settings.broker_url)
+    if not url.startswith("sqlite:"):
+        return Failure(NOBODY, EX_UNAVAILABLE)
+    return Failure(f"{no_worker_at(url)}. Start one there: fastq -A <module> worker", EX_UNAVAILABLE)
+
+
+def no_worker_at(url: str) -> str:
+    """Return what is said of an embedded broker that nobody works for: whether the file is there, and which one."""
+    from fastq.embedded.database import parse_url
+
+    path = parse_url(url).path
+    return f"no worker is up on {path}" + ("" if os.path.exists(path) else ", and there is no such file")
 
 
 # --- words
@@ -176,7 +188,7 @@ def carry_out(
         if shows:
             printer.show(node, reply)
     if not replies:
-        raise nobody()
+        raise nobody(broker_settings(settings))
     return replies
 
 

@@ -23,7 +23,7 @@ from fastq.cli import Globals
 from fastq.cli.errors import Misuse, one_line, run_guarded
 from fastq.cli.options import misplaced_globals, name_list, plural, refused
 from fastq.errors import FastqError
-from fastq.transport.bus import BUSES
+from fastq.transport.bus import BUSES, has_bus
 from fastq.worker.banner import Banner
 from fastq.worker.daemon import (
     Daemon,
@@ -93,8 +93,35 @@ def _pool(ctx: click.Context, param: click.Parameter, value: str) -> None:
         raise Misuse(f"option -P/--pool {value} is not carried by this version of fastq; remove it to use prefork")
 
 
+#: The help's sections, by an option's parameter; what stands in none of them is general.
+_SECTIONS = {
+    "Messages": ("queues", "exclude_queues", "prefetch_multiplier", "disable_prefetch", "purge", "reliable"),
+    "Child processes": ("concurrency", "autoscale", "max_tasks_per_child", "max_memory_per_child"),
+    "Time": ("time_limit", "soft_time_limit", "grace"),
+    "Monitoring": ("task_events", "statedb", "without_mingle", "without_heartbeat", "heartbeat_interval"),
+    "Process": ("logfile", "pidfile", "detach", "workdir", "uid", "gid", "umask"),
+}
+
+
+class WorkerCommand(click.Command):
+    """The command, with its options' help in sections."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, the general ones first."""
+        rows: dict[str, list[tuple[str, str]]] = {"Options": [], **{title: [] for title in _SECTIONS}}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and isinstance(param, click.Option):
+                section = next((title for title, names in _SECTIONS.items() if param.name in names), "Options")
+                rows[section].append(record)
+        for title, records in rows.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
 # What the application adds is not known before it is imported: words that look like options are kept until then.
-@click.command("worker", context_settings={"ignore_unknown_options": True})
+@click.command("worker", cls=WorkerCommand, context_settings={"ignore_unknown_options": True})
 @click.option("-n", "--hostname", default="", metavar="NAME", help="Node name; expands %h %n %d. Default fastq@%h.")
 @click.option("-c", "--concurrency", metavar="N", callback=_concurrency, help="Child processes; 'auto': by CPU quota.")
 @click.option("-Q", "--queues", type=name_list, default="", metavar="A,B", help="Queues to consume.")
@@ -242,7 +269,7 @@ def show_banner(program: Program, options: WorkerOptions) -> None:
         queues=map(Topology(program.settings).spec, sorted(options.queues)),
         tasks=[name for name in program.names if options.loglevel == "DEBUG" or not name.startswith("celery.")],
         mode="reliable" if options.reliable else "compat",
-        events=bool(options.task_events),
+        events=bool(options.task_events) if has_bus(str(program.settings.broker_url)) else None,
     )
     click.echo(banner.text())
     if options.loglevel in ("DEBUG", "INFO"):

@@ -24,6 +24,7 @@ _ART: Final = (
     "--- =====> ---- ",
     " -------------- ",
 )
+_NO_EVENTS: Final = "not with this broker (RabbitMQ and Redis carry them)"
 _EVENTS_OFF: Final = "OFF (enable -E to monitor tasks in this worker)"
 
 
@@ -40,7 +41,7 @@ class Banner:
     queues: Iterable[QueueSpec]
     tasks: Iterable[str] = ()
     mode: str = "reliable"
-    events: bool = False
+    events: bool | None = False  # None: the broker carries none
 
     def text(self) -> str:
         """Return the banner with the queues."""
@@ -54,7 +55,7 @@ class Banner:
             f".> transport:   {self.transport}",
             f".> results:     {self.results}",
             f".> concurrency: {self.concurrency} (prefork)",
-            f".> task events: {'ON' if self.events else _EVENTS_OFF}",
+            f".> task events: {_NO_EVENTS if self.events is None else 'ON' if self.events else _EVENTS_OFF}",
             f".> mode:        {self.mode}",
             "",
             "[queues]",

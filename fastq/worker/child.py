@@ -353,9 +353,9 @@ class Runner:
         if plan.after_return is not None:
             self._handler(plan.after_return, RETRY, reason, call.id, request.args, request.kwargs, info)
         delay = None if error.when is None else max(0.0, round(error.when - time.time(), 1))
-        self._log.retry(
-            call.name, call.id, retry_reason(delay, None if error.exc is None else _bounded_repr(error.exc))
-        )
+        why = None if error.exc is None else _bounded_repr(error.exc)
+        most = plan.task.max_retries
+        self._log.retry(call.name, call.id, retry_reason(delay, why, call.retries + 1, most))
         meta = self._meta(call, request, RETRY, reason, text) if call.wants_result else None
         report = _report(call, exception=_bounded_repr(reason), traceback=text)
         self._pipe.finish(call, _RETRY, meta, report, recycle_flag(self._max_memory_kib))

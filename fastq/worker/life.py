@@ -49,6 +49,7 @@ UNBOUNDED_WINDOW = 4096  # what "no prefetch limit" means for brokers that are a
 MAX_WINDOW = 1024
 MAX_SCHEDULED = 100_000  # reliability rules, section 6.2: beyond this the broker keeps what waits for its time
 ADAPT_EVERY_S = 0.2
+SHOW_INFO = ("DEBUG", "INFO")
 #: Work to hold in advance while tasks are short: hides the acks' way to the broker and back many times over.
 WINDOW_NS = 20e6
 
@@ -69,6 +70,7 @@ class Life:
         self._zygote = zygote
         self._was_connected = False
         self._owns_process = False
+        self._has_said_ready = False
         self._queues: Sequence[str] = options.queues
         self._added: list[QueueSpec] = []
         self._consumer: Consumer | None = None
@@ -152,7 +154,7 @@ class Life:
             attempt, connected_at = 0, time.monotonic()
             self._was_connected = True
             logger.info(messages.CONNECTED, mask_url(self._broker))
-            logger.info(messages.READY, {"hostname": self.options.hostname})
+            self._say_ready()
             if self._owns_process:
                 set_title(self.program.process_title, self.options.hostname, "MainProcess", active())
             self.program.tell("ready", life=self)
@@ -175,6 +177,15 @@ class Life:
             if flaps > 1:
                 longest = min(FLAP_S, FIRST_RETRY_S * 2 ** min(flaps, 16))
                 await asyncio.sleep(random.uniform(FIRST_RETRY_S, longest))  # noqa: S311  jitter, not a secret
+
+    def _say_ready(self) -> None:
+        ready = {"hostname": self.options.hostname}
+        logger.info(messages.READY, ready)
+        is_shown = self.options.loglevel in SHOW_INFO or self.options.quiet or not self._owns_process
+        if not is_shown and not self._has_said_ready:
+            # Whoever has started it by hand waits for this line, and the log does not show it.
+            print(messages.READY % ready, flush=True)
+        self._has_said_ready = True
 
     async def _connect(self) -> None:
         settings, options = self.settings, self.options
@@ -339,12 +350,14 @@ class Life:
             except (FastqError, TimeoutError, asyncio.TimeoutError) as error:
                 logger.warning("could not cancel the consumer: %s", error)
         self.core.quiet()
+        if self._stop.how == "warm" and not self.core.is_idle:
+            grace = "" if self.options.grace_s is None else f", for at most {self.options.grace_s:g} s"
+            say(f"worker: waiting for running tasks to end: {self.core.running}{grace}")
         if self._stop.how == "warm" and not await self._until_idle(self.options.grace_s):
-            logger.warning(
-                "running tasks did not end within %s s; they are given back: %s",
-                self.options.grace_s,
-                self._running_names(),
-            )
+            why = "the worker stops at once"
+            if self._stop.how == "warm":
+                why = f"running tasks did not end within {self.options.grace_s:g} s"
+            logger.warning("%s; they are given back: %s", why, self._running_names())
         if not self.core.is_idle:
             self.pool.kill()
             self.core.give_back_running()

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Final
 
 RECEIVED: Final = "Task %(name)s[%(id)s] received"
-SUCCEEDED: Final = "Task %(name)s[%(id)s] succeeded in %(runtime)ss: %(return_value)s"
+SUCCEEDED: Final = "Task %(name)s[%(id)s] succeeded in %(runtime).6fs: %(return_value)s"
 FAILED: Final = "Task %(name)s[%(id)s] raised unexpected: %(exc)s\n%(traceback)s"
 FAILED_EXPECTED: Final = "Task %(name)s[%(id)s] raised expected: %(exc)s"
 RETRY: Final = "Task %(name)s[%(id)s] retry: %(exc)s"
@@ -102,10 +102,15 @@ class TaskLog:
         self._logger.log(level, line, context, extra={"data": context})
 
 
-def retry_reason(delay_s: float | None, exc_repr: str | None) -> str:
-    """Return the reason of a retry as it stands in the log: ``Retry in 3s: ValueError('again')``."""
+def retry_reason(delay_s: float | None, exc_repr: str | None, count: int = 0, most: int | None = None) -> str:
+    """Return the reason of a retry as it stands in the log: ``Retry 2 of 3 in 3s: ValueError('again')``.
+
+    ``count`` is the number of the retry to come, ``most`` how many there may be; None: any number.
+    """
+    which = f" {count}" if count else ""
+    which += f" of {most}" if count and most is not None else ""
     when = "" if delay_s is None else f" in {delay_s:g}s"
-    return f"Retry{when}: {exc_repr}" if exc_repr else f"Retry{when}"
+    return f"Retry{which}{when}: {exc_repr}" if exc_repr else f"Retry{which}{when}"
 
 
 def shorten(text: str, limit: int = MAX_RETURN_REPR) -> str:
