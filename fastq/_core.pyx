@@ -379,6 +379,16 @@ cdef class Core(Keeper):
 
     cdef int fail(self, Delivery delivery, str kind, object detail, int verdict) except -1:
         """End a delivery that no child can end: record its failure, then settle it."""
+        if kind == "unknown":
+            delivery.reason = "unregistered"
+        elif kind == "refused":
+            delivery.reason = f"class={detail[0]}"
+        elif kind == "deliveries":
+            delivery.reason = f"delivered {detail} times"
+        elif kind == "lost" and delivery.deaths:
+            delivery.reason = f"killed {delivery.deaths} children: {detail}"
+        else:
+            delivery.reason = f"{kind}: {detail}"
         recorded = self.hooks.failure(kind, delivery_task(delivery), delivery_id(delivery), detail, delivery)
         if kind == "unknown" or kind == "deliveries":
             self.refused[kind] = self.refused.get(kind, 0) + 1
@@ -398,9 +408,14 @@ cdef class Core(Keeper):
         self.on_confirmed(delivery, True)
         self.on_batch()
 
-    def recorded(self, Delivery delivery, int verdict) -> None:
-        """The failure for which the hooks have returned None is recorded: settle the delivery, with this verdict."""
+    def recorded(self, Delivery delivery, int verdict, str reason=None) -> None:
+        """The failure for which the hooks have returned None is recorded: settle the delivery, with this verdict.
+
+        ``reason``: why it is rejected, where the message loop does not know.
+        """
         delivery.verdict = verdict
+        if reason is not None:
+            delivery.reason = reason
         self.on_confirmed(delivery, True)
         self.on_batch()
 
@@ -633,8 +648,14 @@ cdef class Core(Keeper):
         if record.state == OUTCOME_MALFORMED:
             reason, _, detail = reason.partition("\n")
             return self.refuse(delivery, reason, detail)
-        if record.state == OUTCOME_UNKNOWN or record.state == OUTCOME_REJECTED:
+        if record.state == OUTCOME_UNKNOWN:
             delivery.verdict = REJECT
+            delivery.reason = "unregistered"
+        elif record.state == OUTCOME_REJECTED:
+            delivery.verdict = REJECT
+            # The child says first why, then what monitors are told.
+            why, _, reason = (reason or "").partition("\n")
+            delivery.reason = f"Reject: {why}"
         elif record.state == OUTCOME_REQUEUE:
             delivery.verdict = REQUEUE
         elif record.state == OUTCOME_FAILURE and task.reject_failed and task.acks_late:
@@ -755,6 +776,8 @@ cdef class Core(Keeper):
         self.move(delivery, SETTLED)
         if not delivery.settled:
             delivery.settled = True
+            if verdict == REJECT:
+                delivery.reason = f"{delivery_task(delivery) or '?'}[{delivery_id(delivery) or '?'}]: {delivery.reason or 'rejected'}"
             delivery.source.tell(delivery, verdict)
         return 0
 

@@ -38,6 +38,7 @@ cdef class Delivery:
     cdef public object request  # what the hooks have made of it
     cdef int deliveries         # how often the broker has handed it out, this time included
     cdef int deaths             # children that died of it here
+    cdef object reason          # why it is rejected, as text
     cdef int state
     cdef int verdict
     cdef int pending            # confirmations awaited before it may be settled
@@ -133,6 +134,7 @@ cdef class AmqpLink(Source):
 
 cdef class BatchSource(Source):
     cdef list verdicts
+    cdef dict reasons           # why deliveries are rejected, by tag
     cdef list results
     cdef list messages
     cdef dict owners            # deliveries by the token of what they wait for

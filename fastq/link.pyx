@@ -504,6 +504,7 @@ cdef class BatchSource(Source):
 
     def __init__(self):
         self.verdicts = []
+        self.reasons = {}
         self.results = []
         self.messages = []
         self.owners = {}
@@ -573,7 +574,16 @@ cdef class BatchSource(Source):
         self.forget(delivery)
         if not self.dead:
             self.verdicts.append((delivery.tag, verdict))
+            if verdict == REJECT:
+                self.reasons[delivery.tag] = delivery.reason
         return 0
+
+    def take_reasons(self, list tags) -> dict[str, list[int]]:
+        """Return rejected deliveries by the reason, once: the task, its id, and what was wrong."""
+        cdef dict found = {}
+        for tag in tags:
+            found.setdefault(self.reasons.pop(tag, None) or "rejected", []).append(tag)
+        return found
 
     cdef int keep_result(self, Delivery delivery, str task_id, str state, bytes meta, str reply_to, bint confirm) except -1:
         """Take a result to save; ``confirm`` when the delivery is not ours, so that FIFO does not order save and settle."""

@@ -140,6 +140,14 @@ class Stage:
         until(enough, timeout_s, f"{count} dead letters")
         return found
 
+    def dead_reasons(self) -> list[str]:
+        """Return why the dead letters are there, where the broker has a place for that; they stay."""
+        if self.redis is not None:
+            found = self.redis.call("LRANGE", f"{QUEUE}.dead", 0, -1)
+            return [json.loads(raw)["headers"]["x-rejected"] for raw in found]
+        with self._database() as database:
+            return [reason for (reason,) in database.execute("SELECT reason FROM dead")]
+
     # -- what became of it
 
     def wait_for(self, numbers: Iterable[int], timeout_s: float) -> None:

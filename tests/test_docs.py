@@ -38,6 +38,7 @@ DOCUMENTS = (
     "docs/celery.md",
     "docs/operating.md",
     "docs/tasks.md",
+    "docs/troubleshooting.md",
 )
 WITH_STORIES = ("README.md", "docs/tasks.md")
 OF_CELERY = "docs/celery.md"

@@ -21,7 +21,7 @@ from fastq.wire.message import encode_task
 from tests.conftest import missing
 from tests.faults import Direction, FaultProxy
 from tests.servers import RabbitMQ, Redis, ServerMissing
-from tests.stage import QUEUE, Stage, open_stage, until
+from tests.stage import QUEUE, Kind, Stage, open_stage, until
 from tests.workers import WorkerProcess
 
 pytestmark = pytest.mark.rabbitmq
@@ -398,3 +398,32 @@ def test_a_deleted_queue_is_declared_again(stage: Stage) -> None:
     until(lambda: stage.depth() == 0, 10, "the queue is back")
     stage.wait_for(stage.send(5), 10)
     assert worker.exit_code is None
+
+
+@pytest.mark.parametrize("kind", ["redis", "sqlite"])
+def test_a_dead_letter_says_which_task_and_why(kind: Kind, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    stage = open_stage(kind, request, tmp_path)
+    try:
+        stage.start_worker("-c", "1", fastq_max_child_deaths=2)
+        unknown, killing, malformed = new_id(), new_id(), new_id()
+        stage.publish(
+            [
+                encode_task("no.such.task", unknown, b"[[], {}, {}]"),
+                encode_task("kill_own_child", killing, b"[[0], {}, {}]"),
+                encode_task("work", malformed, b"[[], 5, {}]"),
+            ]
+        )
+        wanted = {
+            f"no.such.task[{unknown}]: unregistered",
+            f"work[{malformed}]: class=kwargs",
+            f"kill_own_child[{killing}]: killed 2 children: signal 9 (SIGKILL)",
+        }
+        found: set[str] = set()
+
+        def look() -> bool:
+            found.update(reason.partition(" Job: ")[0] for reason in stage.dead_reasons())
+            return found == wanted
+
+        until(look, 10, f"{wanted} among the dead letters")
+    finally:
+        stage.close()

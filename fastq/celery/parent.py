@@ -30,6 +30,7 @@ from fastq.celery.threads import Recorder
 from fastq.link import Delivery
 from fastq.states import READY_STATES, STARTED
 from fastq.wire.message import scan
+from fastq.worker.child import MAX_DETAIL
 from fastq.worker.events import Events
 from fastq.worker.hooks import DUMP_S, Hooks, refusal
 from fastq.worker.revoked import Revoked
@@ -186,8 +187,9 @@ class CeleryHooks(Hooks):
         except Exception:
             logger.exception("the failure of task %s[%s] could not be recorded", name, task_id)
         verdict = verdicts[0] if verdicts else _ACK
+        reason = f"Reject: {_reason_of(detail)}" if kind == "rejected" else None
         assert self.core is not None
-        self._loop.call_soon_threadsafe(self.core.recorded, delivery, verdict)
+        self._loop.call_soon_threadsafe(self.core.recorded, delivery, verdict, reason)
 
     def _request_method(self, kind: str, found: dict[str, Any], detail: Any, verdicts: list[int]) -> None:
         request = request_of(
@@ -240,6 +242,12 @@ class CeleryHooks(Hooks):
         if not (ignores if ignores is not None or task is None else task.ignore_result):
             (self._app if task is None else task).backend.mark_as_failure(task_id, error, request=request)
         self.consumer.event_dispatcher.send("task-failed", uuid=task_id, exception=repr(error))
+
+
+def _reason_of(rejection: bytes) -> str:
+    """Return on one line why a task has rejected its message; a child of ours has pickled it."""
+    error = pickle.loads(rejection).exception  # noqa: S301
+    return " ".join(str(getattr(error, "reason", error)).split())[:MAX_DETAIL]
 
 
 def _lost(reason: str) -> ExceptionInfo:

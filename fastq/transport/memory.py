@@ -93,7 +93,8 @@ class MemorySource(BatchSource):
     def settle(self, batch: list[tuple[int, int]]) -> None:
         """Carry out the verdicts on deliveries."""
         self._space.delete([tag for tag, verdict in batch if verdict == ACK])
-        self._space.bury([tag for tag, verdict in batch if verdict == REJECT], "rejected")
+        for reason, tags in self.take_reasons([tag for tag, verdict in batch if verdict == REJECT]).items():
+            self._space.bury(tags, reason)
         for verdict, uncounted in ((REQUEUE, 0), (RETURN, 1)):
             tags = [tag for tag, each in batch if each == verdict]
             if tags:

@@ -12,6 +12,9 @@ from typing import Any, Final
 #: How often a message had been handed out when it went back; RabbitMQ's name for it, which the core knows.
 DELIVERY_COUNT: Final = "x-delivery-count"
 
+#: Header of a dead letter: the task, its id, and why it is there.
+REJECTED: Final = "x-rejected"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -46,6 +49,14 @@ class Record:
         if isinstance(info, dict):
             info["redelivered"] = True
         return json.dumps(message).encode()
+
+    def rejected(self, reason: str) -> bytes:
+        """Return the envelope for the dead letters: the reason in a header, where there is a place for it."""
+        headers = self.message.get("headers") if self.message else None
+        if not isinstance(headers, dict):
+            return self.envelope
+        headers[REJECTED] = reason
+        return json.dumps(self.message).encode()
 
 
 def end_of_record(queue: str) -> bytes:

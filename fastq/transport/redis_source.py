@@ -270,7 +270,8 @@ class RedisSource(BatchSource):
         """Carry out the verdicts after which a message is somewhere else."""
         tags = {each: sorted(tag for tag, verdict in verdicts if verdict == each) for each in (REJECT, REQUEUE, RETURN)}
         try:
-            await self.unacked.bury(self._fields(tags[REJECT]))
+            for reason, rejected in self.take_reasons(tags[REJECT]).items():
+                await self.unacked.bury(self._fields(rejected), reason)
             await self.give_back(self._fields(reversed(tags[REQUEUE])), counted=True)
             await self.give_back(self._fields(reversed(tags[RETURN])), counted=False)
         finally:

@@ -96,11 +96,11 @@ class Unacked:
 
         return await self._move("RPUSH", fields, place)
 
-    async def bury(self, fields: Sequence[str]) -> int:
+    async def bury(self, fields: Sequence[str], reason: str) -> int:
         """Move messages to the dead letters of their queues, the first one first; return how many were still there."""
 
         async def place(record: Record) -> Placed:
-            return record.envelope, [self._layout.dead_letters_of(record.routing_key)]
+            return record.rejected(reason), [self._layout.dead_letters_of(record.routing_key)]
 
         return await self._move("LPUSH", fields, place)
 

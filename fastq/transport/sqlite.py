@@ -28,7 +28,7 @@ from fastq.transport import sqlite_tables as tables
 from fastq.transport.fixed import FixedQueues
 from fastq.transport.limits import check_sizes
 from fastq.transport.sqlite_tables import QueueIds, WorkerInfo
-from fastq.transport.sqlite_thread import UNSTORABLE, Outcome, SqliteThread, Work
+from fastq.transport.sqlite_thread import REJECT, UNSTORABLE, Outcome, SqliteThread, Work
 
 if TYPE_CHECKING:
     from fastq._core import Core
@@ -119,7 +119,8 @@ class SqliteSource(BatchSource):
 
     def settle(self, batch: list[tuple[int, int]]) -> None:
         """Tell the verdicts on deliveries."""
-        self._thread.post(Work(verdicts=batch))
+        rejected = self.take_reasons([tag for tag, verdict in batch if verdict == REJECT])
+        self._thread.post(Work(verdicts=batch, rejected=list(rejected.items())))
 
     def save(self, batch: list[SaveItem]) -> None:
         """Store results."""

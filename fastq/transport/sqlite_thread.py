@@ -62,6 +62,7 @@ class Work:
     saves: list[SaveItem] = field(default_factory=list)
     messages: list[tuple[int, Message]] = field(default_factory=list)
     verdicts: list[tuple[int, int]] = field(default_factory=list)
+    rejected: list[tuple[str, list[int]]] = field(default_factory=list)  # those of them, by reason
 
     def __bool__(self) -> bool:
         return bool(self.saves or self.messages or self.verdicts)
@@ -71,6 +72,7 @@ class Work:
         self.saves += more.saves
         self.messages += more.messages
         self.verdicts += more.verdicts
+        self.rejected += more.rejected
 
 
 @dataclass(slots=True)
@@ -353,7 +355,7 @@ class SqliteThread(threading.Thread):
         if work.messages:
             self._publish(work.messages, outcome)
         if work.verdicts:
-            self._settle(work.verdicts, outcome)
+            self._settle(work.verdicts, work.rejected, outcome)
         wanted = self._wanted()
         if wanted and (self._is_due() or not self._drained):
             self._claim(wanted, outcome)
@@ -392,16 +394,15 @@ class SqliteThread(threading.Thread):
                 outcome.refused.append(token)
                 outcome.refusal = f"the message cannot be stored: {error}"
 
-    def _settle(self, verdicts: list[tuple[int, int]], outcome: Outcome) -> None:
+    def _settle(self, verdicts: list[tuple[int, int]], rejected: list[tuple[str, list[int]]], outcome: Outcome) -> None:
         cursor, me = self._cursor, self._me
         done = [tag for tag, verdict in verdicts if verdict == ACK]
         if done:
             tables.delete(cursor, me, done)
         if len(done) == len(verdicts):
             return
-        rejected = [tag for tag, verdict in verdicts if verdict == REJECT]
-        if rejected:
-            tables.bury(cursor, me, rejected, "rejected")
+        for reason, tags in rejected:
+            tables.bury(cursor, me, tags, reason)
         for verdict, uncounted in ((REQUEUE, 0), (RETURN, 1)):
             tags = [tag for tag, each in verdicts if each == verdict]
             if tags:

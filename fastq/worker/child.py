@@ -366,7 +366,9 @@ class Runner:
             self._pipe.finish(call, _REQUEUE, None, _report(call, requeue=True), recycle_flag(self._max_memory_kib))
             return
         meta = self._meta(call, request, REJECTED, str(error.reason)) if call.wants_result else None
-        self._pipe.finish(call, _REJECTED, meta, _report(call, requeue=False), recycle_flag(self._max_memory_kib))
+        # For the dead letters, then for monitors.
+        text = "\n".join([" ".join(str(error.reason).split())[:MAX_DETAIL], _report(call, requeue=False) or ""])
+        self._pipe.finish(call, _REJECTED, meta, text, recycle_flag(self._max_memory_kib))
 
     def _failed(self, plan: Plan, call: Call, request: Request, error: BaseException) -> None:
         text = _format(error)
