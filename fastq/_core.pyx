@@ -777,7 +777,8 @@ cdef class Core(Keeper):
         if not delivery.settled:
             delivery.settled = True
             if verdict == REJECT:
-                delivery.reason = f"{delivery_task(delivery) or '?'}[{delivery_id(delivery) or '?'}]: {delivery.reason or 'rejected'}"
+                name, task_id = delivery_task(delivery) or "?", delivery_id(delivery) or "?"
+                delivery.reason = f"{name}[{task_id}]: {delivery.reason or 'rejected'}"
             delivery.source.tell(delivery, verdict)
         return 0
 
