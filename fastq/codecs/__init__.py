@@ -23,6 +23,9 @@ CONTENT_TYPES = {
     "yaml": "application/x-yaml",
 }
 
+#: What to install for those that need a library; not an extra of fastq, as PyPI has another project of that name.
+_PACKAGES = {"msgpack": "msgpack", "yaml": "PyYAML"}
+
 _NAMES = {content_type: name for name, content_type in CONTENT_TYPES.items()}
 _AS_UTF8 = frozenset({"", "utf-8", "utf8", "us-ascii", "ascii", "binary"})
 _codecs: dict[str, Codec] = {}
@@ -81,8 +84,9 @@ def _load(name: str) -> Codec:
     try:
         codec = cast("Codec", importlib.import_module(f"fastq.codecs.{plain_name}"))
     except ModuleNotFoundError as error:
+        package = _PACKAGES.get(plain_name, error.name)
         raise SettingsError(
-            f"serializer {plain_name!r} needs the library {error.name!r}: pip install 'fastq[{plain_name}]'"
+            f"serializer {plain_name!r} needs the library {error.name!r}: pip install {package}"
         ) from error
     register(codec)
     return codec
