@@ -12,12 +12,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, cast, overload
 
 from fastq import result as results
-from fastq.errors import ConnectionLost, PublishError, ResultsDisabled, SettingsError
+from fastq.errors import ConnectionLost, NotRegistered, PublishError, ResultsDisabled, SettingsError
 from fastq.request import current, running_message
 from fastq.sending.envelope import Envelope, Envelopes, PublishRetry
 from fastq.sending.options import SendOptions, TaskOptions, check_names, text_option
@@ -39,6 +40,12 @@ TaskType = TypeVar("TaskType", bound="Task[..., Any]")
 
 _MAX_NAMED_ENVELOPES = 1024  # chosen: send_task with made-up names must not grow without bound
 
+#: How the settings begin that say where and how to connect.
+_CONNECTING = ("broker_", "result_", "redis_")
+
+#: What the running program is called as a module; the second in a process that multiprocessing has spawned.
+_MAIN = ("__main__", "__mp_main__")
+
 _apps: weakref.WeakSet[FastQ] = weakref.WeakSet()
 _shared: list[SharedTask] = []
 _last_app: FastQ | None = None
@@ -53,8 +60,10 @@ class _Thread(threading.local):
 class FastQ:
     """A task queue application.
 
-    ``name`` is the module name of tasks that are defined in ``__main__``. Any setting can be given as a keyword; it
-    wins over ``config`` (an object, a mapping, or the name of a module).
+    ``name`` is shown to people; it stands for the module of tasks that are defined where no file is (a prompt). Any
+    setting can be given as a keyword; it wins over ``config`` (an object, a mapping, or the name of a module).
+
+    A pickle or copy of it is the application itself; in a process that has not got it, a new one with its settings.
     """
 
     def __init__(
@@ -81,6 +90,7 @@ class FastQ:
         self._store: ResultStore | None = None
         self._declared: set[str] = set()
         self._sent: SentEvents | None = None
+        self._token = new_id()  # forked processes have it too: a pickle finds the application by it
         if config is not None:
             self.config_from_object(config)
         for shared in _shared:
@@ -90,6 +100,9 @@ class FastQ:
 
     def __repr__(self) -> str:
         return f"<FastQ {self.main or 'unnamed'}: {len(self.tasks)} tasks>"
+
+    def __reduce__(self) -> Any:
+        return _app_of, (self._token, self.main, self.conf.given())
 
     # --- configuration -----------------------------------------------------------------------------------------------
 
@@ -115,14 +128,29 @@ class FastQ:
 
     @contextmanager
     def override(self, **settings: Any) -> Iterator[None]:
-        """Change settings inside a ``with`` block; for tests. Connections that are open stay as they are."""
+        """Change settings inside a ``with`` block; for tests.
+
+        Where they say how to connect, the block has connections of its own, closed at its end.
+        """
         self.finalize()
+        aside = self._set_aside() if any(name.startswith(_CONNECTING) for name in settings) else nullcontext()
         try:
-            with self.conf.override(**settings):
+            with aside, self.conf.override(**settings):
                 self._settle()
                 yield
         finally:
             self._settle()
+
+    @contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        """Have no connections inside a ``with`` block but those that are opened there."""
+        kept = self._publisher, self._store, self._declared
+        self._publisher, self._store, self._declared = None, None, set()
+        try:
+            yield
+        finally:
+            self.close()
+            self._publisher, self._store, self._declared = kept
 
     def _settle(self) -> None:
         self._envelopes = Envelopes(self.conf)
@@ -209,10 +237,13 @@ class FastQ:
         return task
 
     def name_of(self, function: Callable[..., Any]) -> str:
-        """Return the name that a task of this function gets: ``module.function``, with a real name for ``__main__``."""
+        """Return the name that a task of this function gets: ``module.function``, with a real name for ``__main__``.
+
+        A program's functions are named as in a worker, which imports its file.
+        """
         module = function.__module__
-        if module == "__main__":
-            module = self.main or _main_module_name()
+        if module in _MAIN:
+            module = _main_module_name(module, self.main)
         return f"{module}.{getattr(function, '__name__', type(function).__name__)}"
 
     def autodiscover_tasks(
@@ -242,6 +273,10 @@ class FastQ:
         request = current()
         return None if request is None or request.task is None else self.tasks.get(request.task)
 
+    def pickled_task(self, task: Task[..., Any]) -> Any:
+        """Return how pickle and copy find a task of this application."""
+        return _task_of, (task.__module__, self._token, self.main, task.name)
+
     # --- sending -----------------------------------------------------------------------------------------------------
 
     def send_task(
@@ -256,11 +291,23 @@ class FastQ:
         if args is not None and not isinstance(args, (list, tuple)):
             raise TypeError(f"args is {args!r:.80}; expected a list or tuple of positional arguments")
         positional, named = args or (), dict(kwargs or {})
+        if self.conf.task_always_eager:
+            return self._send_eagerly(name, positional, named, options)
         envelope = self._envelope_of(name, positional, named)
         if options:
             envelope = self.envelopes.with_options(envelope, options)
         task_id = options.get("task_id")
         return self.send(envelope, new_id() if task_id is None else text_option("task_id", task_id), positional, named)
+
+    def _send_eagerly(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: SendOptions
+    ) -> results.AsyncResult[Any]:
+        task = self.tasks.get(name)
+        if task is None:
+            raise NotRegistered(
+                f"task {name!r} cannot run here and now (task_always_eager): {self!r} has no task of that name"
+            )
+        return task.apply_async(args, kwargs, **options)
 
     def send(
         self, envelope: Envelope, task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -312,6 +359,11 @@ class FastQ:
             thread.batch = None
         if collected:
             self.publish(collected)
+
+    def is_collected(self, task_id: str) -> bool:
+        """Return whether a call waits for the end of this thread's ``batch``."""
+        batch = self._thread.batch
+        return batch is not None and any(message.id == task_id for message in batch)
 
     def reply_address(self) -> str | None:
         """Return where workers send results to, None when the store needs no address."""
@@ -429,6 +481,32 @@ class FastQ:
         self.forget_envelopes()
 
 
+def _app_of(token: str, name: str | None, settings: dict[str, Any]) -> FastQ:
+    """Return the application that was pickled: itself here and in a forked process, else one like it."""
+    global _last_app
+    known = list(_apps)
+    found = next((app for app in known if app._token == token), None) or next(
+        (app for app in known if app.main == name and app.conf.given() == settings), None
+    )
+    if found is None:
+        before = _last_app
+        found = FastQ(name, **settings)
+        found._token = token
+        _last_app = before or found  # who unpickles something has not made an application
+    return found
+
+
+def _task_of(module: str, token: str, app_name: str | None, name: str) -> Task[..., Any]:
+    """Return the task that was pickled, of the application it belonged to if that is here."""
+    if module not in _MAIN:
+        importlib.import_module(module)
+    known = [app for app in list(_apps) if name in app.tasks and app_name == app.main]
+    found = next((app for app in known if app._token == token), known[0] if known else None)
+    if found is None:
+        raise UnpicklingError(f"no application here has the task {name!r}; import the one that it belongs to first")
+    return found.tasks[name]
+
+
 class SharedTask:
     """What ``@shared_task`` leaves in a module: the task of the current application, looked up at each use."""
 
@@ -441,6 +519,7 @@ class SharedTask:
         self.__doc__ = function.__doc__
         self.__module__ = function.__module__
         self.__name__ = function.__name__
+        self.__qualname__ = function.__qualname__
 
     def join(self, app: FastQ) -> Task[..., Any]:
         """Make the task known to an application."""
@@ -452,6 +531,9 @@ class SharedTask:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task(), name)
+
+    def __reduce__(self) -> str:
+        return self.__qualname__
 
     def __repr__(self) -> str:
         return f"<shared task {self.__module__}.{self.__name__}>"
@@ -533,14 +615,24 @@ def _import_related(package: str, related_name: str) -> None:
             raise
 
 
-def _main_module_name() -> str:
-    """Return the name under which a worker would import the program that is running."""
-    main = sys.modules["__main__"]
+def _main_module_name(module: str, app_name: str | None) -> str:
+    """Return the name under which a worker would import the program that is running; without a file, the app's."""
+    main = sys.modules.get(module) or sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     if spec is not None:
         return cast("str", spec.name).removesuffix(".__main__")  # python -m package.module
     file = getattr(main, "__file__", None)
-    return Path(file).stem if file else "__main__"
+    if not file:
+        return app_name or "__main__"
+    path = Path(file).resolve()
+    parts = [path.stem]
+    # A script inside a package: the worker imports it by its full name.
+    while (path.parent / "__init__.py").exists():
+        path = path.parent
+        parts.insert(0, path.name)
+    found = ".".join(parts)
+    # A namespace package has no such file; the application may say where it is.
+    return app_name if app_name is not None and app_name.endswith(f".{found}") else found
 
 
 def _origin(task: Task[..., Any]) -> tuple[str, str]:

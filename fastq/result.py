@@ -31,6 +31,9 @@ class ResultSource(Protocol):
     def exceptions_of(self, task_name: str | None) -> Sequence[type[BaseException]]:
         """Return the exception classes that the task names: stored ones are rebuilt with their own constructors."""
 
+    def is_collected(self, task_id: str) -> bool:
+        """Return whether a call waits for the end of a batch before it is sent."""
+
 
 class RemoteTraceback(Exception):
     """The worker's traceback, shown as the cause of an exception that ``get()`` raises."""
@@ -57,6 +60,10 @@ class AsyncResult(Generic[R_co]):
 
     def __hash__(self) -> int:
         return hash(self.id)
+
+    def __reduce__(self) -> Any:
+        arguments = self.id, self._source, self._task_name, self.ignored
+        return type(self), arguments, (None, {"_meta": self._meta})  # with rpc:// nobody else can have it
 
     def __str__(self) -> str:
         return self.id
@@ -192,6 +199,11 @@ class AsyncResult(Generic[R_co]):
                 f"get() of task {self.id} inside a running task can wait for ever: the workers may all be waiting. "
                 "Let the task return and start the next one, or pass disable_sync_subtasks=False"
             )
+        if self._source.is_collected(self.id):
+            raise RuntimeError(
+                f"get() of task {self.id} inside `with app.batch()` would wait for ever: it is sent when the block "
+                "ends. Call get() after the block"
+            )
         if self.ignored:
             raise ResultsDisabled(f"task {self._task_name}[{self.id}] was sent with ignore_result: it stores no result")
 
@@ -222,6 +234,10 @@ class EagerResult(AsyncResult[R_co]):
         super().__init__(task_id, source, task_name)
         self._value = value
         self._meta = {"status": state, "result": value, "traceback": traceback, "task_id": task_id}
+
+    def __reduce__(self) -> Any:
+        meta = cast("Meta", self._meta)
+        return type(self), (self.id, self._source, self._task_name, meta["status"], self._value, meta["traceback"])
 
     def forget(self) -> None:
         """Do nothing: nothing is stored."""

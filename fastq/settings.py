@@ -197,6 +197,13 @@ class Settings:
         """Return the settings that do not have their default."""
         return {name: getattr(self, name) for name in sorted(self._sources)}
 
+    def given(self) -> dict[str, Any]:
+        """Return the settings that somebody has set, in values that pickle."""
+        return {
+            name: dict(value) if isinstance(value, types.MappingProxyType) else value
+            for name, value in self.changes().items()
+        }
+
     def freeze(self) -> None:
         """Read the environment, fill in what follows from other settings, and refuse changes from now on."""
         if self._frozen:
@@ -214,7 +221,11 @@ class Settings:
         saved, sources, frozen = dict(self.__dict__), dict(self._sources), self._frozen
         object.__setattr__(self, "_frozen", False)
         try:
+            if frozen:
+                self._unresolve()
             self.update(values)
+            if frozen:
+                self._resolve()
             object.__setattr__(self, "_frozen", frozen)
             yield self
         finally:
@@ -234,6 +245,12 @@ class Settings:
         if source >= self._sources.get(name, DEFAULT):
             object.__setattr__(self, name, _immutable(value))
             self._sources[name] = source
+
+    def _unresolve(self) -> None:
+        """Forget what followed from other settings."""
+        for name in ("broker_url", "result_backend", "task_acks_late"):
+            if name not in self._sources:
+                object.__setattr__(self, name, None)
 
     def _resolve(self) -> None:
         broker_url = self.broker_url or DEFAULT_BROKER_URL

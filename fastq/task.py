@@ -6,6 +6,7 @@ Runs nothing by itself but direct and eager calls; in a worker the child calls `
 
 from __future__ import annotations
 
+import copyreg
 import inspect
 import sys
 import time
@@ -176,10 +177,11 @@ class Task(Generic[P, R]):
             check_names(options, SendOptions.__optional_keys__, "apply_async()")
         self._parameters.check(positional, named)
         app = self.app
-        envelope = self._envelope or self._prepare(positional, named)
         task_id = options.get("task_id")
-        if app.conf.task_always_eager:
+        if app.conf.task_always_eager:  # before the envelope: its reply address opens the result store
+            app.finalize()
             return self.apply(positional, named, task_id=task_id, headers=options.get("headers"))
+        envelope = self._envelope or self._prepare(positional, named)
         if options:
             envelope = app.envelopes.with_options(envelope, options)
         return app.send(envelope, new_id() if task_id is None else text_option("task_id", task_id), positional, named)
@@ -294,7 +296,7 @@ class Task(Generic[P, R]):
         if task_id is None and (request.id is None or request.is_eager or self.ignore_result):
             return
         task_id = cast("str", request.id) if task_id is None else task_id
-        if self.app.stores_results:
+        if self.app.stores_results and not self.app.conf.task_always_eager:
             self.app.store.save(task_id, state, encode_meta(task_id, state, meta))
 
     def AsyncResult(self, task_id: str) -> AsyncResult[R]:  # noqa: N802 - Celery's word
@@ -315,6 +317,12 @@ class Task(Generic[P, R]):
         """Return the running call of this task; outside any, an empty one with ``called_directly`` set."""
         request = running_task(self.name)
         return Request.local(self.name, (), {}, called_directly=True) if request is None else request
+
+    def __reduce__(self) -> Any:
+        """A pickle or copy of a registered task is the task itself, found by its name."""
+        if self._app is None:
+            return copyreg.__newobj__, (type(self),), vars(self)  # type: ignore[attr-defined] # not in typeshed
+        return self._app.pickled_task(self)
 
     def __repr__(self) -> str:
         return f"<Task {self.name or type(self).__name__}>"
@@ -392,7 +400,7 @@ class Task(Generic[P, R]):
             self._envelope = envelope
             # An apply_async of the user's, or of a tool that wraps it, must see every call.
             own = type(self).apply_async is not _APPLY_ASYNC or "apply_async" in vars(self)
-            self._direct = None if own or app.conf.task_always_eager else envelope
+            self._direct = None if own else envelope
         return envelope
 
     # --- eager runs --------------------------------------------------------------------------------------------------

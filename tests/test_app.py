@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -14,7 +17,8 @@ import pytest
 
 import fastq.app
 from fastq import FastQ, Task, current_app, shared_task
-from fastq.errors import ConnectionLost, PublishError, ResultsDisabled, SettingsError
+from fastq.codecs.meta import encode_meta
+from fastq.errors import ConnectionLost, NotRegistered, PublishError, ResultsDisabled, ResultTimeout, SettingsError
 from fastq.sending.envelope import PublishRetry
 from fastq.sending.routing import NO_ROUTE, Route, Router
 from fastq.settings import ENVIRONMENT_NAMES
@@ -137,13 +141,30 @@ print(add.name)
 """
 
 
-@pytest.mark.parametrize(("name", "expected"), [("proj", "proj.add"), (None, "script.add")])
-def test_main_is_replaced_by_the_app_s_name_or_the_file_s(tmp_path: Path, name: str | None, expected: str) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT.format(name=name))
-    done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, env=python_path(), capture_output=True, check=True
-    )
+@pytest.mark.parametrize(
+    ("file", "name", "expected"),
+    [
+        ("script.py", "proj", "script.add"),
+        ("script.py", None, "script.add"),
+        ("pack/jobs.py", "proj", "pack.jobs.add"),
+        ("plain/jobs.py", "plain.jobs", "plain.jobs.add"),
+    ],
+)
+def test_a_program_names_its_tasks_as_a_worker_that_imports_it(
+    tmp_path: Path, file: str, name: str | None, expected: str
+) -> None:
+    for folder in ("pack", "plain"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pack" / "__init__.py").touch()
+    (tmp_path / file).write_text(SCRIPT.format(name=name))
+    done = subprocess.run([sys.executable, file], cwd=tmp_path, env=python_path(), capture_output=True, check=True)
     assert done.stdout.decode().strip() == expected
+
+
+def test_where_no_file_is_the_app_s_name_stands_for_the_module() -> None:
+    code = SCRIPT.format(name="proj")
+    done = subprocess.run([sys.executable, "-c", code], env=python_path(), capture_output=True, check=True)
+    assert done.stdout.decode().strip() == "proj.add"
 
 
 def test_main_run_as_a_module_keeps_its_package(tmp_path: Path) -> None:
@@ -170,6 +191,68 @@ def test_two_functions_of_one_name_are_refused_and_a_reload_is_not() -> None:
     app.task(name="n")(add)
     with pytest.raises(SettingsError, match=r"two tasks have the name 'n': .*add and .*other"):
         app.task(name="n")(other)
+
+
+POOLS = """
+import copy, multiprocessing, pickle
+from fastq import FastQ, shared_task
+app = FastQ("shop", broker="memory://", task_routes={"a.*": "a"})
+@app.task
+def add(x, y):
+    return x + y
+@shared_task
+def mul(x, y):
+    return x * y
+if __name__ == "__main__":
+    app.finalize()
+    for method in ("fork", "spawn"):
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            print(pool.starmap(add, [(1, 2)]), pool.starmap(mul, [(2, 3)]), pool.apply(repr, (app,)))
+"""
+
+
+def test_tasks_and_applications_go_to_the_processes_of_a_pool(tmp_path: Path) -> None:
+    (tmp_path / "pools.py").write_text(POOLS)
+    done = subprocess.run(
+        [sys.executable, "pools.py"], cwd=tmp_path, env=python_path(), capture_output=True, check=True
+    )
+    assert done.stdout.decode().splitlines() == ["[3] [6] <FastQ shop: 2 tasks>"] * 2
+
+
+def test_a_pickle_or_copy_is_the_task_and_the_application_themselves() -> None:
+    app = make_app()
+    task = app.task(add)
+    other = make_app()
+    other.task(add)
+    for again in (
+        pickle.loads(pickle.dumps([task, app])),
+        copy.deepcopy([task, app]),
+        [copy.copy(task), copy.copy(app)],
+    ):
+        assert again[0] is task
+        assert again[1] is app
+    result = task.delay(1)
+    for handle in (pickle.loads(pickle.dumps(result)), copy.copy(result)):
+        assert (handle, handle.name) == (result, task.name)
+        assert handle._source is app
+    eager = pickle.loads(pickle.dumps(task.apply((1, 2))))
+    assert (eager.get(), eager.state, eager.name) == (3, "SUCCESS", task.name)
+    lost = app.task(name="lost")(add)
+    del app.tasks["lost"]
+    with pytest.raises(pickle.UnpicklingError, match=r"'lost'.*import"):
+        copy.copy(lost)
+
+
+def test_an_application_that_is_not_here_is_made_with_its_settings_and_not_the_current_one() -> None:
+    app = make_app(task_default_queue="q", task_routes={"a": "b"})
+    app.finalize()
+    data = pickle.dumps([app.AsyncResult("a"), app.AsyncResult("b")])
+    app._token, app.main = "gone", "other"
+    first, second = pickle.loads(data)
+    assert (first._source.conf.task_default_queue, first._source.main) == ("q", "proj")
+    assert first._source is second._source
+    assert first._source is not app
+    assert current_app() is app
 
 
 def test_what_is_no_function_cannot_be_a_task() -> None:
@@ -474,6 +557,22 @@ def test_after_an_exception_a_batch_is_not_published() -> None:
     assert len(sent(app).batches) == 1
 
 
+def test_waiting_inside_a_batch_for_what_is_not_sent_yet_raises_at_once() -> None:
+    app = make_app()
+    task = app.task(add)
+    before = task.delay(0)
+    app.store.save(before.id, "SUCCESS", encode_meta(before.id, "SUCCESS", 7))
+    with app.batch():
+        result = task.delay(1)
+        with pytest.raises(RuntimeError, match=r"inside `with app.batch\(\)` would wait for ever"):
+            result.get()
+        with pytest.raises(RuntimeError, match=r"Call get\(\) after the block"):
+            asyncio.run(result.aget())
+        assert before.get(timeout=1) == 7
+    with pytest.raises(ResultTimeout):
+        result.get(timeout=0)
+
+
 def test_a_batch_belongs_to_its_thread() -> None:
     app = make_app()
     task = app.task(add)
@@ -561,6 +660,42 @@ def test_without_a_result_backend_asking_for_a_result_says_what_to_do() -> None:
     assert app.stores_results is False
     with pytest.raises(ResultsDisabled, match="FastQ"):
         result.get(timeout=1)
+
+
+def test_eager_opens_neither_broker_nor_store(tmp_path: Path) -> None:
+    app = FastQ("proj", broker=f"sqlite:///{tmp_path}/fastq.db", backend=f"sqlite:///{tmp_path}/results.db")
+    task = app.task(name="add")(add)
+
+    @app.task(bind=True)
+    def outer(self: Task[..., Any]) -> int:
+        self.update_state(state="HALF", task_id="another")
+        return task.delay(1, 2).get() + app.send_task("add", (3, 4)).get()
+
+    with app.override(task_always_eager=True):
+        assert outer.delay().get() == outer.apply_async().get() == 10
+        with pytest.raises(NotRegistered, match="'elsewhere' cannot run here and now"):
+            app.send_task("elsewhere")
+    assert (app._publisher, app._store, [*tmp_path.iterdir()]) == (None, None, [])
+
+
+def test_an_override_of_urls_sets_open_connections_aside(tmp_path: Path) -> None:
+    app = FastQ("proj", broker=f"sqlite:///{tmp_path}/fastq.db")
+    task = app.task(add)
+    task.delay(1)
+    real, store = app.publisher, app.store
+    with app.override(broker_url="memory://aside"):
+        task.delay(2)
+        task.delay(3)
+        inside = app.publisher
+        assert (inside.depth("celery"), real.depth("celery")) == (2, 1)
+        assert app.conf.result_backend == "memory://aside"
+        assert app.store is not store
+    assert (app.publisher, app.store) == (real, store)
+    task.delay(4)
+    assert real.depth("celery") == 2
+    with app.override(task_default_queue="other"):
+        assert app.publisher is real
+    app.close()
 
 
 def test_close_closes_what_was_opened() -> None:
