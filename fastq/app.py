@@ -254,11 +254,22 @@ class FastQ:
 
     def load_tasks(self) -> None:
         """Import the modules that hold tasks: ``include``, ``imports`` and what ``autodiscover_tasks`` was given."""
-        for module in (*self.conf.imports, *self.conf.include):
-            importlib.import_module(module)
+        for setting in ("imports", "include"):
+            for module in self.conf[setting]:
+                _import_named(module, f"setting {setting!r}")
         for packages, related_name in self._discover:
             for package in packages() if callable(packages) else packages:
                 _import_related(package, related_name)
+
+    def tasks_by_queue(self) -> dict[str, list[str]]:
+        """Return the names of the tasks by the queue that their calls go to, as far as the name alone decides that."""
+        envelopes, found = self.envelopes, dict[str, list[str]]()
+        for name, task in sorted(self.tasks.items()):
+            if envelopes.routes_are_static or task.queue is not None:
+                envelope = envelopes.of_task(task)
+                if not envelope.exchange:
+                    found.setdefault(envelope.routing_key, []).append(name)
+        return found
 
     def exceptions_of(self, task_name: str | None) -> Sequence[type[BaseException]]:
         """Return the exception classes that a task names: stored ones are rebuilt with their own constructors."""
@@ -293,6 +304,8 @@ class FastQ:
         positional, named = args or (), dict(kwargs or {})
         if self.conf.task_always_eager:
             return self._send_eagerly(name, positional, named, options)
+        if options and name not in self._named:  # checked before a connection is opened for the reply address
+            self.envelopes.with_options(self.envelopes.of_name(name), options)
         envelope = self._envelope_of(name, positional, named)
         if options:
             envelope = self.envelopes.with_options(envelope, options)
@@ -604,10 +617,35 @@ def _import_object(path: str) -> object:
         raise SettingsError(f"module {module!r} has no {attribute!r} with settings") from error
 
 
+def _import_named(module: str, where: str) -> None:
+    """Import a module that the application names. Raises SettingsError, with the nearest one, when it is not there."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+            raise
+        raise SettingsError(f"{where} names {module!r}, which is not found{_near_module(error.name)}") from error
+
+
+def _near_module(name: str) -> str:
+    """Return a hint at the module that has nearly this name."""
+    import difflib  # only needed on the way to an error
+    import pkgutil
+
+    package, _, last = name.rpartition(".")
+    path = getattr(sys.modules.get(package), "__path__", None) if package else [os.getcwd(), *sys.path]
+    known = [each.name for each in pkgutil.iter_modules(path)]
+    near = difflib.get_close_matches(last, known, 1)
+    if not near:
+        return f"; looked in {', '.join(path or ())}" if package else "; is it on the Python path?"
+    found = f"{package}.{near[0]}" if package else near[0]
+    return f"; did you mean {found!r}?"
+
+
 def _import_related(package: str, related_name: str) -> None:
     """Import a package's module of tasks, if it has one; an import that fails inside it is an error as anywhere."""
     module = f"{package}.{related_name}" if related_name else package
-    importlib.import_module(package)
+    _import_named(package, "autodiscover_tasks()")
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -148,7 +148,7 @@ class Settings:
     include: Sequence[str] = ()
     imports: Sequence[str] = ()
     enable_utc: bool = True
-    timezone: str | None = None  # None: UTC
+    timezone: str | None = None  # of moments without one; None: they are refused
 
     # Our own.
     fastq_reliable: bool = True

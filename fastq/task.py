@@ -168,6 +168,10 @@ class Task(Generic[P, R]):
             parameters.check(args, kwargs)
         return self.app.send(envelope, new_id(), args, kwargs)
 
+    def check_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise TypeError when the function cannot be called with these arguments (never with ``typing=False``)."""
+        self._parameters.check(args, kwargs)
+
     def apply_async(
         self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None, **options: Unpack[SendOptions]
     ) -> AsyncResult[R]:
@@ -181,6 +185,8 @@ class Task(Generic[P, R]):
         if app.conf.task_always_eager:  # before the envelope: its reply address opens the result store
             app.finalize()
             return self.apply(positional, named, task_id=task_id, headers=options.get("headers"))
+        if options and self._envelope is None:  # checked before a connection is opened for the reply address
+            app.envelopes.with_options(app.envelopes.of_name(self.name), options)
         envelope = self._envelope or self._prepare(positional, named)
         if options:
             envelope = app.envelopes.with_options(envelope, options)

@@ -413,7 +413,7 @@ def test_a_task_module_that_fails_to_import_is_an_error(packages: Path) -> None:
     app.autodiscover_tasks(["pc"])
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency_xyz"):
         app.load_tasks()
-    with pytest.raises(ModuleNotFoundError, match="no_such_package_xyz"):
+    with pytest.raises(SettingsError, match="'include' names 'no_such_package_xyz', which is not found"):
         make_app(include=["no_such_package_xyz"]).load_tasks()
 
 

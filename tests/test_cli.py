@@ -201,6 +201,15 @@ def test_an_application_is_found(fastq: Run, project: Path, spec: str) -> None:
     write(project, "sub.py", SHOP.replace("app", "fastq").replace("from fastq import", "from fastq import"))
     done = send_through(fastq, spec)
     assert done.error == (
+        f"Error: there are no results here: {project / 'shop.db'} does not exist. "
+        "Go to the folder it is in by --workdir [exit 1: failed]"
+    )
+    assert not (project / "shop.db").exists()
+
+
+def test_a_result_that_is_not_there_yet_is_a_temporary_failure(fastq: Run) -> None:
+    fastq("-A", "shop", "call", "shop.fail")
+    assert send_through(fastq, "shop").error == (
         "Error: task no-such-id is not ready (PENDING); give it time with --wait <seconds> "
         "[exit 75: temporary failure, try again]"
     )
@@ -231,6 +240,33 @@ def test_a_module_without_an_application_says_so(fastq: Run, project: Path) -> N
     write(project, "empty.py", "x = 1\n")
     assert "holds no application" in send_through(fastq, "empty").error
     assert "is a int, not an application" in send_through(fastq, "empty:x").error
+    write(project, "pack/__init__.py", "")
+    write(project, "pack/app.py", SHOP)
+    assert "in pack/app.py: -A pack.app" in send_through(fastq, "pack").error
+
+
+@pytest.mark.parametrize(
+    ("spec", "remedy"),
+    [
+        ("shop.py", "-A shop [exit 2"),
+        ("./shop", "-A shop [exit 2"),
+        ("./shop.py:app", "-A shop:app [exit 2"),
+        ("pack/app.py", "-A pack.app [exit 2"),
+        ("../elsewhere/shop.py", "Give its folder by --workdir, then -A shop [exit 2"),
+    ],
+)
+def test_a_path_in_place_of_a_module_is_answered_with_the_module(fastq: Run, spec: str, remedy: str) -> None:
+    done = send_through(fastq, spec)
+    assert (done.code, "is a path; -A takes a module" in done.error) == (2, True)
+    assert remedy in done.error
+
+
+def test_of_several_applications_one_must_be_named_or_the_choice_is_said(fastq: Run, project: Path) -> None:
+    write(project, "two.py", SHOP.replace("app", "one") + SHOP.replace("app", "two") + "alias = one\n")
+    done = send_through(fastq, "two")
+    assert (done.code, "Name one of them: -A two:one, -A two:two [" in done.error) == (2, True)
+    write(project, "two.py", SHOP + SHOP.replace("app", "two"))
+    assert "taken: <FastQ shop: 2 tasks>. The others: -A two:two\n" in send_through(fastq, "two").err
 
 
 @pytest.mark.parametrize(
@@ -281,7 +317,7 @@ def test_the_traceback_is_shown_when_asked_for(
 
 def test_another_working_directory_is_where_modules_are_found(fastq: Run, project: Path) -> None:
     write(project, "deep/far.py", SHOP)
-    assert "not ready" in fastq("--workdir", "deep", "-A", "far", "result", "x").error
+    assert "deep/shop.db does not exist" in fastq("--workdir", "deep", "-A", "far", "result", "x").error
     done = fastq("--workdir", "deeper", "-A", "far", "result", "x")
     assert done.code == 78
     assert "--workdir 'deeper': No such file or directory" in done.error
@@ -291,8 +327,8 @@ def test_another_working_directory_is_where_modules_are_found(fastq: Run, projec
 
 
 def test_options_come_from_the_environment_as_well(fastq: Run) -> None:
-    assert "not ready" in fastq("result", "x", FASTQ_APP="shop").error
-    assert "not ready" in fastq("result", "x", APP="shop").error
+    assert "no results here" in fastq("result", "x", FASTQ_APP="shop").error
+    assert "no results here" in fastq("result", "x", APP="shop").error
     done = fastq("worker", FASTQ_APP="shop", FASTQ_WORKER_POOL="solo")
     assert "option -P/--pool solo is not carried" in done.error
 
@@ -319,7 +355,7 @@ def test_a_configuration_module_is_read(fastq: Run, project: Path) -> None:
 
 
 def test_call_prints_the_id_and_the_queue_holds_the_message(fastq: Run) -> None:
-    done = fastq("-A", "shop", "call", "shop.add", "-a", "[1, 2]", "-k", '{"z": null}', "--countdown", "60")
+    done = fastq("-A", "shop", "call", "shop.add", "-a", "[1]", "-k", '{"y": null}', "--countdown", "60")
     assert done.code == 0, done.err
     assert len(done.out.strip()) == 36
     assert fastq("-A", "shop", "purge", "-f").out == "Purged 1 message from 1 known task queue.\n"
@@ -343,8 +379,53 @@ def test_a_wrong_value_for_call_is_a_usage_error(fastq: Run, options: list[str],
     assert complaint in done.err
 
 
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["shop.ad"], "no task 'shop.ad' in <FastQ shop: 2 tasks>; did you mean 'shop.add'?"),
+        (["add"], "did you mean 'shop.add'?"),
+        (["mail.send"], "it has shop.add, shop.fail"),
+        (
+            ["shop.add", "-a", "[1]"],
+            "'shop.add' cannot be called with these arguments: missing a required argument: 'y'",
+        ),
+        (["shop.fail", "--eta", "2030-01-31T12:00:00"], "eta is 2030-01-31 12:00:00, which could be any zone's time"),
+    ],
+)
+def test_a_call_that_nobody_could_run_is_refused_before_it_is_sent(
+    fastq: Run, project: Path, options: list[str], complaint: str
+) -> None:
+    done = fastq("-A", "shop", "call", *options)
+    assert (done.code, done.out) == (2, "")
+    assert complaint in done.error
+    assert not (project / "shop.db").exists()
+
+
+def test_a_call_that_makes_the_database_says_so(fastq: Run, project: Path) -> None:
+    done = fastq("-A", "shop", "call", "shop.fail")
+    assert (done.code, f"{project / 'shop.db'} did not exist; it is new and empty now" in done.error) == (0, True)
+    assert fastq("-A", "shop", "call", "shop.fail").err == ""
+
+
+def test_a_queue_that_nobody_reads_is_said_by_check_worker_and_status(
+    start_worker: Callable[..., WorkerProcess], fastq: Run, project: Path
+) -> None:
+    queues = "app.conf.task_queues = ['a', 'b']\n@app.task(queue='b')\ndef fine(): ...\n"
+    source = SHOP.replace("shop.db", str(project / "shop.db")) + queues
+    write(project, "tasks.py", source)
+    checked = fastq("-A", "tasks", "check").out
+    assert "risk  queue 'celery' is read by no worker without -Q: calls of tasks.add, tasks.fail go there" in checked
+    log = start_worker("-c", "1", source=source).log()
+    assert "queue 'celery' is not read: calls of tasks.add, tasks.fail go there and wait. Add it to task_queues" in log
+    assert "'b' is not read" not in log
+    status = fastq("-A", "tasks", "status")
+    assert (status.code, "Queue 'celery' is read by none of them: calls of tasks.add" in status.error) == (0, True)
+    assert "not read" not in start_worker("-c", "1", "-Q", "celery", source=source).log()
+    assert fastq("-A", "tasks", "status").err == ""
+
+
 def test_an_unknown_serializer_names_the_known_ones(fastq: Run) -> None:
-    done = fastq("-A", "shop", "call", "shop.add", "--serializer", "xml")
+    done = fastq("-A", "shop", "call", "shop.fail", "--serializer", "xml")
     assert done.code != 0
     assert "json" in done.error
 
@@ -357,7 +438,7 @@ def test_call_waits_no_longer_than_it_was_told_to(fastq: Run) -> None:
 
 @pytest.mark.parametrize(("answer", "code"), [("yes\n", 0), ("y\n", 1), ("\n", 1), ("", 1)])
 def test_purge_asks_for_a_typed_yes(fastq: Run, answer: str, code: int) -> None:
-    fastq("-A", "shop", "call", "shop.add")
+    fastq("-A", "shop", "call", "shop.fail")
     done = fastq("-A", "shop", "purge", stdin=answer)
     assert done.code == code
     assert "every task that waits in celery" in done.err
@@ -366,8 +447,8 @@ def test_purge_asks_for_a_typed_yes(fastq: Run, answer: str, code: int) -> None:
 
 
 def test_purge_takes_the_queues_it_is_given(fastq: Run) -> None:
-    fastq("-A", "shop", "call", "shop.add", "--queue", "a")
-    fastq("-A", "shop", "call", "shop.add", "--queue", "b")
+    fastq("-A", "shop", "call", "shop.fail", "--queue", "a")
+    fastq("-A", "shop", "call", "shop.fail", "--queue", "b")
     assert "Purged 1 message from 1 " in fastq("-A", "shop", "purge", "-f", "-Q", "a,b", "-X", "b").out
     assert "Purged 1 message from 2 known task queues." in fastq("-A", "shop", "purge", "-f", "-Q", "a, b").out
     done = fastq("-A", "shop", "purge", "-f", "-Q", "a", "-X", "a")
@@ -456,6 +537,13 @@ def test_a_module_to_include_that_is_not_there_is_named(fastq: Run, project: Pat
     assert (done.code, "module 'nope' was not found (-I nope)" in done.error) == (2, True)
     write(project, "inc.py", SHOP + "app.conf.include = ['nope']\n")
     done = fastq("-A", "inc", "worker")
+    assert (done.code, "setting 'include' names 'nope', which is not found" in done.error) == (78, True)
+    write(project, "pack/__init__.py", "")
+    write(project, "pack/tasks.py", "import nope\n")
+    write(project, "inc.py", SHOP + "app.conf.include = ['pack.tsks']\n")
+    assert "names 'pack.tsks', which is not found; did you mean 'pack.tasks'?" in fastq("-A", "inc", "worker").error
+    write(project, "inc.py", SHOP + "app.conf.include = ['pack.tasks']\n")
+    done = fastq("-A", "inc", "worker")
     assert done.code == 1
     assert "a module of include, imports or autodiscover_tasks does not import: ModuleNotFoundError" in done.error
 
@@ -499,9 +587,9 @@ def test_a_worker_that_is_told_to_purge_starts_with_empty_queues(
     start_worker: Callable[..., WorkerProcess], fastq: Run, project: Path
 ) -> None:
     source = SHOP.replace("shop.db", str(project / "shop.db"))
-    old = fastq("-A", "shop", "call", "tasks.add", "-a", "[1, 2]").out.strip()
+    old = fastq("-b", "sqlite:///shop.db", "call", "tasks.add", "-a", "[1, 2]").out.strip()
     worker = start_worker("--purge", "-c", "1", source=source)
-    new = fastq("-A", "shop", "call", "tasks.add", "-a", "[3, 4]", "--wait", "20").out.split()
+    new = fastq("-b", "sqlite:///shop.db", "call", "tasks.add", "-a", "[3, 4]", "--wait", "20").out.split()
     assert new[1] == "7"
     assert new[0] in worker.log()
     assert old not in worker.log()
@@ -511,10 +599,10 @@ def test_call_and_result_show_what_came_of_a_task(
     start_worker: Callable[..., WorkerProcess], fastq: Run, project: Path
 ) -> None:
     start_worker("-c", "1", source=SHOP.replace("shop.db", str(project / "shop.db")))
-    done = fastq("-A", "shop", "call", "tasks.add", "-a", '["a", "b"]', "--wait", "20")
+    done = fastq("-b", "sqlite:///shop.db", "call", "tasks.add", "-a", '["a", "b"]', "--wait", "20")
     assert (done.code, done.out.split()[1:]) == (0, ["ab"])
     assert fastq("-A", "shop", "result", done.out.split()[0]).out == "ab\n"
-    failed = fastq("-A", "shop", "call", "tasks.fail", "--wait", "20")
+    failed = fastq("-b", "sqlite:///shop.db", "call", "tasks.fail", "--wait", "20")
     assert failed.code == 1
     assert failed.error.endswith(" ended as FAILURE: KeyError('no such thing') [exit 1: failed]")
     shown = fastq("-A", "shop", "result", failed.out.strip(), "--traceback")

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +60,21 @@ def test_status_lists_a_stock_worker(stock: tuple[str, str]) -> None:
     done = fastq(url, "status")
     assert (done.returncode, done.stdout) == (0, f"->  {name}: OK\n\n1 node online.\n"), done.stderr
     assert json.loads(fastq(url, "status", "-j").stdout) == {name: {"ok": "pong"}}
+
+
+QUEUES = (
+    "from fastq import FastQ\napp = FastQ('q')\n@app.task\ndef read(): ...\n@app.task(queue='b')\ndef left(): ...\n"
+)
+
+
+def test_status_names_the_queue_that_no_worker_reads(stock: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "queues.py").write_text(QUEUES)
+    done = command_line("fastq", "-C", "-A", "queues", "-b", stock[0], "status", folder=tmp_path)
+    assert (done.returncode, done.stdout.count("OK")) == (0, 1), done.stderr
+    assert done.stderr == (
+        "Queue 'b' is read by none of them: calls of queues.left go there and wait. "
+        "Add it to task_queues, or start a worker with -Q b\n"
+    )
 
 
 #: What is printed does not depend on the broker: compared on RabbitMQ, the last ones on Redis too.

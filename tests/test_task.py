@@ -219,7 +219,11 @@ def test_options_of_the_task_reach_the_message_and_expires_counts_from_each_send
 def test_a_moment_without_a_zone_is_in_the_zone_of_the_settings(app: FastQ) -> None:
     task = app.task(add)
     moment = datetime(2030, 6, 1, 12)
-    task.apply_async((1,), eta=moment, expires=moment)
+    for option in ("eta", "expires"):
+        with pytest.raises(ValueError, match=f"{option} is 2030-06-01 12:00:00, which could be any zone's time"):
+            task.apply_async((1,), **{option: moment})  # type: ignore[arg-type]
+    with app.override(timezone="UTC"):
+        task.apply_async((1,), eta=moment, expires=moment)
     task.apply_async((1,), eta=moment.replace(tzinfo=timezone(timedelta(hours=2))))
     with app.override(timezone="Europe/Berlin"):
         task.apply_async((1,), eta=moment)

@@ -1,4 +1,4 @@
-"""``fastq call``: send one task by name. The task need not be known here."""
+"""``fastq call``: send one task by name. With an application, it must be one of its own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import click
 
 from fastq.cli import Globals
 from fastq.cli.errors import Misuse
-from fastq.cli.loader import is_celery
+from fastq.cli.loader import is_celery, load_tasks
 from fastq.cli.options import json_array, json_object, misplaced_globals, moment, moment_or_seconds
 
 if TYPE_CHECKING:
+    from fastq.app import FastQ
     from fastq.interfaces import Meta
+    from fastq.result import AsyncResult
 
 
 @click.command("call")
@@ -46,7 +48,7 @@ def command(
 
             result = client.send(app, name, args, kwargs, given)
         else:
-            result = app.send_task(name, args, kwargs, **given)
+            result = _send(app, name, args, kwargs, given, bool(settings.app or settings.application))
     except (TypeError, ValueError) as error:
         raise Misuse(str(error)) from error
     click.echo(result.id)
@@ -55,6 +57,38 @@ def command(
     from fastq.cli.result import show
 
     return show(_awaited(app, result, timeout_s), with_traceback=False)
+
+
+def _send(
+    app: FastQ, name: str, args: list[Any], kwargs: dict[str, Any], options: dict[str, Any], is_known: bool
+) -> AsyncResult[Any]:
+    """Send the task and return its handle. An application that was named, and has tasks, must have this one."""
+    if app.conf.task_always_eager:
+        raise Misuse("task_always_eager is on in this application: its tasks run where they are called")
+    load_tasks(app.load_tasks)
+    task = app.tasks.get(name)
+    if task is not None:
+        try:
+            task.check_arguments(args, kwargs)
+        except TypeError as error:
+            raise Misuse(f"task {name!r} cannot be called with these arguments: {error}") from error
+        return task.apply_async(args, kwargs, **options)
+    if is_known and app.tasks:
+        raise Misuse(
+            f"no task {name!r} in {app!r}; {_nearest(name, list(app.tasks))}. "
+            "For one that only another application has, name the broker alone: fastq -b <URL> call ..."
+        )
+    return app.send_task(name, args, kwargs, **options)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    import difflib  # only needed on the way to an error
+
+    by_end = {each.rpartition(".")[2]: each for each in known}
+    near = difflib.get_close_matches(name, known, 1) or [
+        by_end[end] for end in difflib.get_close_matches(name.rpartition(".")[2], by_end, 1)
+    ]
+    return f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known)[:10])}"
 
 
 def _awaited(app: Any, result: Any, timeout_s: float | None) -> Meta:

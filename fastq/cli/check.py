@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastq.amqp.url import mask_url
-from fastq.celery.report import Report, TaskPath
+from fastq.celery.report import NOTE, RISK, Finding, Report, TaskPath
 from fastq.cli import Globals
 from fastq.cli.loader import find_any_app, is_celery, load_tasks
 from fastq.cli.options import misplaced_globals
+from fastq.cli.unread import declared_queues, unread_queues
 from fastq.worker.exitcodes import EX_FAILURE, EX_OK
 
 if TYPE_CHECKING:
@@ -46,9 +47,15 @@ def report_on_fastq(app: FastQ) -> Report:
     """Return the report on a FastQ application: unknown settings cannot exist there, and every task runs straight."""
     load_tasks(app.load_tasks)
     app.finalize()
+    # Without task_queues, workers are told what to read by -Q.
+    kind = NOTE if app.conf.task_queues is None else RISK
     return Report(
         application=f"{app.main or 'unnamed'} (FastQ)",
         broker=mask_url(str(app.conf.broker_url)),
         results=mask_url(str(app.conf.result_backend)),
         tasks=[TaskPath(name) for name in sorted(app.tasks)],
+        findings=[
+            Finding(kind, f"queue {queue!r} is read by no worker without -Q", text)
+            for queue, text in unread_queues(app, declared_queues(app.conf))
+        ],
     )

@@ -10,8 +10,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+import click
 
 from fastq.app import FastQ
 from fastq.cli.errors import Failure, Misuse, describe
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 #: Attributes of a module, and submodules of a package, that are looked at before any other.
 _NAMES = ("app", "fastq", "celery")
 
+#: Files of a package in which an application is likely to be, for a hint.
+_LIKELY = ("app", "application", "tasks", "main", "worker", "queue")
+
 
 def find_any_app(spec: str) -> Application:
     """Return the application: the attribute named, else one of the usual names, else any in the module.
@@ -34,15 +40,17 @@ def find_any_app(spec: str) -> Application:
     """
     add_working_directory()
     name, colon, attribute = spec.partition(":")
+    _refuse_path(name, colon + attribute)
     if colon:
         return _checked(_attribute(_import(name, spec), attribute, spec), spec)
     found = _import_or_attribute(name, spec)
     if not isinstance(found, ModuleType):
         return _checked(found, spec)
     # In Celery's order: what a package's submodule holds goes before what the package itself names in another way.
-    app = _app_in(found, _NAMES) or _app_in_submodule(found, spec) or _app_in(found)
+    app = _app_in(found, _NAMES) or _app_in_submodule(found, spec) or _only_app_in(found, spec)
     if app is None:
-        raise Misuse(f"module {name!r} holds no application. Name its attribute: -A {name}:<attribute>")
+        raise Misuse(f"module {name!r} holds no application. {_where_else(found)}")
+    _tell_of_others(found, app)
     return app
 
 
@@ -127,6 +135,58 @@ def _app_in(module: ModuleType, names: Sequence[str] = ()) -> Any:
     """Return an application that the module holds, by one of the names, else the usual ones first; None for none."""
     candidates = [getattr(module, name, None) for name in names or (*_NAMES, *vars(module))]
     return next((found for found in candidates if _is_app(found)), None)
+
+
+def _apps_in(module: ModuleType) -> dict[str, Any]:
+    """Return the different applications that a module holds, by their first name in it."""
+    found: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if _is_app(value) and not any(value is known for known in found.values()):
+            found[name] = value
+    return found
+
+
+def _only_app_in(module: ModuleType, spec: str) -> Any:
+    """Return the application of a module. Raises Misuse when there are several and no name says which."""
+    found = _apps_in(module)
+    if len(found) > 1 and not any(map(is_celery, found.values())):  # Celery takes the first
+        words = ", ".join(f"-A {spec}:{name}" for name in found)
+        raise Misuse(f"module {spec!r} holds {len(found)} applications. Name one of them: {words}")
+    return next(iter(found.values()), None)
+
+
+def _tell_of_others(module: ModuleType, app: Any) -> None:
+    """Say which application was taken where a module holds others that are its own as well."""
+    others = [name for name, found in _apps_in(module).items() if found is not app and not is_celery(found)]
+    if others and app in vars(module).values():
+        words = ", ".join(f"-A {module.__name__}:{name}" for name in others)
+        click.echo(f"{module.__name__!r} holds several applications; taken: {app!r}. The others: {words}", err=True)
+
+
+def _where_else(module: ModuleType) -> str:
+    """Return what to name instead of a module without an application."""
+    for folder in getattr(module, "__path__", ()):
+        for name in _LIKELY:
+            if Path(folder, f"{name}.py").exists():
+                return f"Perhaps it is in {module.__name__}/{name}.py: -A {module.__name__}.{name}"
+    return f"Name its attribute: -A {module.__name__}:<attribute>"
+
+
+def _refuse_path(name: str, attribute: str) -> None:
+    """Raise Misuse for a file's name where a module's is meant."""
+    is_file = name.endswith(".py") and not _is_package(name.removesuffix(".py"))
+    if not is_file and "/" not in name and not name.startswith("."):
+        return
+    path = os.path.relpath(name) if "/" in name or name.startswith("./") else name
+    parts = path.removesuffix(".py").strip("/.").split("/")
+    if path.startswith("..") or not all(part.isidentifier() for part in parts):
+        raise Misuse(f"-A {name} is a path; -A takes a module. Give its folder by --workdir, then -A {parts[-1]}")
+    raise Misuse(f"-A {name} is a path; -A takes a module: -A {'.'.join(parts)}{attribute}")
+
+
+def _is_package(name: str) -> bool:
+    """Whether ``name.py`` may be a module ``py`` inside a package."""
+    return os.path.isdir(name.replace(".", "/"))
 
 
 def _app_in_submodule(module: ModuleType, spec: str) -> Any:

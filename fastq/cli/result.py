@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -41,8 +42,19 @@ def command(settings: Globals, /, task_id: str, traceback: bool, wait: float | N
 def _of_fastq(app: Any, task_id: str, wait: float | None) -> Meta | None:
     if app.stores_results and str(app.conf.result_backend).startswith("rpc:"):
         raise Misuse(_OWN_RESULTS)
+    _require_file(str(app.conf.result_backend))
     found: Meta | None = app.store.load(task_id) if wait is None else app.store.wait(task_id, wait)
     return found
+
+
+def _require_file(url: str) -> None:
+    """Raise Failure where there is no file to read; looking would make one, of no use to anybody."""
+    if url.startswith("sqlite:"):
+        from fastq.embedded.database import parse_url
+
+        path = parse_url(url).path
+        if not os.path.exists(path):
+            raise Failure(f"there are no results here: {path} does not exist. Go to the folder it is in by --workdir")
 
 
 def _of_celery(app: Any, task_id: str, wait: float | None, task: str) -> Meta | None:

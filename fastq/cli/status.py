@@ -14,8 +14,10 @@ import click
 
 from fastq.cli import Globals
 from fastq.cli.errors import Misuse
+from fastq.cli.loader import load_tasks
 from fastq.cli.options import misplaced_globals
-from fastq.cli.remote import Printer, ask, broker_settings, nobody, remote_options
+from fastq.cli.remote import Printer, ask, nobody, remote_options
+from fastq.cli.unread import unread_queues
 
 if TYPE_CHECKING:
     from fastq.settings import Settings
@@ -29,17 +31,34 @@ def command(settings: Globals, /, timeout: float, destination: tuple[str, ...], 
     """List the workers that are up. Exit code 69: there is none."""
     printer = Printer(settings)
     replies = {}
-    for node, reply in online(broker_settings(settings), timeout, destination):
+    app = settings.load_app()
+    load_tasks(app.load_tasks)
+    app.finalize()
+    for node, reply in online(app.conf, timeout, destination):
         replies[node] = reply
         if not as_json:
             printer.show(node, reply, with_body=False)
     if not replies:
-        raise nobody(broker_settings(settings))
+        raise nobody(app.conf)
     if as_json:
         click.echo(json.dumps(replies))
     else:
         printer.count(len(replies))
+    if app.tasks and not destination:
+        for queue, text in unread_queues(app, read_queues(app.conf, timeout, list(replies))):
+            click.echo(f"Queue {queue!r} is read by none of them: {text}", err=True)
     return 0
+
+
+def read_queues(settings: Settings, timeout_s: float, nodes: Sequence[str]) -> set[str]:
+    """Return the names of the queues that these nodes read."""
+    url = str(settings.broker_url)
+    if url.startswith("sqlite:"):
+        from fastq.transport.sqlite import live_workers
+
+        return {queue for worker in live_workers(url) for queue in worker.queues}
+    replies = ask(settings, "active_queues", {}, timeout_s, nodes)
+    return {str(queue["name"]) for _, found in replies if isinstance(found, list) for queue in found}
 
 
 def online(settings: Settings, timeout_s: float, destination: Sequence[str]) -> Iterator[tuple[str, Any]]:

@@ -22,6 +22,7 @@ from fastq.amqp.url import mask_url
 from fastq.cli import Globals
 from fastq.cli.errors import Misuse, one_line, run_guarded
 from fastq.cli.options import misplaced_globals, name_list, plural, refused
+from fastq.cli.unread import declared_queues, unread_queues
 from fastq.errors import FastqError
 from fastq.transport.bus import BUSES, has_bus
 from fastq.worker.banner import Banner
@@ -221,6 +222,7 @@ class Start:
                 show_banner(program, full)
             if full.purge:
                 purge(program, full.queues)
+            self._warn_unread(program, full)
             if self.daemon is not None:
                 self.daemon.started()
             return self._work(program, full)
@@ -236,6 +238,17 @@ class Start:
                 # Standard error, where it is said as well, may be nowhere by now.
                 logger.critical("%s", one_line(str(error)))
             raise
+
+    def _warn_unread(self, program: Program, options: WorkerOptions) -> None:
+        """Name the queues that tasks go to and that neither this worker nor another one is meant to read."""
+        from fastq.worker.program import FastQProgram
+
+        settings = program.settings
+        told = bool(self.options.queues or self.options.exclude_queues)
+        if not isinstance(program, FastQProgram) or (told and settings.task_queues is None):
+            return
+        for queue, text in unread_queues(program.app, declared_queues(settings) | {*options.queues}):
+            logger.warning("queue %r is not read: %s", queue, text)
 
     def _needs_node(self) -> bool:
         """Return whether a file is named after the node, and the node after the kind of application."""

@@ -5,6 +5,7 @@ No statements: what is written and read is up to ``transport.sqlite`` and ``resu
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import threading
@@ -22,6 +23,8 @@ T = TypeVar("T")
 
 _STALE_S: Final = 1.0
 
+logger = logging.getLogger("fastq.sqlite")
+
 
 class OpenFile:
     """A connection and its bells, in the process that opened them. Not thread-safe."""
@@ -31,7 +34,15 @@ class OpenFile:
         self._path = location.path
         self._timeout_s = timeout_s
         self._checked_at = time.monotonic()
+        is_new = not os.path.exists(location.path)
         self.connection = database.connect(location.path, synchronous, timeout_s)
+        if is_new:
+            # A relative path means another file in another folder: calls that nobody will ever run.
+            logger.warning(
+                "%s did not exist; it is new and empty now. A worker must use the same file: start both in one folder, "
+                "or name it from its root, sqlite:////folder/fastq.db",
+                location.path,
+            )
         try:
             self.folder = BellFolder(location.path)
         except BaseException:

@@ -290,10 +290,19 @@ class Envelopes:
             )
         return changes
 
-    def _unix(self, option: str, moment: Any) -> float:
-        if not isinstance(moment, datetime):
-            raise TypeError(f"{option} is {moment!r:.80}; expected a datetime")
-        return (moment if moment.tzinfo is not None else moment.replace(tzinfo=self._zone)).timestamp()
+    def _unix(self, option: str, value: Any) -> float:
+        if not isinstance(value, datetime):
+            raise TypeError(f"{option} is {value!r:.80}; expected a datetime")
+        moment: datetime = value
+        if moment.tzinfo is None:
+            if self._zone is None:
+                raise ValueError(
+                    f"{option} is {moment.isoformat(' ')}, which could be any zone's time. Say which: "
+                    "datetime.now(timezone.utc) + ..., moment.astimezone() for local time, countdown in seconds, "
+                    "or the setting timezone for all of them: FastQ(timezone='UTC')"
+                )
+            moment = moment.replace(tzinfo=self._zone)
+        return moment.timestamp()
 
     def _publish_retry(self, retry: bool | None, policy: Mapping[str, Any] | None) -> PublishRetry:
         if retry is False:
@@ -319,8 +328,10 @@ def _expiry(header: str | float | None) -> float | None:
     return None if header is None else header if header > 1e9 else time.time() + header
 
 
-def _zone(name: str | None) -> tzinfo:
-    if name is None or name.upper() == "UTC":
+def _zone(name: str | None) -> tzinfo | None:
+    if name is None:
+        return None
+    if name.upper() == "UTC":
         return timezone.utc  # needs no time zone data, which small images lack
     from zoneinfo import ZoneInfo
 

@@ -48,7 +48,7 @@ class SendOptions(TypedDict, total=False):
 
     task_id: str | None
     countdown: float | None  # seconds from now
-    eta: datetime | None  # no zone: the setting ``timezone``
+    eta: datetime | None  # with its zone, or with the setting ``timezone``
     expires: float | datetime | None  # seconds from now, or when
     queue: str | None  # wins over exchange and routing_key
     exchange: str | None
