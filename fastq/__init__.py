@@ -12,26 +12,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastq import states
-    from fastq.app import FastQ, current_app, shared_task
+    from fastq.app import FastQ, current_app, current_task, shared_task
     from fastq.celery.accelerate import accelerate
     from fastq.celery.patch import patch
     from fastq.errors import (
         ConnectionLost,
+        EncodeError,
         FastqError,
         Ignore,
         MaxRetriesExceeded,
+        NotRegistered,
         PublishError,
         Reject,
         RemoteError,
+        ResultsDisabled,
         ResultTimeout,
         Retry,
         SettingsError,
         SoftTimeLimitExceeded,
         TaskError,
+        TaskRevoked,
+        TimeLimitExceeded,
+        WorkerLostError,
     )
     from fastq.request import Request
     from fastq.result import AsyncResult, EagerResult
-    from fastq.task import Task
+    from fastq.task import Task, get_task_logger
 
 if not any(name.startswith("_core.") and name.endswith(".so") for name in os.listdir(os.path.dirname(__file__))):
     # The folder of a clone goes before an installed package for every program that is started in it.
@@ -46,23 +52,31 @@ __all__ = [
     "AsyncResult",
     "ConnectionLost",
     "EagerResult",
+    "EncodeError",
     "FastQ",
     "FastqError",
     "Ignore",
     "MaxRetriesExceeded",
+    "NotRegistered",
     "PublishError",
     "Reject",
     "RemoteError",
     "Request",
     "ResultTimeout",
+    "ResultsDisabled",
     "Retry",
     "SettingsError",
     "SoftTimeLimitExceeded",
     "Task",
     "TaskError",
+    "TaskRevoked",
+    "TimeLimitExceeded",
+    "WorkerLostError",
     "__version__",
     "accelerate",
     "current_app",
+    "current_task",
+    "get_task_logger",
     "patch",
     "shared_task",
     "states",
@@ -76,6 +90,8 @@ _MODULES = {
     "Task": "fastq.task",
     "accelerate": "fastq.celery.accelerate",
     "current_app": "fastq.app",
+    "current_task": "fastq.app",
+    "get_task_logger": "fastq.task",
     "patch": "fastq.celery.patch",
     "shared_task": "fastq.app",
 }
@@ -85,7 +101,11 @@ def __getattr__(name: str) -> Any:
     if name == "states":
         return importlib.import_module("fastq.states")
     if name not in __all__:
-        raise AttributeError(f"module 'fastq' has no attribute {name!r}")
+        words = None
+        if not name.startswith("_"):
+            absent = importlib.import_module("fastq.sending.absent")
+            words = absent.absent("module 'fastq' has no", name, absent.NAMES)
+        raise AttributeError(words or f"module 'fastq' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES.get(name, "fastq.errors")), name)
     globals()[name] = value
     return value

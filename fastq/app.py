@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar,
 from fastq import result as results
 from fastq.errors import ConnectionLost, NotRegistered, PublishError, ResultsDisabled, SettingsError
 from fastq.request import current, running_message
+from fastq.sending.absent import APP_ATTRIBUTES, absent
 from fastq.sending.envelope import Envelope, Envelopes, PublishRetry
 from fastq.sending.options import SendOptions, TaskOptions, check_names, text_option
 from fastq.settings import Settings, settings_of
@@ -100,6 +101,14 @@ class FastQ:
 
     def __repr__(self) -> str:
         return f"<FastQ {self.main or 'unnamed'}: {len(self.tasks)} tasks>"
+
+    if not TYPE_CHECKING:  # else every name would do for a type checker
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(
+                absent("a FastQ application has no", name, APP_ATTRIBUTES)
+                or f"a FastQ application has no attribute {name!r}"
+            )
 
     def __reduce__(self) -> Any:
         return _app_of, (self._token, self.main, self.conf.given())
@@ -214,6 +223,9 @@ class FastQ:
         """Register a function as a task and return it."""
         if not callable(function):
             raise TypeError(f"@app.task is for functions, not for {function!r:.80}; options are given by name")
+        kind: Any = base
+        if kind is not None and not (isinstance(kind, type) and issubclass(kind, Task)):
+            raise TypeError(f"base is {kind!r:.80}; expected a subclass of fastq.Task")
         task = (base or Task)()
         task.declare(self, options.get("name") or self.name_of(function), function, options, bind)
         return self._register(task)
@@ -591,6 +603,47 @@ def shared_task(
         return shared
 
     return share if function is None else share(function)
+
+
+class CurrentTask:
+    """The task whose call is running here, as ``fastq.current_task``; false, and without attributes, outside any."""
+
+    def __getattr__(self, name: str) -> Any:
+        task = running()
+        if task is None:
+            raise AttributeError(f"no task is running here, so current_task has no {name!r}")
+        return getattr(task, name)
+
+    def __bool__(self) -> bool:
+        return running() is not None
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is running()
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the task's function here and now."""
+        return self.__getattr__("__call__")(*args, **kwargs)
+
+    def __reduce__(self) -> str:
+        return "current_task"
+
+    def __repr__(self) -> str:
+        return f"<current_task {running()!r}>"
+
+
+current_task = CurrentTask()
+
+
+def running() -> Task[..., Any] | None:
+    """Return the task whose call is running here, of the current application if that has it."""
+    request = current()
+    if request is None or request.task is None:
+        return None
+    apps = [current_app(), *_apps]
+    return next((app.tasks[request.task] for app in apps if request.task in app.tasks), None)
 
 
 def current_app() -> FastQ:

@@ -300,9 +300,53 @@ def _known(name: str) -> str:
         return name
     import difflib  # only needed on the way to an error
 
+    absent = _absent(str(name))
+    if absent is not None:
+        raise SettingsError(f"setting {name!r} is Celery's, and FastQ applications have not got it (yet): {absent}")
     nearest = difflib.get_close_matches(str(name), _hints(), n=1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "no setting has a similar name"
     raise SettingsError(f"unknown setting {name!r}; {hint}")
+
+
+#: Settings of Celery's that are not here, and what there is instead; ``beat_`` stands for all that begin so.
+_ABSENT = {
+    "beat_": "there is no scheduler; let cron or a systemd timer run `fastq -A <module> call <task>`",
+    "task_annotations": "give the options to @app.task(...), or a base class",
+    "task_default_rate_limit": "give limits to running workers: `fastq control rate_limit <task> 10/m`",
+    "worker_disable_rate_limits": "there are none but those given by `fastq control rate_limit`",
+    "worker_pool": "calls run in processes; worker_concurrency says in how many",
+    "worker_autoscaler": "use --autoscale",
+    "task_reject_on_worker_lost": "fastq_reliable, the default, runs a call again whose process died",
+    "task_acks_on_": "a call that failed or ran too long is acknowledged",
+    "task_default_exchange": "task_default_queue is enough; task_routes may name an exchange",
+    "task_default_routing_key": "task_default_queue is enough; task_routes may name a routing_key",
+    "result_chord_": "there are no chords",
+    "security_": "messages are not signed",
+}
+_BY_HINT = {
+    "say it in broker_url": """broker_read_url broker_write_url broker_transport broker_host broker_port broker_user
+        broker_password broker_vhost""",
+    "results are kept in sqlite://, redis:// or rpc://": """database_ mongodb_ cassandra_ elasticsearch_ cache_backend
+        cache_backend_options s3_ azureblockblob_ gcs_ couchbase_ arangodb_ cosmosdbsql_""",
+    "leave it out": """result_exchange result_exchange_type result_persistent result_cache_max
+        result_backend_always_retry result_backend_max_retries result_backend_max_sleep_between_retries_ms
+        result_backend_base_sleep_between_retries_ms task_protocol task_inherit_parent_priority
+        task_store_eager_result task_remote_tracebacks task_repr_maxlevels task_store_errors_even_if_ignored
+        task_allow_error_cb_on_chord_header worker_agent worker_consumer worker_deduplicate_successful_tasks
+        worker_lost_wait worker_proc_alive_timeout worker_timer worker_timer_precision worker_eta_task_limit
+        worker_soft_shutdown_timeout worker_enable_soft_shutdown_on_idle worker_pool_putlocks
+        worker_cancel_long_running_tasks_on_connection_loss worker_enable_prefetch_count_reduction
+        worker_detect_quorum_queues broker_pool_limit broker_pool_acquire_timeout broker_channel_error_retry
+        broker_heartbeat_checkrate event_serializer redis_max_connections redis_retry_on_timeout
+        redis_socket_keepalive""",
+}
+_ABSENT |= {name: hint for hint, names in _BY_HINT.items() for name in names.split()}
+
+
+def _absent(name: str) -> str | None:
+    """Return what there is instead of a setting of Celery's that is not here; None for other names."""
+    found = _ABSENT.get(name)
+    return found or next((hint for start, hint in _ABSENT.items() if start[-1] == "_" and name.startswith(start)), None)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copyreg
 import inspect
+import logging
 import sys
 import time
 import traceback
@@ -20,8 +21,19 @@ from fastq.codecs.meta import encode_meta
 from fastq.errors import Ignore, MaxRetriesExceeded, Reject, Retry, SettingsError
 from fastq.request import Request, current, pop_request, push_request, running_task
 from fastq.result import AsyncResult, EagerResult
-from fastq.sending.options import CHECKS, RetryOptions, SendOptions, TaskOptions, check_names, seconds, text_option
-from fastq.sending.parameters import ANY, Parameters
+from fastq.sending.absent import TASK_ATTRIBUTES, absent
+from fastq.sending.options import (
+    CHECKS,
+    TASK_CHECKS,
+    RetryOptions,
+    SendOptions,
+    TaskOptions,
+    check_names,
+    flag,
+    seconds,
+    text_option,
+)
+from fastq.sending.parameters import ANY, Parameters, takes_task
 from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, SUCCESS
 from fastq.steps import retry as retries
 from fastq.wire.ids import new_id
@@ -48,6 +60,12 @@ SETTINGS_BEHIND = {
 
 #: Methods that a worker calls around ``run``; the base class has them all, doing nothing.
 HANDLERS = ("before_start", "on_success", "on_failure", "on_retry", "after_return")
+
+
+#: Options that say how a task is retried by itself.
+_AUTORETRY_OPTIONS = frozenset(
+    {"dont_autoretry_for", "retry_backoff", "retry_backoff_max", "retry_jitter", "retry_kwargs"}
+)
 
 
 class ExceptionInfo:
@@ -324,6 +342,14 @@ class Task(Generic[P, R]):
         request = running_task(self.name)
         return Request.local(self.name, (), {}, called_directly=True) if request is None else request
 
+    if not TYPE_CHECKING:  # else every name would do for a type checker
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(
+                absent(f"task {self.name!r} has no", name, TASK_ATTRIBUTES)
+                or f"task {self.name!r} has no attribute {name!r}"
+            )
+
     def __reduce__(self) -> Any:
         """A pickle or copy of a registered task is the task itself, found by its name."""
         if self._app is None:
@@ -349,11 +375,8 @@ class Task(Generic[P, R]):
             raise TypeError(f"{type(self).__name__} has no run() method")
         else:
             self.bind = True
-        if inspect.iscoroutinefunction(self.run):
-            raise TypeError(
-                f"task {name!r} is a coroutine function; workers run plain functions: use asyncio.run() inside"
-            )
-        self._check_options()
+        self._check_run(name)
+        self._check_options(options)
         self._parameters = Parameters(self.run) if self.typing else ANY
         cls = type(self)
         self.handlers = frozenset(name for name in HANDLERS if getattr(cls, name) is not getattr(Task, name))
@@ -369,8 +392,24 @@ class Task(Generic[P, R]):
         """Prepare the next message anew: settings or the process have changed."""
         self._envelope = self._direct = None
 
+    def _check_run(self, name: str) -> None:
+        if inspect.iscoroutinefunction(self.run):
+            raise TypeError(
+                f"task {name!r} is a coroutine function; workers run plain functions: use asyncio.run() inside"
+            )
+        if inspect.isgeneratorfunction(self.run) or inspect.isasyncgenfunction(self.run):
+            raise TypeError(
+                f"task {name!r} is a generator function: calling it runs nothing of it. Return a list, or send a call "
+                "for each part"
+            )
+
     def _wrap(self, function: Callable[..., R], bind: bool) -> None:
-        self.bind = bind
+        self.bind = flag("bind", bind)
+        if bind and not takes_task(function):
+            raise TypeError(
+                f"bind=True passes the task itself as the first argument, and {function.__qualname__}() has no place "
+                "for it: write def f(self, ...), or leave bind out"
+            )
         # types.MethodType: the task becomes the first argument at no cost per call.
         self.run = types.MethodType(function, self) if bind else function
         for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):
@@ -378,15 +417,16 @@ class Task(Generic[P, R]):
                 setattr(self, attribute, getattr(function, attribute))
         self.__wrapped__ = function
 
-    def _check_options(self) -> None:
-        for option, check in CHECKS.items():
+    def _check_options(self, given: TaskOptions) -> None:
+        for option, check in {**CHECKS, **TASK_CHECKS}.items():
             value = getattr(self, option, None)
             if value is not None:
                 setattr(self, option, check(option, value))
         limit: Any = self.max_retries
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
             raise ValueError(f"max_retries is {limit!r}; expected an int >= 0, or None for no limit")
-        seconds("default_retry_delay", self.default_retry_delay)
+        if not isinstance(self.retry_backoff, bool):
+            seconds("retry_backoff", self.retry_backoff)
         self.throws = retries.exception_classes("throws", self.throws)
         self.autoretry = retries.policy(
             self.autoretry_for,
@@ -396,6 +436,12 @@ class Task(Generic[P, R]):
             self.retry_jitter,
             self.retry_kwargs,
         )
+        idle = next((option for option in given if option in _AUTORETRY_OPTIONS), None)
+        if self.autoretry is None and idle is not None:
+            raise TypeError(
+                f"{idle} says how autoretry_for retries, and this task has no autoretry_for: "
+                "@app.task(autoretry_for=(ConnectionError,), ...)"
+            )
 
     def _prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Envelope:
         """Return the envelope for one call; it is kept for the next ones unless a router looks at every call."""
@@ -448,6 +494,11 @@ class Task(Generic[P, R]):
 
 
 _APPLY_ASYNC = Task.apply_async
+
+
+def get_task_logger(name: str) -> logging.Logger:
+    """Return a logger for task code: its records carry the name and id of the running task."""
+    return logging.getLogger(f"fastq.task.{name}")
 
 
 def _arguments(args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> tuple[Sequence[Any], Mapping[str, Any]]:

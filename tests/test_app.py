@@ -6,19 +6,29 @@ import asyncio
 import copy
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fastq.app
-from fastq import FastQ, Task, current_app, shared_task
+from fastq import FastQ, Task, current_app, current_task, get_task_logger, shared_task
 from fastq.codecs.meta import encode_meta
-from fastq.errors import ConnectionLost, NotRegistered, PublishError, ResultsDisabled, ResultTimeout, SettingsError
+from fastq.errors import (
+    ConnectionLost,
+    EncodeError,
+    NotRegistered,
+    PublishError,
+    ResultsDisabled,
+    ResultTimeout,
+    SettingsError,
+)
 from fastq.sending.envelope import PublishRetry
 from fastq.sending.routing import NO_ROUTE, Route, Router
 from fastq.settings import ENVIRONMENT_NAMES
@@ -289,11 +299,86 @@ def test_an_unknown_option_is_named_with_the_nearest_one() -> None:
         ({"ignore_result": 1}, TypeError),
         ({"retry_kwargs": {"tries": 3}}, TypeError),
         ({"name": "n" * 256}, ValueError),
+        ({"expires": "1h"}, TypeError),
+        ({"expires": timedelta(hours=1)}, TypeError),
+        ({"serializer": "jsn"}, SettingsError),
+        ({"compression": "rar"}, EncodeError),
+        ({"acks_late": "no"}, TypeError),
+        ({"track_started": 1}, TypeError),
+        ({"typing": "no"}, TypeError),
+        ({"bind": "yes"}, TypeError),
+        ({"bind": True}, TypeError),
+        ({"base": dict}, TypeError),
+        ({"retry_backoff": True}, TypeError),
+        ({"retry_jitter": False}, TypeError),
+        ({"retry_backoff": "yes", "autoretry_for": OSError}, TypeError),
+        ({"retry_jitter": "no", "autoretry_for": OSError}, TypeError),
     ],
 )
 def test_a_wrong_option_fails_where_the_task_is_declared(options: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error):
-        make_app().task(**options)(add)
+    named = next(reversed(options)) if len(options) == 1 else next(iter(options))
+    app = make_app()
+    with pytest.raises(error, match=named):
+        app.task(**options)(add)
+    assert app.tasks == {}
+
+
+def test_a_bound_function_has_a_place_for_the_task() -> None:
+    app = make_app()
+    for function in (lambda: None, lambda *, x: None, add):
+        with pytest.raises(TypeError, match=r"has no place for it: write def f\(self, ...\)"):
+            app.task(name="n", bind=True)(function)
+    for function in (lambda self: None, lambda task, x: None, lambda *args: None):
+        app.task(name="n", bind=True)(function)
+        app.tasks.clear()
+
+
+def test_a_generator_cannot_be_a_task() -> None:
+    def numbers() -> Iterator[int]:
+        yield 1
+
+    with pytest.raises(TypeError, match="generator function: calling it runs nothing"):
+        make_app().task(numbers)
+
+
+def test_what_celery_has_and_fastq_has_not_is_answered_with_what_there_is() -> None:
+    app = make_app()
+    task = app.task(add)
+    lacking: list[tuple[Callable[[], object], type[Exception], str]] = [
+        (lambda: app.task(rate_limit="10/m")(add), TypeError, "fastq control rate_limit"),  # type: ignore[call-overload]
+        (lambda: app.task(on_failure=print)(add), TypeError, "base class"),  # type: ignore[call-overload]
+        (lambda: task.apply_async((1,), link=task), TypeError, "send the next one"),  # type: ignore[call-arg]
+        (lambda: task.s(1), AttributeError, "'s', which Celery has and fastq has not"),  # type: ignore[attr-defined]
+        (lambda: app.control, AttributeError, "fastq control"),  # type: ignore[attr-defined]
+        (lambda: fastq.chain, AttributeError, "send the next one"),
+        (lambda: FastQ(beat_schedule={}), SettingsError, "no scheduler; let cron"),
+        (lambda: FastQ(task_annotations={}), SettingsError, "base class"),
+        (lambda: FastQ(database_url="x"), SettingsError, "sqlite://"),
+    ]
+    for use, error, words in lacking:
+        with pytest.raises(error, match=re.escape(words)) as raised:
+            use()
+        assert "did you mean" not in str(raised.value)
+    with pytest.raises(SettingsError, match="did you mean 'worker_pool_restarts'"):
+        FastQ(worker_pool_restart=True)
+    assert not hasattr(task, "si")
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        task.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_the_current_task_is_the_one_that_runs_here() -> None:
+    app = make_app()
+    seen: list[object] = []
+
+    @app.task(bind=True)
+    def look(self: Task[..., Any]) -> None:
+        seen.extend([current_task == self, bool(current_task), current_task.request.id, current_task.name])
+
+    assert not current_task
+    assert not hasattr(current_task, "request")
+    result = look.apply()
+    assert seen == [True, True, result.id, look.name]
+    assert get_task_logger("shop").name == "fastq.task.shop"
 
 
 class Greeter(Task[[str], str]):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypedDict
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
+from fastq import codecs
+from fastq.codecs import compression
 from fastq.request import PROTOCOL_HEADERS
 
 if TYPE_CHECKING:
@@ -96,6 +98,11 @@ def check_names(options: Mapping[str, Any], known: Collection[str], where: str) 
     """Raise TypeError for the first option that is not known, naming the nearest one."""
     for name in options:
         if name not in known:
+            from fastq.sending import absent  # only needed on the way to an error
+
+            table = absent.TASK_OPTIONS if where == "task()" else absent.SEND_OPTIONS
+            if (words := absent.absent(f"{where} got the option", name, table)) is not None:
+                raise TypeError(words)
             import difflib  # only needed on the way to an error
 
             nearest = difflib.get_close_matches(name, known, n=1)
@@ -106,10 +113,32 @@ def check_names(options: Mapping[str, Any], known: Collection[str], where: str) 
 def seconds(option: str, value: Any) -> float:
     """Return a finite number of seconds. Raises TypeError or ValueError naming the option."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{option} is {value!r:.80}; expected a number of seconds")
+        hint = ": the total_seconds() of this" if isinstance(value, timedelta) else ""
+        raise TypeError(f"{option} is {shown(value)}; expected a number of seconds{hint}")
     if not math.isfinite(value):
         raise ValueError(f"{option} is {value!r}; expected a finite number")
     return float(value)
+
+
+def shown(value: object) -> str:
+    """Return a wrong value as an error names it."""
+    return f"{value!r:.80}"
+
+
+def _expires(option: str, value: Any) -> float | datetime:
+    return value if isinstance(value, datetime) else seconds(option, value)
+
+
+def _serializer(option: str, value: Any) -> str:
+    name = text_option(option, value)
+    if not codecs.is_known(name):
+        codecs.get(name)  # raises, with the names of those there are
+    return name
+
+
+def _compression(option: str, value: Any) -> str:
+    compression.content_type(text_option(option, value))
+    return cast("str", value)
 
 
 def _limit(option: str, value: Any) -> float | None:
@@ -128,7 +157,8 @@ def _priority(option: str, value: Any) -> int:
     return value
 
 
-def _flag(option: str, value: Any) -> bool:
+def flag(option: str, value: Any) -> bool:
+    """Return a flag. Raises TypeError, naming the option, for anything but True and False."""
     if not isinstance(value, bool):
         raise TypeError(f"{option} is {value!r:.80}; expected True or False")
     return value
@@ -157,9 +187,19 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "priority": _priority,
     "serializer": text_option,
     "compression": text_option,
-    "ignore_result": _flag,
+    "ignore_result": flag,
     "time_limit": _limit,
     "soft_time_limit": _limit,
     "shadow": text_option,
     "reply_to": text_option,
+}
+
+#: The further options of a task that are checked so, where it is declared.
+TASK_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "expires": _expires,
+    "serializer": _serializer,
+    "compression": _compression,
+    "default_retry_delay": seconds,
+    "retry_backoff_max": seconds,
+    **dict.fromkeys(("acks_late", "track_started", "typing", "retry_jitter"), flag),
 }

@@ -51,6 +51,25 @@ class Parameters:
         )
 
 
+#: Annotations that no task has: the parameter is one of the call's own.
+_PLAIN = frozenset({"int", "float", "str", "bytes", "bool", "list", "dict", "tuple", "set"})
+
+
+def takes_task(function: Callable[..., Any]) -> bool:
+    """Whether a function has a first positional parameter that may be the task."""
+    signature = _signature(function)
+    if signature is None:
+        return True
+    for one in signature.parameters.values():
+        if one.kind is one.VAR_POSITIONAL:
+            return True
+        if one.kind not in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD):
+            return False
+        written = one.annotation if isinstance(one.annotation, str) else getattr(one.annotation, "__name__", "")
+        return one.name == "self" or written.partition("[")[0] not in _PLAIN
+    return False
+
+
 def _signature(function: Callable[..., Any] | None) -> inspect.Signature | None:
     if function is None:
         return None
