@@ -6,13 +6,18 @@ import bz2
 import gzip
 import json as stdlib_json
 import lzma
+import re
 import resource
 import subprocess
 import sys
 import uuid
 import zlib
+from array import array
+from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -297,6 +302,32 @@ def test_a_class_can_be_registered_with_and_without_a_tag() -> None:
         assert json.encode([Point(3)]) == b"[3]"
     finally:
         del json._writers[Point], json._readers["point"]
+
+
+class Suit(Enum):
+    HEARTS = "h"
+
+
+@dataclass
+class Pair:
+    x: int
+
+
+@pytest.mark.parametrize(
+    ("value", "remedy"),
+    [
+        (Suit.HEARTS, "use its .value"),
+        (Path("/a"), "use str(...)"),
+        (timedelta(1), "use its .total_seconds()"),
+        ({1}, "use list(...) or sorted(...)"),
+        (Pair(1), "use dataclasses.asdict(...)"),
+        (array("i", [1]), "use its .tolist()"),
+        (object(), "use plain values"),
+    ],
+)
+def test_a_value_without_a_form_is_refused_with_the_plain_one_to_use(value: Any, remedy: str) -> None:
+    with pytest.raises(EncodeError, match=re.escape(f"; {remedy}, or teach")):
+        json.encode([value])
 
 
 def test_an_object_may_say_its_json_itself() -> None:
@@ -656,6 +687,24 @@ def test_known_exceptions_are_rebuilt(cls: type[Exception]) -> None:
     error = meta.rebuild_exception(stored_exception(cls, "a", 2))
     assert isinstance(error, cls)
     assert error.args == ("a", 2)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(2, "No such file", "/a"),
+        FileExistsError(17, "File exists", "/a", None, b"/b"),
+        PermissionError(13, "Permission denied"),
+        OSError("text"),
+    ],
+)
+def test_an_os_error_keeps_its_file_names(error: OSError) -> None:
+    again = meta.rebuild_exception(json.decode(meta.encode_exception(error)))
+    assert isinstance(again, type(error))
+    assert (again.args, again.filename, again.filename2) == (error.args, error.filename, error.filename2)  # type: ignore[attr-defined]
+    assert str(again) == str(error)
+    by_path = meta.rebuild_exception(json.decode(meta.encode_exception(FileNotFoundError(2, "No", Path("/p")))))
+    assert by_path.filename == "/p"  # type: ignore[attr-defined]
 
 
 def test_a_nested_class_is_rebuilt() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -152,6 +153,25 @@ def test_bind_passes_the_task_itself(app: FastQ) -> None:
 def test_a_value_that_cannot_be_sent_fails_at_the_sender(app: FastQ) -> None:
     with pytest.raises(EncodeError, match="no JSON form"):
         app.task(add).delay(object())  # type: ignore[arg-type]
+    assert sent(app) == []
+
+
+@pytest.mark.parametrize("serializer", ["json", "msgpack", "yaml"])
+def test_the_argument_that_cannot_be_sent_is_named(app: FastQ, serializer: str) -> None:
+    task = app.task(name="many", serializer=serializer)(lambda *args, **kwargs: None)
+    loop: list[Any] = []
+    loop.append(loop)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+        ((1, object()), {}, "(argument 2 of task 'many')"),
+        ((1,), {"at": object()}, "(argument 'at' of task 'many')"),
+        (([0, {"when": [object()]}],), {}, "(argument 1[1]['when'][0] of task 'many')"),
+    ]
+    for args, kwargs, words in cases:
+        with pytest.raises(EncodeError, match=re.escape(words) + "$"):
+            task.delay(*args, **kwargs)
+    if serializer == "json":
+        with pytest.raises(EncodeError, match=r"\(argument 1(\[0\])+ of task"):
+            task.delay(loop)
     assert sent(app) == []
 
 

@@ -11,9 +11,12 @@ import base64
 import json
 import math
 import uuid
-from collections.abc import Callable
-from datetime import date, datetime, time
+from collections.abc import Callable, Generator
+from dataclasses import is_dataclass
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from enum import Enum
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 import orjson
@@ -94,8 +97,25 @@ def _tag(value: Any) -> Any:
             return written if marker is None else {"__type__": marker, "__value__": written}
     raise EncodeError(
         f"no JSON form for {type(value).__module__}.{type(value).__qualname__}: {short_repr(value, 80)}; "
-        "pass plain values, or teach the codec with fastq.codecs.json.register_type()"
+        f"{_plain_form(value)}, or teach the codec with fastq.codecs.json.register_type()"
     )
+
+
+def _plain_form(value: Any) -> str:
+    """Return how to write a value in plain ones."""
+    forms = (
+        (Enum, "use its .value"),
+        (PurePath, "use str(...)"),
+        (timedelta, "use its .total_seconds()"),
+        ((set, frozenset, Generator, range), "use list(...) or sorted(...)"),
+    )
+    for cls, words in forms:
+        if isinstance(value, cls):
+            return words
+    if is_dataclass(value):
+        return "use dataclasses.asdict(...)"
+    dump = next((name for name in ("tolist", "model_dump") if hasattr(value, name)), None)  # numpy, pydantic
+    return "use plain values" if dump is None else f"use its .{dump}()"
 
 
 _ENCODER = json.JSONEncoder(default=_tag, allow_nan=False, separators=(",", ":"))

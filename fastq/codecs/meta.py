@@ -7,6 +7,7 @@ layout: Celery 5.7's result backends.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -69,12 +70,23 @@ def decode_meta(data: bytes) -> dict[str, Any]:
 def encode_exception(error: BaseException) -> bytes:
     """Return an exception as JSON; an argument without a JSON form is stored as its repr. Never fails."""
     cls = type(error)
-    stored = {"exc_type": cls.__qualname__, "exc_message": list(error.args), "exc_module": cls.__module__}
+    stored = {"exc_type": cls.__qualname__, "exc_message": _arguments_of(error), "exc_module": cls.__module__}
     try:
         return json.encode(stored)
     except Exception:  # an argument may run foreign code (__json__); the failure still has to be stored
-        stored["exc_message"] = [_storable(argument) for argument in error.args]
+        stored["exc_message"] = [_storable(argument) for argument in _arguments_of(error)]
         return json.encode(stored)
+
+
+def _arguments_of(error: BaseException) -> list[Any]:
+    """Return what an exception was made with; an OSError leaves its file names out of ``args``."""
+    args = list(error.args)
+    if not isinstance(error, OSError) or len(args) != 2 or not _has_builtin_constructor(type(error)):
+        return args
+    names = [os.fspath(name) if isinstance(name, os.PathLike) else name for name in (error.filename, error.filename2)]
+    if names[1] is not None:
+        return [*args, names[0], None, names[1]]  # between them stands Windows' own number
+    return args if names[0] is None else [*args, names[0]]
 
 
 def rebuild_exception(stored: Any, allowed: Sequence[type[BaseException]] = ()) -> Exception:
@@ -121,7 +133,7 @@ def _find_class(module: str, name: str, allowed: Sequence[type[BaseException]]) 
     return found if trusted or _has_builtin_constructor(found) else None
 
 
-def _has_builtin_constructor(cls: type[Exception]) -> bool:
+def _has_builtin_constructor(cls: type[BaseException]) -> bool:
     """Whether creating an instance runs only the interpreter's own code."""
 
     def owner_of(method: str) -> str:

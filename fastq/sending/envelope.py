@@ -19,7 +19,7 @@ from fastq import codecs
 from fastq.amqp.topology import named_options
 from fastq.codecs import compression
 from fastq.codecs._walk import short_repr
-from fastq.errors import SettingsError
+from fastq.errors import EncodeError, SettingsError
 from fastq.request import BROKER_HEADERS, Request
 from fastq.sending.options import CHECKS, RetryOptions, SendOptions, custom_headers, seconds, text_option
 from fastq.sending.routing import NO_ROUTE, Router
@@ -46,6 +46,8 @@ class PublishRetry:
         """Return the seconds to wait before the attempt of this number, counted from 0."""
         return min(self.interval_max, self.interval_start + attempt * self.interval_step)
 
+
+_MAX_PLACE_DEPTH = 8  # chosen: further down a place is no help, and a value that holds itself has no end
 
 ONE_ATTEMPT = PublishRetry(max_retries=0)
 
@@ -117,7 +119,13 @@ class Envelope:
         )
 
     def _body(self, parts: tuple[Any, ...]) -> bytes:
-        body = self.codec.encode(parts)
+        try:
+            body = self.codec.encode(parts)
+        except EncodeError as error:
+            place = _place_of_fault(self.codec, *parts[:2])
+            if place is None:
+                raise
+            raise EncodeError(f"{error} ({place} of task {self.name!r})") from error
         return body if self.compression is None else compression.compress(body, self.compression)
 
     def _compression(self) -> str | None:
@@ -319,6 +327,34 @@ def publish_retry(policy: Mapping[str, Any], base: PublishRetry = ONE_ATTEMPT) -
         if name != "max_retries" or value is not None:
             seconds(name, value)
     return dataclasses.replace(base, **policy)
+
+
+def _place_of_fault(codec: Codec, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """Return which argument has no form, with the way to it inside: ``argument 2['when']``; None: no single one."""
+    named = [(f"argument {number}", value) for number, value in enumerate(args, 1)]
+    named += [(f"argument {name!r}", value) for name, value in kwargs.items()]
+    place = None
+    while (
+        found := next(((where, value) for where, value in named if not _is_writable(codec, value)), None)
+    ) is not None:
+        place, value = found
+        if place.count("[") == _MAX_PLACE_DEPTH:
+            break
+        if isinstance(value, Mapping):
+            named = [(f"{place}[{key!r:.40}]", each) for key, each in value.items()]
+        elif isinstance(value, (list, tuple)):
+            named = [(f"{place}[{index}]", each) for index, each in enumerate(value)]
+        else:
+            break
+    return place
+
+
+def _is_writable(codec: Codec, value: Any) -> bool:
+    try:
+        codec.encode(value)
+    except EncodeError:
+        return False
+    return True
 
 
 def _expiry(header: str | float | None) -> float | None:
