@@ -338,7 +338,7 @@ def _place_of_fault(codec: Codec, args: Sequence[Any], kwargs: Mapping[str, Any]
         found := next(((where, value) for where, value in named if not _is_writable(codec, value)), None)
     ) is not None:
         place, value = found
-        if place.count("[") == _MAX_PLACE_DEPTH:
+        if place.count("[") >= _MAX_PLACE_DEPTH:
             break
         if isinstance(value, Mapping):
             named = [(f"{place}[{key!r:.40}]", each) for key, each in value.items()]
