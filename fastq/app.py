@@ -223,10 +223,7 @@ class FastQ:
         """Register a function as a task and return it."""
         if not callable(function):
             raise TypeError(f"@app.task is for functions, not for {function!r:.80}; options are given by name")
-        kind: Any = base
-        if kind is not None and not (isinstance(kind, type) and issubclass(kind, Task)):
-            raise TypeError(f"base is {kind!r:.80}; expected a subclass of fastq.Task")
-        task = (base or Task)()
+        task = _made(base)
         task.declare(self, options.get("name") or self.name_of(function), function, options, bind)
         return self._register(task)
 
@@ -538,6 +535,8 @@ class SharedTask:
     def __init__(
         self, function: Callable[..., Any], bind: bool, base: type[Task[..., Any]] | None, options: TaskOptions
     ) -> None:
+        # No application may be there yet: what is wrong is said here, not where one is made.
+        _made(base).declare(None, options.get("name") or function.__name__, function, options, bind)
         self._function = function
         self._declaration = (bind, base, options)
         self.__wrapped__ = function
@@ -724,6 +723,13 @@ def _main_module_name(module: str, app_name: str | None) -> str:
     found = ".".join(parts)
     # A namespace package has no such file; the application may say where it is.
     return app_name if app_name is not None and app_name.endswith(f".{found}") else found
+
+
+def _made(base: Any) -> Task[..., Any]:
+    """Return a new task of a class. Raises TypeError for a class of anything else."""
+    if base is not None and not (isinstance(base, type) and issubclass(base, Task)):
+        raise TypeError(f"base is {base!r:.80}; expected a subclass of fastq.Task")
+    return (base or Task)()
 
 
 def _origin(task: Task[..., Any]) -> tuple[str, str]:

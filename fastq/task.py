@@ -362,9 +362,9 @@ class Task(Generic[P, R]):
     # --- registration, called by the application ---------------------------------------------------------------------
 
     def declare(
-        self, app: FastQ, name: str, function: Callable[..., R] | None, options: TaskOptions, bind: bool
+        self, app: FastQ | None, name: str, function: Callable[..., R] | None, options: TaskOptions, bind: bool
     ) -> None:
-        """Make this the task of a function (None: of its own ``run`` method) in an application."""
+        """Make this the task of a function (None: of its own ``run`` method) in an application (None: only check)."""
         check_names(options, TaskOptions.__optional_keys__, "task()")
         vars(self).update({option: value for option, value in options.items() if option != "name"})
         self._app = app
@@ -407,7 +407,7 @@ class Task(Generic[P, R]):
         self.bind = flag("bind", bind)
         if bind and not takes_task(function):
             raise TypeError(
-                f"bind=True passes the task itself as the first argument, and {function.__qualname__}() has no place "
+                f"bind=True passes the task itself as the first argument, and {function!r:.80} has no place "
                 "for it: write def f(self, ...), or leave bind out"
             )
         # types.MethodType: the task becomes the first argument at no cost per call.

@@ -459,6 +459,14 @@ def test_a_shared_task_works_before_any_app_exists() -> None:
     assert shared.app is app
 
 
+def test_a_wrong_option_of_a_shared_task_is_named_where_it_is_declared() -> None:
+    with pytest.raises(TypeError, match="expires is '1h'"):
+        shared_task(expires="1h")(add)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="fastq control rate_limit"):
+        shared_task(rate_limit="1/s")(add)  # type: ignore[call-overload]
+    assert fastq.app._shared == []
+
+
 def test_a_shared_task_may_be_bound() -> None:
     @shared_task(bind=True)
     def who(self: Task[..., Any]) -> str:

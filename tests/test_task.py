@@ -158,6 +158,7 @@ def test_a_value_that_cannot_be_sent_fails_at_the_sender(app: FastQ) -> None:
 
 @pytest.mark.parametrize("serializer", ["json", "msgpack", "yaml"])
 def test_the_argument_that_cannot_be_sent_is_named(app: FastQ, serializer: str) -> None:
+    app.conf.accept_content = [serializer]
     task = app.task(name="many", serializer=serializer)(lambda *args, **kwargs: None)
     loop: list[Any] = []
     loop.append(loop)
