@@ -143,8 +143,22 @@ cdef class Core(Keeper):
         if old is None or old is store:
             return
         for owner, task_id, state, meta, reply_to in old.take_unsaved():
-            store.keep_result(<Delivery> owner, task_id, state, meta, reply_to, owner is not None)
+            store.keep_result(<Delivery> owner, task_id, state, meta, reply_to, True)
         store.flush(True)
+
+    def lose_store(self) -> None:
+        """The store's connection is gone: keep results, within bounds, for the next one."""
+        self.store.bury()
+        self.on_batch()
+
+    def look_at_store(self) -> None:
+        """See whether the store still takes what it is given; who waits for one that does not holds up nobody else."""
+        if not self.store.is_stuck:
+            self.store.look()
+            if self.store.is_stuck:
+                self.on_batch()
+        else:
+            self.store.look()
 
     def add_child(self, Child child) -> None:
         """Watch over a child; it gets calls once ``activate`` was called."""
@@ -711,7 +725,9 @@ cdef class Core(Keeper):
         meta = PyBytes_FromStringAndSize(text + record.id_size + record.state_size, record.meta_size)
         if self.store is not None:
             reply_to = "" if owner is None else self.reply_to(owner)
-            self.store.keep_result(None, task_id, state, meta, reply_to, False)
+            if not self.store.dead:
+                # Confirmed, unless by the broker itself, so that a store that takes nothing is not handed ever more.
+                self.store.keep_result(None, task_id, state, meta, reply_to, self.store not in self.sources)
         elif owner is not None:
             self.save(owner, state, meta, False)
         return 0
@@ -724,14 +740,16 @@ cdef class Core(Keeper):
 
     cdef int save(self, Delivery delivery, str state, bytes meta, bint final) except -1:
         """Give a result to the store. ``final``: the delivery is settled only once it is stored."""
-        cdef bint ours
+        cdef bint waits
         cdef bytes props
         if self.store is not None:
             # Saves and verdicts of one source are carried out in order: nothing to wait for.
-            ours = delivery.source is self.store
-            if final and not ours:
+            waits = final and (delivery.source is not self.store or self.store.dead)
+            if self.store.keep_result(delivery, delivery_id(delivery), state, meta, self.reply_to(delivery), waits):
                 delivery.pending += 1
-            return self.store.keep_result(delivery, delivery_id(delivery), state, meta, self.reply_to(delivery), final and not ours)
+            elif waits:
+                self.hooks.result_lost(delivery_task(delivery), delivery_id(delivery))
+            return 0
         if self.rpc_results and delivery.head.reply_to.length:
             props = encode_result_properties(PyBytes_AS_STRING(delivery.props) + delivery.head.id.offset, delivery.head.id.length)
             if final:
@@ -1029,6 +1047,16 @@ cdef class Core(Keeper):
                 child.terminate_for(signum)
                 self.hooks.terminate(child, signum)
         return found
+
+    @property
+    def is_store_away(self) -> bool:
+        """Whether results cannot be stored at present."""
+        return self.store is not None and (self.store.dead or self.store.is_stuck)
+
+    @property
+    def only_stores(self) -> bool:
+        """Whether nothing is to run any more, and what is left only waits to be stored."""
+        return self.unsettled() == self.ledger[FINISHED]
 
     @property
     def is_idle(self) -> bool:

@@ -83,6 +83,8 @@ class Saver(Protocol):
 
     source: BatchSource
     lost: asyncio.Future[Exception]
+    #: The worker's node name, for stores that list their clients.
+    name: str
 
     async def open(self) -> None:
         """Connect. Raises ConnectionLost (try again) or SettingsError (do not)."""

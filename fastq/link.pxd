@@ -46,6 +46,7 @@ cdef class Delivery:
     cdef bint unsafe            # a follow-up of it was refused: it must run again
     cdef bint settled           # told to the source (early acknowledgement: before it ran)
     cdef bint is_rated          # its turn under the task's rate limit is assigned
+    cdef bint shelved           # it ran; its result waits for a store that is away, and it does not count as held
     cdef uint32_t seq
     cdef Delivery next
 
@@ -64,6 +65,7 @@ cdef class Source:
     cdef public Py_ssize_t window       # deliveries that may be here unsettled; 0 = no bound
     cdef readonly Py_ssize_t held       # deliveries that are
     cdef readonly Py_ssize_t held_bytes
+    cdef readonly Py_ssize_t shelved    # deliveries besides those, which have run and wait for a result store that is away
     cdef public Py_ssize_t max_held_bytes   # reading stops above this
     cdef public bint is_own             # it brings calls that the main process has made itself, not a broker's messages
     cdef public object postpone         # (delivery as a dict, unix time) -> Message that brings it back then, or None
@@ -72,6 +74,7 @@ cdef class Source:
     cdef int give(self, Delivery delivery) except -1
     cdef int tell(self, Delivery delivery, int verdict) except -1
     cdef int forget(self, Delivery delivery) except -1
+    cdef int shelve(self, Delivery delivery) except -1
     cdef int send(self, Message message, Delivery owner) except -1
     cdef int flush(self, bint now) except -1
     cdef bint owes(self) noexcept
@@ -140,7 +143,11 @@ cdef class BatchSource(Source):
     cdef dict owners            # deliveries by the token of what they wait for
     cdef dict sent              # messages by token, until they are confirmed
     cdef dict unsaved           # results by token, until they are confirmed
+    cdef readonly Py_ssize_t unsaved_bytes
+    cdef bint is_stuck          # the oldest of them waits for longer than a store that works needs
+    cdef uint64_t oldest_seen
     cdef uint64_t next_token
     cdef Py_ssize_t pulled
 
-    cdef int keep_result(self, Delivery delivery, str task_id, str state, bytes meta, str reply_to, bint confirm) except -1
+    cdef bint keep_result(self, Delivery delivery, str task_id, str state, bytes meta, str reply_to, bint confirm) except -1
+    cdef Delivery drop_token(self, object token)

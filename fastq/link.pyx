@@ -22,6 +22,8 @@ from fastq.errors import LocalProtocolError, RemoteProtocolError
 
 cdef enum:
     MAX_HELD_BYTES = 256 << 20  # reliability rules, section 6.2
+    MAX_UNSAVED_BYTES = 64 << 20    # reliability goals, scenario 29: results that wait for a store, with their messages
+    UNSAVED_OVERHEAD = 1024     # measured with tracemalloc: a waiting result, its delivery and their entries
     BUFFER_BYTES = 1 << 18      # two of the largest frames that are agreed on
     HEADER_SLACK = 1 << 15
     BATCH = 32                  # messages per read that are worth waiting for
@@ -83,8 +85,20 @@ cdef class Source:
 
     cdef int forget(self, Delivery delivery) except -1:
         """The delivery does not count as held any more."""
+        if delivery.shelved:
+            delivery.shelved = False
+            self.shelved -= 1
+            return 0
         self.held -= 1
         self.held_bytes -= PyBytes_GET_SIZE(delivery.props) + PyBytes_GET_SIZE(delivery.body)
+        return 0
+
+    cdef int shelve(self, Delivery delivery) except -1:
+        """The delivery ran and can be settled only later: it takes no other's place meanwhile."""
+        if not delivery.shelved and not delivery.settled:
+            self.forget(delivery)
+            delivery.shelved = True
+            self.shelved += 1
         return 0
 
     cdef int send(self, Message message, Delivery owner) except -1:
@@ -534,9 +548,7 @@ cdef class BatchSource(Source):
         """The messages with these tokens are stored (or the results saved under them)."""
         cdef Delivery owner
         for token in tokens:
-            owner = self.owners.pop(token, None)
-            self.sent.pop(token, None)
-            self.unsaved.pop(token, None)
+            owner = self.drop_token(token)
             if owner is not None:
                 self.sink.on_confirmed(owner, True)
         self.sink.on_batch()
@@ -545,9 +557,7 @@ cdef class BatchSource(Source):
         """The messages with these tokens could not be stored."""
         cdef Delivery owner
         for token in tokens:
-            owner = self.owners.pop(token, None)
-            self.sent.pop(token, None)
-            self.unsaved.pop(token, None)
+            owner = self.drop_token(token)
             if owner is not None:
                 self.sink.on_confirmed(owner, False)
         self.sink.on_batch()
@@ -563,12 +573,43 @@ cdef class BatchSource(Source):
         """Return and forget results that were never confirmed, oldest first: (owner, task id, state, meta, reply_to)."""
         cdef list left = [(self.owners.pop(token, None), *result) for token, result in self.unsaved.items()]
         self.unsaved = {}
+        self.unsaved_bytes = 0
         self.results = []
         return left
 
     def bury(self) -> None:
-        """The connection is gone: nothing is carried out any more."""
+        """The connection is gone: nothing is carried out any more. Results are kept for ``take_unsaved``."""
         self.dead = True
+        self.results = []
+        self.shelve_unsaved()
+
+    def look(self) -> None:
+        """See, now and then, whether the oldest unconfirmed result is still the one of the last time."""
+        cdef uint64_t oldest = 0
+        for token in self.unsaved:
+            oldest = token
+            break
+        self.is_stuck = oldest != 0 and oldest == self.oldest_seen
+        self.oldest_seen = oldest
+        if self.is_stuck:
+            self.shelve_unsaved()
+
+    def shelve_unsaved(self) -> None:
+        """Have the deliveries that wait for their results to be confirmed take no other's place."""
+        cdef Delivery owner
+        for token in self.unsaved:
+            owner = self.owners[token]
+            if owner is not None:
+                owner.source.shelve(owner)
+
+    cdef Delivery drop_token(self, object token):
+        """Forget a message or a result, and return the delivery that waits for it."""
+        cdef Delivery owner = self.owners.pop(token, None)
+        self.sent.pop(token, None)
+        result = self.unsaved.pop(token, None)
+        if result is not None:
+            self.unsaved_bytes -= _weight(owner, <bytes> (<tuple> result)[2])
+        return owner
 
     cdef int tell(self, Delivery delivery, int verdict) except -1:
         self.forget(delivery)
@@ -585,16 +626,27 @@ cdef class BatchSource(Source):
             found.setdefault(self.reasons.pop(tag, None) or "rejected", []).append(tag)
         return found
 
-    cdef int keep_result(self, Delivery delivery, str task_id, str state, bytes meta, str reply_to, bint confirm) except -1:
-        """Take a result to save; ``confirm`` when the delivery is not ours, so that FIFO does not order save and settle."""
+    cdef bint keep_result(self, Delivery delivery, str task_id, str state, bytes meta, str reply_to, bint confirm) except -1:
+        """Take a result to save; ``confirm`` when the delivery is not ours, so that FIFO does not order save and settle.
+
+        Returns whether a confirmation will come. Of what cannot be stored now a bounded amount is kept, the oldest.
+        """
         cdef uint64_t token = 0
+        cdef Py_ssize_t weight
         if confirm:
+            weight = _weight(delivery, meta)
+            if self.unsaved_bytes + weight > MAX_UNSAVED_BYTES:
+                return False
+            self.unsaved_bytes += weight
             token = self.next_token
             self.next_token += 1
             self.owners[token] = delivery
             self.unsaved[token] = (task_id, state, meta, reply_to)
-        self.results.append((task_id, state, meta, reply_to, token))
-        return 0
+            if (self.dead or self.is_stuck) and delivery is not None:
+                delivery.source.shelve(delivery)
+        if not self.dead:
+            self.results.append((task_id, state, meta, reply_to, token))
+        return confirm
 
     cdef int send(self, Message message, Delivery owner) except -1:
         self.owners[self.next_token] = owner
@@ -627,3 +679,11 @@ cdef class BatchSource(Source):
             self.pulled = room
             self.pull(room)
         return 0
+
+
+cdef Py_ssize_t _weight(Delivery delivery, bytes meta) except -1:
+    """Return what a result that waits takes of memory, with the message of its task."""
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(meta) + UNSAVED_OVERHEAD
+    if delivery is not None:
+        size += PyBytes_GET_SIZE(delivery.props) + PyBytes_GET_SIZE(delivery.body)
+    return size

@@ -189,6 +189,9 @@ class RecordingHooks:
     def unconfirmed(self, name: str, task_id: str) -> None:
         self.events.append(("unconfirmed", name))
 
+    def result_lost(self, name: str, task_id: str) -> None:
+        self.events.append(("result_lost", task_id))
+
     def child_ready(self, child: Child) -> None:
         self.pool.child_ready(child)
 

@@ -73,7 +73,7 @@ class Stage:
         """Return what configures the application in a worker."""
         return {
             "FASTQ_BROKER_URL": url or self.url,
-            "FASTQ_RESULT_BACKEND": self.backend,
+            "FASTQ_RESULT_BACKEND": settings.pop("result_backend", self.backend),
             "FASTQ_TEST_SETTINGS": json.dumps({**self.settings, **settings}),
             "FASTQ_TEST_LEDGER": str(self.ledger.path),
         }

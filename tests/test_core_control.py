@@ -272,3 +272,60 @@ def test_results_that_a_lost_store_has_not_confirmed_go_to_the_next_one() -> Non
         assert next_one.saved == [task_id, late_id]
 
     run_loop(body)
+
+
+def test_what_waits_for_a_store_that_is_away_holds_up_no_other_task_and_is_bounded() -> None:
+    class Store(BatchSource):
+        saved = 0
+
+        def pull(self, n: int) -> None:
+            pass
+
+        def save(self, batch: list[tuple[str, str, bytes, str, int]]) -> None:
+            self.saved += len(batch)
+            asyncio.get_running_loop().call_soon(self.published, [token for *_, token in batch])
+
+    async def body(t: Running) -> None:
+        away, next_one = Store(), Store()
+        away.bury()
+        t.core.set_store(away)
+        # Five times as many as may be held, a megabyte each: 63 of them are kept.
+        for _ in range(80):
+            put(t, "large", 1 << 20)
+        tag, _ = put(t, "pid", ignore_result=True)
+        await t.broker.until(lambda: t.broker.verdict(tag) == ACK)
+        await until(lambda: t.core.done == 81)
+        lost = sum(event[0] == "result_lost" for event in t.hooks.events)
+        assert (lost, t.broker.held, t.broker.shelved, away.unsaved_bytes <= 64 << 20) == (17, 0, 63, True)
+        await t.broker.until(lambda: len(t.broker.settled) == 18)
+        t.core.set_store(next_one)
+        await t.broker.until(lambda: len(t.broker.settled) == 81)
+        assert (next_one.saved, next_one.unsaved_bytes, t.broker.held, t.broker.shelved) == (63, 0, 0, 0)
+
+    run_loop(body, window=16)
+
+
+def test_a_store_that_takes_nothing_holds_up_no_other_task() -> None:
+    """It stands, and says neither yes nor no: short of memory, or locked."""
+
+    class Silent(BatchSource):
+        def pull(self, n: int) -> None:
+            pass
+
+        def save(self, batch: list[tuple[str, str, bytes, str, int]]) -> None:
+            pass
+
+    async def body(t: Running) -> None:
+        t.core.set_store(Silent())
+        for _ in range(40):
+            put(t, "pid")
+        await until(lambda: t.core.done == 4)
+        t.core.look_at_store()
+        assert not t.core.is_store_away
+        t.core.look_at_store()
+        assert t.core.is_store_away
+        await until(lambda: t.core.done == 40)
+        assert t.core.only_stores
+        assert t.broker.settled == []
+
+    run_loop(body, window=4)

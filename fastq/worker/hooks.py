@@ -53,6 +53,9 @@ DUMP_S = 0.1
 #: Time for a task that is terminated to clean up; after that its process is killed.
 TERMINATE_S = 5.0
 
+#: Lost results are counted in a line so often, not one by one.
+LOST_RESULTS_EVERY_S = 10.0
+
 
 class Hooks:
     """Answers the core's questions and passes on what happens; ``pool`` is set once it exists."""
@@ -67,6 +70,8 @@ class Hooks:
         #: Sends a result, by task id, to who gave no address.
         self.answer: Callable[[str, bytes], Coroutine[Any, Any, None]] | None = None
         self._answers: set[asyncio.Future[None]] = set()
+        self._lost_results = 0
+        self._lost_results_logged_at = -LOST_RESULTS_EVERY_S
         self._revoked: Revoked | None = None
         self._sends: Events | None = None  # the same while task events are on
 
@@ -217,6 +222,20 @@ class Hooks:
     def unconfirmed(self, name: str, task_id: str) -> None:
         """A message that a task sent was refused by the broker: the task runs again."""
         logger.error("A message sent by task %s[%s] reached no queue; the task will run again", name, task_id)
+
+    def result_lost(self, name: str, task_id: str) -> None:
+        """A result can be neither stored nor kept, as too many wait for the store already."""
+        self._lost_results += 1
+        now = self._loop.time()
+        if now - self._lost_results_logged_at >= LOST_RESULTS_EVERY_S:
+            self._lost_results_logged_at = now
+            logger.error(
+                "64 MiB of results wait for their store; those of further tasks are lost: %s so far, the last one of "
+                "%s[%s]",
+                self._lost_results,
+                name,
+                task_id,
+            )
 
     # --- children
 

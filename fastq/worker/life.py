@@ -22,12 +22,12 @@ from fastq._core import Core
 from fastq.amqp.topology import QueueSpec
 from fastq.amqp.url import mask_url
 from fastq.errors import ConnectionLost, FastqError, RemoteProtocolError, SettingsError
-from fastq.interfaces import Consumer, Saver
+from fastq.interfaces import Consumer
 from fastq.link import BatchSource
 from fastq.pool.supervisor import Pool
 from fastq.pool.zygote import Zygote
 from fastq.settings import Settings
-from fastq.transport import open_consumer, open_saver
+from fastq.transport import open_consumer
 from fastq.worker import messages
 from fastq.worker.exitcodes import EX_FAILURE, EX_OK
 from fastq.worker.hooks import Guard, Hooks
@@ -35,6 +35,7 @@ from fastq.worker.options import WorkerOptions
 from fastq.worker.program import Program
 from fastq.worker.remote import Remote
 from fastq.worker.signals import dump_stacks, install, restart
+from fastq.worker.storage import Storage
 from fastq.worker.titles import active, set_title
 
 logger = logging.getLogger("fastq.worker")
@@ -45,6 +46,7 @@ FLAP_S = 1.0
 RESTART_RETRY_S = 2.0  # reliability goals, scenario 9: consuming again within 2 s after the broker's port opens
 CANCEL_S = 5.0
 COLD_S = 2.0
+STORE_WAIT_S = 2.0  # chosen: a worker that stops waits so long for a result store that is away
 UNBOUNDED_WINDOW = 4096  # what "no prefetch limit" means for brokers that are asked for messages
 MAX_WINDOW = 1024
 MAX_SCHEDULED = 100_000  # reliability rules, section 6.2: beyond this the broker keeps what waits for its time
@@ -74,7 +76,7 @@ class Life:
         self._queues: Sequence[str] = options.queues
         self._added: list[QueueSpec] = []
         self._consumer: Consumer | None = None
-        self._store: Saver | None = None
+        self._storage: Storage | None = None
         self._stop = Stop()
         self._signum = signal.SIGTERM  # the one that came last
 
@@ -195,7 +197,7 @@ class Life:
         self._consumer = consumer
         consumer.source.window = self._window()
         try:
-            await self._connect_store(consumer)
+            self._choose_store(consumer)
             if self.core.answers_all:
                 await consumer.prepare_answers()
             self.core.add_source(consumer.source)
@@ -207,31 +209,17 @@ class Life:
             await self._disconnect()
             raise
 
-    async def _connect_store(self, consumer: Consumer) -> None:
-        """Say where results go: along with the replies (rpc), to the broker's own file, or to another file."""
-        backend = self._backend
-        if backend == "disabled" or self.core.rpc_results:
+    def _choose_store(self, consumer: Consumer) -> None:
+        """Say where results go: along with the replies (rpc), to the broker's own file, or elsewhere."""
+        if self._backend == "disabled" or self.core.rpc_results:
             return
-        if backend == self._broker and consumer.saves_results:
+        if self._backend == self._broker and consumer.saves_results:
             assert isinstance(consumer.source, BatchSource)
             self.core.set_store(consumer.source)
-        elif self._store is None:
-            store = open_saver(backend, self.settings, self.core)
-            await store.open()
-            store.source.window = 0
-            self.core.set_store(store.source)
-            self._store = store
-        if self._store is not None:
-            # Without its store the worker cannot settle anything: connect both anew.
-            self._store.lost.add_done_callback(lambda lost: self._lose_store(consumer, lost))
-
-    def _lose_store(self, consumer: Consumer, lost: asyncio.Future[Exception]) -> None:
-        if self._store is not None:
-            # What it has not confirmed waits for the next one.
-            self._store.source.bury()
-        self._store = None
-        if not lost.cancelled() and not consumer.lost.done():
-            consumer.lost.set_result(lost.result())
+        elif self._storage is None:
+            storage = Storage(self._backend, self.settings, self.core, self.options.hostname)
+            storage.start(self._on_fatal)
+            self._storage = storage
 
     async def _disconnect(self) -> None:
         consumer, self._consumer = self._consumer, None
@@ -278,20 +266,28 @@ class Life:
         """Widen the window while tasks are short or waiting ETA tasks fill it; narrow it when tasks are long."""
         base = current = self._window()
         held_for_eta = 0
+        received = received_at_first = self.core.received
         while True:
             await asyncio.sleep(ADAPT_EVERY_S)
             scheduled = self.core.stats()["scheduled"]
+            is_full = False
+            if not isinstance(consumer.source, BatchSource):
+                # The broker counts what has run and waits for a result store that is away. How much of it came since
+                # this subscription is not known: when as much waits as may be here and nothing comes, it may be all.
+                shelved, received, before = consumer.source.shelved, self.core.received, received
+                scheduled += shelved
+                is_full = shelved >= current > 0 and received == before != received_at_first
             wanted = base
             if self.core.reliable and self.options.adapts_prefetch and self.core.run_ns >= 0:
                 per_child = min(MAX_WINDOW, WINDOW_NS / max(self.core.run_ns, 1.0))
                 wanted = max(base, min(MAX_WINDOW, int(per_child * self._slots)))
-            grown = scheduled - held_for_eta >= current // 2 > 0
+            grown = scheduled - held_for_eta >= current // 2 > 0 or is_full
             if grown:
                 # As many again as came, so that a flood of them is through in a few steps.
                 wanted += min(scheduled, MAX_WINDOW)
             if (grown and scheduled < MAX_SCHEDULED) or wanted >= 2 * current or wanted * 4 <= current:
                 # A new consumer's window counts from zero: what waits for its time does not fill it.
-                current, held_for_eta = wanted, scheduled
+                current, held_for_eta, received_at_first = wanted, scheduled, self.core.received
                 consumer.source.window = wanted + scheduled
                 try:
                     await consumer.set_prefetch(wanted)
@@ -350,22 +346,30 @@ class Life:
             except (FastqError, TimeoutError, asyncio.TimeoutError) as error:
                 logger.warning("could not cancel the consumer: %s", error)
         self.core.quiet()
-        if self._stop.how == "warm" and not self.core.is_idle:
+        if self._stop.how == "warm" and not self.core.only_stores:
             grace = "" if self.options.grace_s is None else f", for at most {self.options.grace_s:g} s"
             say(f"worker: waiting for running tasks to end: {self.core.running}{grace}")
-        if self._stop.how == "warm" and not await self._until_idle(self.options.grace_s):
+        is_idle = self._stop.how != "warm" or await self._until_idle(self.options.grace_s)
+        if not is_idle and self.core.only_stores:
+            logger.warning(
+                "%s tasks have run, but their results could not be stored within %s s; what is not acknowledged yet "
+                "will run again",
+                self.core.stats()["ledger"]["finished"],
+                STORE_WAIT_S,
+            )
+        elif not is_idle:
             why = "the worker stops at once"
             if self._stop.how == "warm":
                 why = f"running tasks did not end within {self.options.grace_s:g} s"
             logger.warning("%s; they are given back: %s", why, self._running_names())
-        if not self.core.is_idle:
+        if not self.core.only_stores:
             self.pool.kill()
             self.core.give_back_running()
         await self.pool.stop(COLD_S)
         self.core.tick()
         await self._disconnect()
-        if self._store is not None:
-            await self._store.close()
+        if self._storage is not None:
+            await self._storage.close()
         self._stop.check()
 
     async def _until_idle(self, deadline_s: float | None) -> bool:
@@ -376,10 +380,18 @@ class Life:
             return True
         cold = asyncio.ensure_future(self._stop.cold.wait())
         waiting = asyncio.ensure_future(idle.wait())
-        await asyncio.wait([cold, waiting], timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
-        cold.cancel()
-        waiting.cancel()
+        storing = asyncio.ensure_future(self._until_store_is_given_up())
+        await asyncio.wait([cold, waiting, storing], timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
+        for each in (cold, waiting, storing):
+            each.cancel()
         return idle.is_set()
+
+    async def _until_store_is_given_up(self) -> None:
+        """Return when all that is left has waited for a result store that is away for long enough."""
+        waited_s = 0.0
+        while waited_s < STORE_WAIT_S:
+            await asyncio.sleep(ADAPT_EVERY_S)
+            waited_s = waited_s + ADAPT_EVERY_S if self.core.only_stores and self.core.is_store_away else 0.0
 
     def _running_names(self) -> str:
         running = [child.running_task for child in self.core.children]

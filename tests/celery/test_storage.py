@@ -1,0 +1,55 @@
+"""A result store that is not there, or refuses the login: tasks that ignore their results do not notice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis as RedisClient
+
+from tests.celery.conftest import OpenStage, stages
+from tests.conftest import missing
+from tests.servers import Redis, ServerMissing, free_ports
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[Redis]:
+    """A server that is not started yet; its port is closed."""
+    try:
+        server = Redis(tmp_path, {"requirepass": "right"})
+    except ServerMissing as error:
+        missing(error)
+        raise
+    server.port = free_ports(1)
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["closed", "refuses"])
+@pytest.mark.parametrize("kind", stages(("amqp", "disabled"), ("redis", "disabled")))
+def test_tasks_that_ignore_their_results_run_without_the_store(
+    kind: Any, refuses: bool, open_stage: OpenStage, own_redis: Redis
+) -> None:
+    stage = open_stage(*kind)
+    if refuses:
+        own_redis.start()
+    url = own_redis.url().replace("redis://", "redis://:{}@")
+    stage.start_worker(settings={"result_backend": url.format("wrong")})
+    if stage.runner == "fastq":
+        # Celery's children wait for the store, and lose the result.
+        wanted = [stage.tasks.sleep_for.delay(0) for _ in range(5)]
+    for number in range(10):
+        stage.tasks.ignored.delay(number)
+    stage.wait_for_notes("ran", 10)
+    if stage.runner == "celery":
+        return
+    stage.wait_for_notes("holding", 5)
+    stage.wait_for_empty()  # acknowledged early, as Celery does
+    if not refuses:
+        own_redis.start()
+    with RedisClient(port=own_redis.port, password="right") as redis:
+        redis.config_set("requirepass", "wrong")
+        stage.until(lambda: redis.exists(*(f"celery-task-meta-{each.id}" for each in wanted)) == 5, "5 results")
+    assert stage.worker.log().count(" ready.") == 1
