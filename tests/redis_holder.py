@@ -1,7 +1,8 @@
 """A process that takes messages from a Redis queue and holds them: to be killed, or stopped, by a test.
 
-``python -m tests.redis_holder URL COUNT`` prints ``holds`` when it has COUNT messages of the queue celery. Then each
-line of its input is a command: ``ack`` settles all of them, ``lost`` waits until the connection is given up.
+``python -m tests.redis_holder URL COUNT LEASE_S`` prints ``holds`` when it has COUNT messages of the queue celery. Then
+each line of its input is a command: ``ack`` settles all of them, ``lost`` waits until the connection is given up,
+``fence`` until all that was asked for is done.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import sys
 from types import TracebackType
 
 from fastq.settings import Settings
+from fastq.transport import redis
+from fastq.transport.redis import LEASE_S
 from tests.consuming import ACK, Consuming
 
 
 class Holder:
     """That process, as a test sees it."""
 
-    def __init__(self, url: str, count: int) -> None:
-        command = [sys.executable, "-m", "tests.redis_holder", url, str(count)]
+    def __init__(self, url: str, count: int, lease_s: float = LEASE_S) -> None:
+        command = [sys.executable, "-m", "tests.redis_holder", url, str(count), str(lease_s)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.pid = self._process.pid
         assert self._answer() == "holds"
@@ -49,8 +52,9 @@ class Holder:
         return self._process.stdout.readline().strip()
 
 
-def main(url: str, count: int) -> None:
+def main(url: str, count: int, lease_s: float) -> None:
     """Take the messages, then obey."""
+    redis.LEASE_S, redis.RENEW_EVERY_S = lease_s, lease_s / 3  # type: ignore[misc]
     with Consuming(url, Settings({}), window=count) as consumer:
         tags = [row[0] for row in consumer.rows(count)]
         print("holds", flush=True)
@@ -58,9 +62,12 @@ def main(url: str, count: int) -> None:
             if line.strip() == "ack":
                 consumer.settle(ACK, *tags)
                 print("acked", flush=True)
+            elif line.strip() == "fence":
+                consumer.run(consumer.consumer.settled())
+                print("done", flush=True)
             else:
                 print(consumer.lost(30.0), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))

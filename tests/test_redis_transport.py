@@ -511,9 +511,8 @@ def test_a_worker_that_stood_still_is_fenced(
     url: str, publisher: Publisher, client: Client, consume: Callable[..., Consuming], short_leases: None
 ) -> None:
     publisher.publish([message(n) for n in range(3)])
-    with Holder(url, 3) as holder:
+    with Holder(url, 3, lease_s=1.0) as holder:
         os.kill(holder.pid, signal.SIGSTOP)
-        # Stopped for longer than its own lease, which is not shortened: it must notice by itself.
         consumer = consume()
         rows = consumer.rows(3, 30.0)
         os.kill(holder.pid, signal.SIGCONT)
@@ -524,6 +523,22 @@ def test_a_worker_that_stood_still_is_fenced(
     consumer.settle(ACK, *(row[0] for row in rows))
     consumer.fence()
     assert client.hlen("unacked") == client.zcard("unacked_index") == 0
+
+
+def test_a_worker_that_stood_still_goes_on_when_nobody_has_taken_over(
+    url: str, publisher: Publisher, client: Client
+) -> None:
+    """Its lease has run out by its own clock and by that of Redis, and is taken up again."""
+    publisher.publish([message(n) for n in range(3)])
+    with Holder(url, 3, lease_s=1.0) as holder:
+        os.kill(holder.pid, signal.SIGSTOP)
+        (owner, _) = client.zrange("unacked_index.leases", 0, -1, withscores=True)[0]
+        assert within(TIMEOUT_S, lambda: time.time() > client.zscore("unacked_index.leases", owner) + 0.5)
+        os.kill(holder.pid, signal.SIGCONT)
+        assert holder.do("ack") == "acked"
+        assert holder.do("fence") == "done"
+        assert client.hlen("unacked") == client.llen("celery") == 0
+        assert client.zscore("unacked_index.leases", owner) > time.time()
 
 
 def test_a_verdict_on_what_others_have_taken_over_does_nothing(

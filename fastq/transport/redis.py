@@ -80,6 +80,7 @@ class RedisConsumer(NoAnswers):
         self._is_tracking = False
         self._poll: asyncio.TimerHandle | None = None
         self._renewed_at = 0.0
+        self._is_asking = False
         self._touched_at = 0.0
         self._warned: dict[str, float] = {}
         self._inherited: set[str] = set()
@@ -186,11 +187,17 @@ class RedisConsumer(NoAnswers):
             self._warned = {text: now}
             logger.error("%s", text)
 
-    def is_overdue(self) -> bool:
-        """Whether this process stood still for so long that others may have taken over; it ends the connection then."""
+    def doubts_lease(self) -> bool:
+        """Whether this process stood still for so long that others may have taken over.
+
+        Redis is asked then, and the source told to ``go_on``.
+        """
+        if self._is_asking:
+            return True
         if self._upkeep is None or self._loop.time() - self._renewed_at < LEASE_S:
             return False
-        self.fail(ConnectionLost(f"this worker did not renew its lease for more than {LEASE_S} s"))
+        self._is_asking = True
+        self.spawn(self._ask_for_lease())
         return True
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -282,6 +289,16 @@ class RedisConsumer(NoAnswers):
         except (ConnectionLost, RedisError) as error:
             self.fail(error)
 
+    async def _ask_for_lease(self) -> None:
+        """Take the lease up again, unless somebody has taken this worker for dead; then the connection ends."""
+        is_trusted = False
+        try:
+            await self._renew(joins=False)
+            is_trusted = True
+        finally:
+            self._is_asking = False
+            self.source.go_on(is_trusted)
+
     async def _bring_back(self) -> None:
         """Bring back what waits in Redis and is due before the next look, whoever put it there."""
         if broken := await self.source.unacked.bring_back():
@@ -301,7 +318,11 @@ class RedisConsumer(NoAnswers):
         try:
             replies = await asyncio.wait_for(self._redis.pipeline([*bury, renew]), LEASE_S)
         except asyncio.TimeoutError:
-            raise ConnectionLost(f"Redis at {self._redis.url} has not answered for {LEASE_S} s") from None
+            if self._loop.time() - asked_at < LEASE_S + RENEW_EVERY_S and not self.lost.done():
+                raise ConnectionLost(f"Redis at {self._redis.url} has not answered for {LEASE_S} s") from None
+            # This process stood still while it was asking: the answer may have been there all the time.
+            await self._renew(joins)
+            return
         is_trusted, buried, overdue = check(replies[-1:])[0]
         if not is_trusted:
             raise ConnectionLost(f"{self.source.owner} was taken for dead: it did not renew its lease in time")

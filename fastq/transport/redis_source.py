@@ -71,6 +71,8 @@ class RedisSource(BatchSource):
         self._is_claiming = False
         self._is_drained = False
         self._returning = 0
+        self._doubtful_verdicts: list[tuple[int, int]] = []
+        self._doubtful_messages: list[tuple[int, Message]] = []
 
     @property
     def queues(self) -> list[str]:
@@ -115,6 +117,22 @@ class RedisSource(BatchSource):
         self._next_fanout += 1
         self.receive(decode_claim([0, [envelope]], [queue.encode()], self._next_fanout, self._max_message_bytes))
 
+    def go_on(self, is_trusted: bool) -> None:
+        """Carry out what was held back while the lease was in doubt; of what is not ours any more, nothing.
+
+        The messages of an owner who was taken for dead go out by the next connection.
+        """
+        verdicts, self._doubtful_verdicts = self._doubtful_verdicts, []
+        messages, self._doubtful_messages = self._doubtful_messages, []
+        if is_trusted and messages:
+            self.publish(messages)
+        if is_trusted and verdicts:
+            self.settle(verdicts)
+        elif verdicts:
+            # What nobody has put back yet need not run again.
+            fields = self._fields(tag for tag, verdict in verdicts if verdict == ACK and tag < FANOUT_TAG)
+            self.unacked.settle(fields, self._on_settled)
+
     # --- called by the core
 
     def pull(self, n: int) -> None:
@@ -124,7 +142,8 @@ class RedisSource(BatchSource):
 
     def settle(self, batch: list[tuple[int, int]]) -> None:
         """Tell the verdicts on deliveries."""
-        if self._consumer.is_overdue():
+        if self._consumer.doubts_lease():
+            self._doubtful_verdicts += batch
             return
         self._make_room()
         own = [each for each in batch if each[0] < FANOUT_TAG]
@@ -140,7 +159,8 @@ class RedisSource(BatchSource):
 
     def publish(self, batch: list[tuple[int, Message]]) -> None:
         """Send messages."""
-        if self._consumer.is_overdue():
+        if self._consumer.doubts_lease():
+            self._doubtful_messages += batch
             return
         commands, tokens, orders = [], [], []
         for token, message in batch:
