@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from fastq.errors import SettingsError
 from fastq.redis.blocking import BlockingRedis
 from fastq.redis.url import RedisUrl
+from fastq.transport.bus import open_blocking_bus
 from tests.certificates import Authority
 from tests.conftest import missing
 from tests.faults import FaultProxy
@@ -171,3 +173,34 @@ def test_a_worker_over_tls(start_redis: Callable[..., Redis], open_stage: Callab
     untrusting = stage.start_worker("-c", "1", url=f"rediss://127.0.0.1:{port}/2", await_ready=False)
     assert untrusting.wait(20) == 78
     assert "certificate" in untrusting.log()
+
+
+@pytest.mark.parametrize("channels", [("&*pidbox*", "&*celeryev*", "&celery-task-meta-*"), ()], ids=["celerys", "none"])
+def test_a_user_with_no_more_channels_than_celery_needs(
+    start_redis: Callable[..., Redis], open_stage: Callable[..., Stage], channels: tuple[str, ...]
+) -> None:
+    """It may not listen to Redis's own channel, which tells of new messages. Without any channel tasks run as well."""
+    server = start_redis()
+    rules = ("~*", "resetchannels", *channels, "+@all", "-@admin", "-@dangerous")
+    ask(server, "ACL", "SETUSER", "modest", "on", ">pw", *rules)
+    stage = open_stage(server.url().replace("redis://", "redis://modest:pw@"))
+    worker = stage.start_worker("-c", "2")
+    warning = worker.wait_for_log("does not tell of new messages .*looking every 0.1 s")
+    assert "__redis__:invalidate" in warning[0] or "NOPERM" in warning[0]
+    began = time.monotonic()
+    for _ in range(3):
+        stage.wait_for(stage.send(1), 5)
+    print(f"three calls, one after the other, took {time.monotonic() - began:.2f} s")
+    if channels:
+        assert stage.call("work").get(timeout=10) == 3
+        bus = open_blocking_bus(stage.url, stage.client.conf)
+        assert [reply for _, reply in bus.ask("ping", {}, 1.0)] == [{"ok": "pong"}]
+        bus.close()
+    else:
+        with pytest.raises(SettingsError, match="celery-task-meta"):
+            stage.call("work").get(timeout=10)
+    stage.wait_for_settled()
+    assert set(stage.ledger.started().values()) == {1}
+    assert "Connection to broker lost" not in worker.log()
+    assert worker.log().count("looking every") == 1
+    assert worker.stop() == 0

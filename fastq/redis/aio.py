@@ -30,7 +30,8 @@ class AsyncRedis:
     """A connection to the first of several servers that takes one; ``url`` says which it was.
 
     ``lost`` ends with the reason when the connection does; ``on_push`` gets each message of a subscription, such as
-    ``[b"message", channel, payload]``. A command that blocks in the server must do so for less than
+    ``[b"message", channel, payload]``; ``on_refused``, if there is one, that a subscription was refused, which ends the
+    connection otherwise. A command that blocks in the server must do so for less than
     ``health_check_interval_s``: meanwhile the server answers nothing else.
     """
 
@@ -41,6 +42,7 @@ class AsyncRedis:
     ) -> None:
         self.url = urls[0]
         self.on_push: Callable[[list[Any]], None] = _ignore
+        self.on_refused: Callable[[RedisError], None] | None = None
         self._urls = list(urls)
         self._name = name
         self._interval_s = health_check_interval_s or HEALTH_CHECK_S
@@ -218,6 +220,10 @@ class AsyncRedis:
             if len(batch.replies) == batch.count:
                 self._batches.popleft()
                 batch.done(batch.replies)
+        elif isinstance(reply, RedisError) and self._is_subscribed and self.on_refused is not None:
+            self.on_refused(reply)
+        elif isinstance(reply, RedisError) and self._is_subscribed and reply.code == "NOPERM":
+            self._fail(login.may_not_listen(self.url, reply))
         elif isinstance(reply, RedisError):
             self._fail((login.went_away if self._is_open else login.turned_away)(self.url, reply))
         elif isinstance(reply, list) and reply[0] != b"pong":  # that one is a sign of life, no more

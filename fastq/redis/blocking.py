@@ -165,11 +165,15 @@ class BlockingRedis:
                 return None
 
     def take_push(self) -> list[Any] | None:
-        """Return the next message that was received, None when there is none; never waits."""
+        """Return the next message that was received, None when there is none; never waits.
+
+        Raises SettingsError when a channel may not be listened to.
+        """
         while self._replies:
             push = self._replies.popleft()
             if isinstance(push, RedisError):
-                self._fail(login.went_away(self._url, push))
+                make = login.may_not_listen if push.code == "NOPERM" else login.went_away
+                self._fail(make(self._url, push))
             if isinstance(push, list) and push[0] != b"pong":
                 return push
         return None

@@ -76,6 +76,14 @@ def went_away(url: RedisUrl, error: Exception) -> ConnectionLost:
     return ConnectionLost(f"Redis at {url} does not take commands any more: {error}")
 
 
+def may_not_listen(url: RedisUrl, error: Exception) -> SettingsError:
+    """Return the error for a user who may not subscribe to a channel."""
+    return SettingsError(
+        f"Redis at {url} refuses a subscription: {error}. Allow the URL's user the channels, such as "
+        "&celery-task-meta-* for results, &*celeryev* for events and &*pidbox* for remote control"
+    )
+
+
 def turned_away(url: RedisUrl, error: RedisError) -> ConnectionLost:
     """Return the error for a server that lets nobody in for now."""
     return ConnectionLost(f"Redis at {url} takes no connection now: {error}")

@@ -78,6 +78,7 @@ class RedisConsumer(NoAnswers):
         self._patterns: dict[str, str] = {}
         self._specs: dict[str, QueueSpec] = {}
         self._is_tracking = False
+        self._may_listen: asyncio.Future[None]
         self._poll: asyncio.TimerHandle | None = None
         self._renewed_at = 0.0
         self._is_asking = False
@@ -223,15 +224,28 @@ class RedisConsumer(NoAnswers):
         return redis
 
     async def _start_tracking(self, signals: AsyncRedis) -> None:
+        self._may_listen = self._loop.create_future()
+        signals.on_refused = self._on_refused
         try:
             number = await signals.call("CLIENT", "ID")
             signals.subscribe(INVALIDATED)
+            either: list[asyncio.Future[Any]] = [self._may_listen, signals.lost]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if signals.lost.done():
+                raise ConnectionLost(str(signals.lost.result()))
+            self._may_listen.result()
             await self._redis.call("CLIENT", "TRACKING", "ON", "REDIRECT", number)
             self._is_tracking = True
         except RedisError as error:
             logger.warning(
                 "Redis at %s does not tell of new messages (%s); looking every %s s", signals.url, error, POLL_S
             )
+
+    def _on_refused(self, error: RedisError) -> None:
+        if not self._may_listen.done():
+            self._may_listen.set_exception(error)
+        else:
+            self.warn(f"Redis at {self._redis.url} refuses to listen to a fanout exchange: {error}")
 
     def _on_looked(self, replies: list[Any]) -> None:
         if isinstance(replies[0], RedisError):
@@ -242,6 +256,8 @@ class RedisConsumer(NoAnswers):
     def _on_push(self, push: list[Any]) -> None:
         if push[0] == b"message":
             self.source.wake()
+        elif push[0] == b"subscribe" and not self._may_listen.done():
+            self._may_listen.set_result(None)
         elif push[0] == b"pmessage":
             queue = self._patterns.get(push[1].decode("utf-8", "replace"))
             if queue is not None:

@@ -63,10 +63,14 @@ class RedisBus(LosableBus):
         await self._listening.open(timeout_s)
         self._listening.lost.add_done_callback(self._on_lost)
         self._listening.subscribe(self._layout.channel(self._mailbox.requests, ""))
-        try:
-            await asyncio.wait_for(self._is_subscribed.wait(), timeout_s)
-        except asyncio.TimeoutError:
-            raise ConnectionLost(f"Redis at {self._listening.url} did not confirm a subscription") from None
+        subscribed = asyncio.ensure_future(self._is_subscribed.wait())
+        either: list[asyncio.Future[Any]] = [subscribed, self._listening.lost]
+        await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if not subscribed.done():
+            subscribed.cancel()
+            if self._listening.lost.done():
+                raise self._listening.lost.result()
+            raise ConnectionLost(f"Redis at {self._listening.url} did not confirm a subscription")
 
     def _on_push(self, push: list[Any]) -> None:
         if push[0] == b"subscribe":
