@@ -12,13 +12,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, cast, overload
 
 from fastq import result as results
-from fastq.errors import ConnectionLost, NotRegistered, PublishError, ResultsDisabled, SettingsError
+from fastq.errors import ConnectionLost, FastqError, NotRegistered, PublishError, ResultsDisabled, SettingsError
 from fastq.request import current, running_message
 from fastq.sending.absent import APP_ATTRIBUTES, absent
 from fastq.sending.envelope import Envelope, Envelopes, PublishRetry
@@ -362,6 +362,9 @@ class FastQ:
                     raise
             time.sleep(policy.pause_s(attempt))
             attempt += 1
+            # What the broker's restart has ended is there again before a worker can answer.
+            with suppress(FastqError):
+                self.reply_address()
 
     @contextmanager
     def batch(self) -> Iterator[None]:

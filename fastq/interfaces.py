@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: A stored result in Celery's layout: ``status``, ``result``, ``traceback``, ``children``, ``date_done``, ``task_id``…
 Meta: TypeAlias = Mapping[str, Any]
+#: Ends a watch for a result.
+Unwatch: TypeAlias = Callable[[], None]
 
 
 class Codec(Protocol):
@@ -65,8 +67,11 @@ class ResultStore(Protocol):
     def wait(self, task_id: str, timeout_s: float | None) -> Meta:
         """Block until a final state is known and return its meta. Raises ResultTimeout."""
 
-    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> None:
-        """Call back once, from a background thread, when a final state is known."""
+    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
+        """Call back once, from a background thread, when a final state is known.
+
+        The function that is returned ends the watch. It never waits, and does nothing once there was a call.
+        """
 
     def save(self, task_id: str, state: str, meta: bytes) -> None:
         """Store an encoded meta."""

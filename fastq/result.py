@@ -93,11 +93,14 @@ class AsyncResult(Generic[R_co]):
 
             loop = asyncio.get_running_loop()
             ended: asyncio.Future[Meta] = loop.create_future()
-            self._source.store.watch(self.id, lambda meta: _hand_over(loop, ended, meta))
+            unwatch = self._source.store.watch(self.id, lambda meta: _hand_over(loop, ended, meta))
             try:
                 self._meta = await asyncio.wait_for(ended, timeout)
             except asyncio.TimeoutError:
                 raise ResultTimeout(f"task {self.id} has not ended within {timeout} s") from None
+            finally:
+                # A handle that nobody waits on any more must not be kept by the store.
+                unwatch()
         return self._conclude(self._meta, propagate)
 
     @property

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -233,6 +234,27 @@ class StoreConformance:
         assert store.wait(awaited, TIMEOUT_S)["task_id"] == awaited
         other.save(watched, "SUCCESS", meta_of(watched))
         assert called.wait(2.0)
+
+    def test_a_watch_that_was_ended_is_not_kept(self, store: ResultStore, other: ResultStore) -> None:
+        task_id = new_id()
+        called = threading.Event()
+        seen: list[str] = []
+
+        def callback(meta: Any) -> None:
+            seen.append(meta["task_id"])
+
+        unwatch, kept = store.watch(task_id, callback), weakref.ref(callback)
+        store.watch(task_id, lambda meta: called.set())
+        unwatch()
+        unwatch()
+        del unwatch, callback
+        deadline = time.monotonic() + TIMEOUT_S
+        while kept() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)  # the thread lets go of it when it comes round
+        assert kept() is None
+        other.save(task_id, "SUCCESS", meta_of(task_id))
+        assert called.wait(TIMEOUT_S)
+        assert seen == []
 
     def test_what_is_forgotten_is_gone(self, store: ResultStore, other: ResultStore) -> None:
         task_id = new_id()

@@ -7,11 +7,12 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastq.codecs.meta import decode_meta
 from fastq.errors import ResultTimeout
-from fastq.interfaces import Meta
+from fastq.interfaces import Meta, Unwatch
 from fastq.states import READY_STATES
 from fastq.wire.message import Call, Message
 from fastq.wire.pipe import SHARED_SIZE, ChildPipe, RingReader, call_record
@@ -73,12 +74,19 @@ class RecordingStore:
                 raise ResultTimeout(f"task {task_id} has not ended within {timeout_s} s")
             return self.metas[task_id]
 
-    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> None:
+    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
         with self.changed:
             if not self._is_ready(task_id):
                 self.watchers.setdefault(task_id, []).append(callback)
-                return
+                return partial(self._unwatch, task_id, callback)
         threading.Thread(target=callback, args=(self.metas[task_id],)).start()
+        return partial(self._unwatch, task_id, callback)
+
+    def _unwatch(self, task_id: str, callback: Callable[[Meta], None]) -> None:
+        with self.changed:
+            callbacks = self.watchers.get(task_id, [])
+            if callback in callbacks:
+                callbacks.remove(callback)
 
     def save(self, task_id: str, state: str, meta: bytes) -> None:
         with self.changed:

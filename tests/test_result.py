@@ -258,6 +258,12 @@ def test_aget_raises_the_task_s_exception_and_runs_out_of_time(task: Task[[int],
     async def waiting() -> None:
         with pytest.raises(ResultTimeout, match=r"within 0\.01 s"):
             await result.aget(timeout=0.01)
+        cancelled = asyncio.ensure_future(result.aget())
+        await asyncio.sleep(0)
+        assert len(store.watchers[result.id]) == 1
+        cancelled.cancel()
+        await asyncio.wait([cancelled])
+        assert store.watchers[result.id] == []
         finish(store, result, "FAILURE", ValueError("bad"))
         with pytest.raises(ValueError, match="bad"):
             await result.aget(timeout=5)

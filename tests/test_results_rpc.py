@@ -7,11 +7,13 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
+from fastq import FastQ
 from fastq.amqp.connection import BlockingConnection
 from fastq.amqp.url import parse_amqp_url
 from fastq.codecs.meta import encode_meta
@@ -26,6 +28,7 @@ from fastq.wire.ids import new_id
 from fastq.wire.message import Message
 from tests.faults import FaultProxy
 from tests.servers import RabbitMQ, free_ports
+from tests.stage import until
 
 pytestmark = pytest.mark.rabbitmq
 
@@ -206,6 +209,59 @@ def test_a_result_that_is_here_already_is_seen_at_once(store: RpcStore, worker: 
     seen = Seen()
     store.watch(task_id, seen)
     assert seen.wait()["result"] == 7
+
+
+def test_a_watch_that_was_ended_is_not_kept(store: RpcStore, worker: Worker) -> None:
+    queue, task_id = store.reply_address(), new_id()
+    ended, seen = Seen(), Seen()
+    unwatch, kept = store.watch(task_id, ended), weakref.ref(ended)
+    store.watch(task_id, seen)
+    unwatch()
+    unwatch()
+    del ended, unwatch
+    assert kept() is None
+    worker.reply(queue, task_id, 7)
+    assert seen.wait()["result"] == 7
+
+
+def test_the_address_after_a_lost_connection_is_that_of_a_queue_that_is_there(
+    store: RpcStore, rabbitmq: RabbitMQ, amqp_vhost: str
+) -> None:
+    """However short ago it was used: the first call after a restart must not wait for ever."""
+    queue = store.reply_address()
+    for _ in range(3):
+        rabbitmq.close_connections()
+        until(lambda: rabbitmq.queue_depth(amqp_vhost, queue) == -1, 5, "the queue is gone")
+        assert store.reply_address() == queue
+        assert rabbitmq.queue_depth(amqp_vhost, queue) == 0
+
+
+def test_a_call_that_is_sent_again_is_answered(amqp_url: str, rabbitmq: RabbitMQ, amqp_vhost: str) -> None:
+    """The broker restarts between the first attempt and the second: the reply queue went with it."""
+    app = FastQ("test", broker=amqp_url, backend="rpc://")
+    publisher = app.publisher
+    depths: list[int] = []
+
+    class Restarting:
+        """The publisher, with a broker that restarts under the first message."""
+
+        def publish(self, messages: Sequence[Message]) -> None:
+            queue = app.store.reply_address()
+            if not depths:
+                rabbitmq.close_connections()
+                until(lambda: rabbitmq.queue_depth(amqp_vhost, str(queue)) == -1, 5, "the queue is gone")
+                depths.append(-1)
+                raise ConnectionLost("restarted")
+            depths.append(rabbitmq.queue_depth(amqp_vhost, str(queue)))
+            publisher.publish(messages)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(publisher, name)
+
+    app.publisher = Restarting()
+    app.send_task("x")
+    app.close()
+    assert depths == [-1, 0]
 
 
 def test_waiting_works_while_the_thread_reads(store: RpcStore, worker: Worker) -> None:

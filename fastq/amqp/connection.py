@@ -262,6 +262,15 @@ class BlockingConnection:
         """Whether the peer has neither closed nor sent what nobody has read; one system call."""
         return not self._inbox and not self._poll.poll(0)
 
+    def has_news(self) -> bool:
+        """Whether there is something to read, or the peer has hung up. Any thread may ask, whoever reads."""
+        poll = select.poll()
+        try:
+            poll.register(self.sock, select.POLLIN)
+        except ValueError:  # closed by another thread
+            return True
+        return bool(poll.poll(0))
+
     def refresh(self) -> None:
         """Take in what came while nobody read, such as a close of the broker. Raises ConnectionLost."""
         for _ in range(MAX_REFRESH):

@@ -29,7 +29,7 @@ class DisabledStore:
         """Raise ResultsDisabled."""
         _refuse(task_id)
 
-    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> None:
+    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> NoReturn:
         """Raise ResultsDisabled."""
         _refuse(task_id)
 

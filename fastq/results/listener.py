@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Final, TypeAlias
 
 from fastq.embedded.bells import CLIENT, BellFolder, unpack_results
@@ -67,6 +68,7 @@ class Listener:
         self._thread: threading.Thread | None = None
         self._poked = threading.Event()
         self._fresh: list[Waiter] = []
+        self._dropped: list[Waiter] = []
         self._ended: deque[Waiter] = deque()
 
     def add(self, waiter: Waiter) -> Waiter:
@@ -102,14 +104,27 @@ class Listener:
                 self._lead_or_follow(waiter.signal, until, lambda: waiter.meta is not None)
         return waiter.meta
 
-    def watch(self, task_id: str, callback: Callable[[bytes], None]) -> None:
-        """Have a callback made by the thread when the result is there."""
+    def watch(self, task_id: str, callback: Callable[[bytes], None]) -> Callable[[], None]:
+        """Have a callback made by the thread when the result is there; returns what ends the watch."""
         waiter = self.add(Waiter(task_id, callback))
         with self._lock:
             self._fresh.append(waiter)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve_watchers, name="fastq-results", daemon=True)
                 self._thread.start()
+        self._poke_thread()
+        return partial(self._unwatch, waiter)
+
+    def _unwatch(self, waiter: Waiter) -> None:
+        """Make no callback. What the file says of the waiter is the thread's to remove: that may block."""
+        with self._lock:
+            waiters = self._waiting.get(waiter.task_id, [])
+            if waiter not in waiters:
+                return
+            waiters.remove(waiter)
+            if not waiters:
+                del self._waiting[waiter.task_id]
+            self._dropped.append(waiter)
         self._poke_thread()
 
     def deliver(self, results: Mapping[str, bytes]) -> None:
@@ -216,7 +231,7 @@ class Listener:
                 self._folder.ring(self.address, _POKE)
 
     def _has_news(self) -> bool:
-        return bool(self._fresh or self._ended)
+        return bool(self._fresh or self._ended or self._dropped)
 
     def _serve_watchers(self) -> None:
         """Wait for all watched results until there has been none to wait for, for a while."""
@@ -232,6 +247,10 @@ class Listener:
             try:
                 if fresh:
                     watched.update(fresh)
+                if self._dropped:
+                    self._let_go(watched)
+                    fresh = [waiter for waiter in fresh if waiter in watched]
+                if fresh:
                     register_at = min(register_at, now + REGISTER_AFTER_S)
                     self.deliver(self._look([waiter.task_id for waiter in fresh], None))
                 if now >= look_at:
@@ -248,6 +267,15 @@ class Listener:
                 if not self._closed.is_set():
                     logger.error("cannot look for results, trying again: %s", error)
                     self._poked.wait(RETRY_S)
+
+    def _let_go(self, watched: set[Waiter]) -> None:
+        """Forget those whose watch was ended; keep no reference to them."""
+        with self._lock:
+            dropped, self._dropped = self._dropped, []
+        watched.difference_update(dropped)
+        for waiter in dropped:
+            if waiter.is_registered and waiter.task_id not in self._waiting:
+                self._unregister(waiter.task_id, self.address)
 
     def _call_back(self) -> set[Waiter]:
         """Make the callbacks that are due and return whose they were."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastq.codecs.meta import decode_meta
@@ -11,7 +12,7 @@ from fastq.embedded.space import find_space
 from fastq.errors import ResultTimeout
 
 if TYPE_CHECKING:
-    from fastq.interfaces import Meta
+    from fastq.interfaces import Meta, Unwatch
     from fastq.settings import Settings
 
 
@@ -50,8 +51,8 @@ class MemoryStore:
             meta = metas[0]
         return decode_meta(meta)
 
-    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> None:
-        """Call back once, from a background thread, when a final state is known."""
+    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
+        """Call back once, from a background thread, when a final state is known; returns what ends the watch."""
 
         def on_ready(meta: bytes) -> None:
             self._space.in_background(lambda: callback(decode_meta(meta)))
@@ -59,6 +60,7 @@ class MemoryStore:
         meta = self._space.when_ready(task_id, on_ready)
         if meta is not None:
             on_ready(meta)
+        return partial(self._space.not_waiting, task_id, on_ready)
 
     def save(self, task_id: str, state: str, meta: bytes) -> None:
         """Store an encoded meta."""

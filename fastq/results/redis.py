@@ -21,7 +21,7 @@ from fastq.results.redis_listener import Listener
 from fastq.states import SUCCESS
 
 if TYPE_CHECKING:
-    from fastq.interfaces import Meta
+    from fastq.interfaces import Meta, Unwatch
     from fastq.redis.login import Command
     from fastq.settings import Settings
 
@@ -65,8 +65,8 @@ class RedisStore:
             raise ResultTimeout(f"task {task_id} has not ended within {timeout_s} s")
         return self._codec.decode(payload)
 
-    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> None:
-        """Call back once, from a background thread, when a final state is known."""
+    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
+        """Call back once, from a background thread, when a final state is known; returns what ends the watch."""
 
         def on_payload(payload: bytes) -> None:
             try:
@@ -75,7 +75,7 @@ class RedisStore:
                 meta = unreadable_meta(task_id, error)
             callback(meta)
 
-        self._listening().watch(self._layout.key(task_id), on_payload)
+        return self._listening().watch(self._layout.key(task_id), on_payload)
 
     def save(self, task_id: str, state: str, meta: bytes) -> None:
         """Store an encoded meta and announce it, unless a SUCCESS is there and this is none. Raises ConnectionLost."""

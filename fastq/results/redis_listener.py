@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, TypeAlias
 
 from fastq.errors import ConnectionLost, FastqError
@@ -102,8 +103,11 @@ class Listener:
             self._remove(waiter)
         return waiter.payload
 
-    def watch(self, channel: bytes, callback: Callable[[bytes], None]) -> None:
-        """Have a callback made by the thread when the result is there. Raises ConnectionLost if it cannot start to."""
+    def watch(self, channel: bytes, callback: Callable[[bytes], None]) -> Callable[[], None]:
+        """Have a callback made by the thread when the result is there; returns what ends the watch.
+
+        Raises ConnectionLost if it cannot start to.
+        """
         waiter = Waiter(channel, self._poked, callback)
         with self._lock:
             self._watched += 1
@@ -119,6 +123,16 @@ class Listener:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve_watchers, name="fastq-redis-results", daemon=True)
                 self._thread.start()
+        return partial(self._unwatch, waiter)
+
+    def _unwatch(self, waiter: Waiter) -> None:
+        """Make no callback. The channel is given up with the next subscription."""
+        with self._lock:
+            waiters = self._waiting.get(waiter.channel, ())
+            if waiter in waiters:
+                self._watched -= 1
+                self._unsure.discard(waiter)
+        self._remove(waiter)
 
     def close(self) -> None:
         """Stop: waits raise ConnectionLost, watches are dropped."""

@@ -35,7 +35,7 @@ from fastq.wire.amqp import METHODS
 from fastq.wire.properties import decode_properties
 
 if TYPE_CHECKING:
-    from fastq.interfaces import Meta
+    from fastq.interfaces import Meta, Unwatch
     from fastq.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,9 @@ class RpcStore:
 
     def reply_address(self) -> str:
         """Return the reply queue's name; the queue exists and is read from. Raises ConnectionLost or SettingsError."""
-        if self._connection is None or time.monotonic() - self._read_at > IDLE_CHECK_S:
+        connection = self._connection
+        if connection is None or time.monotonic() - self._read_at > IDLE_CHECK_S or connection.has_news():
+            # It may be the connection's end: who sends the address of a queue that went with it waits for ever.
             self._refresh()
             if self._connection is None:
                 raise ConnectionLost(self._loss)
@@ -182,8 +184,11 @@ class RpcStore:
                 self._is_led = True
             self._lead(partial(self._has_news, task_id, reply), deadline)
 
-    def watch(self, task_id: str, callback: Callback) -> None:
-        """Call back once, from a thread of this store, when a final state has arrived or can no longer arrive."""
+    def watch(self, task_id: str, callback: Callback) -> Unwatch:
+        """Call back once, from a thread of this store, when a final state has arrived or can no longer arrive.
+
+        Returns what ends the watch.
+        """
         with self._changed:
             self._watched.setdefault(task_id, []).append(callback)
             self._note_due(task_id)
@@ -191,6 +196,15 @@ class RpcStore:
                 self._watcher = threading.Thread(target=self._watch_all, name="fastq-rpc-results", daemon=True)
                 self._watcher.start()
             self._changed.notify_all()
+        return partial(self._unwatch, task_id, callback)
+
+    def _unwatch(self, task_id: str, callback: Callback) -> None:
+        with self._changed:
+            callbacks = self._watched.get(task_id, [])
+            if callback in callbacks:
+                callbacks.remove(callback)
+                if not callbacks:
+                    del self._watched[task_id]
 
     def save(self, task_id: str, state: str, meta: bytes) -> None:
         """Refuse: only the worker that runs the task knows where its reply goes."""

@@ -24,7 +24,7 @@ from fastq.results.listener import Listener, Waiter
 from fastq.states import READY_STATES
 
 if TYPE_CHECKING:
-    from fastq.interfaces import Meta
+    from fastq.interfaces import Meta, Unwatch
     from fastq.settings import Settings
 
 T = TypeVar("T")
@@ -63,9 +63,9 @@ class SqliteStore:
             raise ResultTimeout(f"task {task_id} has not ended within {timeout_s} s")
         return decode_meta(meta)
 
-    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> None:
-        """Call back once, from a background thread, when a final state is known."""
-        self._listening().watch(task_id, lambda meta: callback(decode_meta(meta)))
+    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
+        """Call back once, from a background thread, when a final state is known; returns what ends the watch."""
+        return self._listening().watch(task_id, lambda meta: callback(decode_meta(meta)))
 
     def save(self, task_id: str, state: str, meta: bytes) -> None:
         """Store an encoded meta and tell who waits for it."""

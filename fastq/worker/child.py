@@ -32,7 +32,7 @@ from fastq.errors import (
     Retry,
     SoftTimeLimitExceeded,
 )
-from fastq.interfaces import Meta, ResultStore
+from fastq.interfaces import Meta, ResultStore, Unwatch
 from fastq.pool.process import set_name
 from fastq.request import Request, pop_request, push_request
 from fastq.results import open_store
@@ -135,9 +135,9 @@ class PipeStore:
         """Wait at the own store."""
         return self._own.wait(task_id, timeout_s)
 
-    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> None:
+    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
         """Watch at the own store."""
-        self._own.watch(task_id, callback)
+        return self._own.watch(task_id, callback)
 
     def save(self, task_id: str, state: str, meta: bytes) -> None:
         """Hand the state to the main process."""
