@@ -345,26 +345,31 @@ class FastQ:
     def publish(self, messages: Sequence[Message], retry: PublishRetry | None = None) -> None:
         """Return when the broker has confirmed the messages; every message of this process leaves here.
 
-        A lost connection or a missing confirm is tried again by the retry policy, then raised.
+        A lost connection or a missing confirm is tried again by the retry policy, then raised: after
+        ``fastq_publish_timeout`` in any case, for all attempts together.
         """
         batch = self._thread.batch
         if batch is not None:
             batch.extend(messages)
             return
         attempt = 0
+        deadline = time.monotonic() + self.conf.fastq_publish_timeout
         while True:
             try:
-                self._publish_once(messages)
+                self._publish_once(messages, deadline)
                 return
             except (ConnectionLost, PublishError):
                 policy = self.envelopes.default_retry if retry is None else retry
                 if policy.max_retries is not None and attempt >= policy.max_retries:
                     raise
-            time.sleep(policy.pause_s(attempt))
+                pause_s = policy.pause_s(attempt)
+                if time.monotonic() + pause_s >= deadline:
+                    raise
+            time.sleep(pause_s)
             attempt += 1
             # What the broker's restart has ended is there again before a worker can answer.
             with suppress(FastqError):
-                self.reply_address()
+                self.reply_address(deadline)
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -390,25 +395,25 @@ class FastQ:
         batch = self._thread.batch
         return batch is not None and any(message.id == task_id for message in batch)
 
-    def reply_address(self) -> str | None:
+    def reply_address(self, deadline: float | None = None) -> str | None:
         """Return where workers send results to, None when the store needs no address."""
         running = running_message()
         if not self.stores_results or (running is not None and running.call is not None):
             return None  # a task in a worker does not wait for results, and its process has no connections
-        return self.store.reply_address()
+        return self.store.reply_address(deadline)
 
-    def _publish_once(self, messages: Sequence[Message]) -> None:
+    def _publish_once(self, messages: Sequence[Message], deadline: float) -> None:
         publisher = self._publisher or self.publisher
         for message in messages:
             if not message.exchange and message.routing_key not in self._declared:
-                self._declare(publisher, message.routing_key)
-        publisher.publish(messages)
+                self._declare(publisher, message.routing_key, deadline)
+        publisher.publish(messages, deadline)
         if self._sent is not None:
             self._sent.tell(messages)
 
-    def _declare(self, publisher: Publisher, queue: str) -> None:
+    def _declare(self, publisher: Publisher, queue: str, deadline: float) -> None:
         if self.conf.task_create_missing_queues or queue == self.conf.task_default_queue:
-            publisher.declare(queue)
+            publisher.declare(queue, deadline)
         self._declared.add(queue)
 
     def _envelope_of(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Envelope:

@@ -39,11 +39,14 @@ class Codec(Protocol):
 class Publisher(Protocol):
     """The producer's side of a broker. Thread-safe; notices a fork and opens a connection of its own."""
 
-    def publish(self, messages: Sequence[Message]) -> None:
-        """Return when the broker has confirmed every message: one wait for the batch. Raises PublishError."""
+    def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
+        """Return when the broker has confirmed every message: one wait for the batch. Raises PublishError.
 
-    def declare(self, queue: str) -> None:
-        """Create the queue if it is missing."""
+        ``deadline`` (monotonic) ends it sooner than the settings' own time-outs.
+        """
+
+    def declare(self, queue: str, deadline: float | None = None) -> None:
+        """Create the queue if it is missing; ``deadline`` as for ``publish``."""
 
     def purge(self, queue: str) -> int:
         """Drop the waiting messages of a queue and return how many there were."""
@@ -58,8 +61,11 @@ class Publisher(Protocol):
 class ResultStore(Protocol):
     """The caller's side of a result store. Thread-safe and fork-aware."""
 
-    def reply_address(self) -> str | None:
-        """Return what messages carry as ``reply_to`` so that results find this process; None when nothing is needed."""
+    def reply_address(self, deadline: float | None = None) -> str | None:
+        """Return what messages carry as ``reply_to`` so that results find this process; None when nothing is needed.
+
+        ``deadline`` (monotonic) bounds a reconnect that this takes.
+        """
 
     def load(self, task_id: str) -> Meta | None:
         """Return the stored meta, or None when nothing is known of the task."""

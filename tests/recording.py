@@ -32,12 +32,12 @@ class RecordingPublisher:
     def messages(self) -> list[Message]:
         return [message for batch in self.batches for message in batch]
 
-    def publish(self, messages: Sequence[Message]) -> None:
+    def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
         if self.failures:
             raise self.failures.pop(0)
         self.batches.append(list(messages))
 
-    def declare(self, queue: str) -> None:
+    def declare(self, queue: str, deadline: float | None = None) -> None:
         self.declared.append(queue)
 
     def purge(self, queue: str) -> int:
@@ -61,7 +61,7 @@ class RecordingStore:
         self.loads = 0
         self.closed = False
 
-    def reply_address(self) -> str | None:
+    def reply_address(self, deadline: float | None = None) -> str | None:
         return self.address
 
     def load(self, task_id: str) -> Meta | None:

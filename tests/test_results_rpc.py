@@ -245,7 +245,7 @@ def test_a_call_that_is_sent_again_is_answered(amqp_url: str, rabbitmq: RabbitMQ
     class Restarting:
         """The publisher, with a broker that restarts under the first message."""
 
-        def publish(self, messages: Sequence[Message]) -> None:
+        def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
             queue = app.store.reply_address()
             if not depths:
                 rabbitmq.close_connections()
@@ -253,7 +253,7 @@ def test_a_call_that_is_sent_again_is_answered(amqp_url: str, rabbitmq: RabbitMQ
                 depths.append(-1)
                 raise ConnectionLost("restarted")
             depths.append(rabbitmq.queue_depth(amqp_vhost, str(queue)))
-            publisher.publish(messages)
+            publisher.publish(messages, deadline)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(publisher, name)

@@ -73,6 +73,7 @@ class BlockingConnection:
         deadline = time.monotonic() + connect_timeout_s
         self.sock = connect_socket(url, deadline)
         self.send, self.recv = self.sock.send, self.sock.recv
+        self._poll.register(self.sock, select.POLLIN)
         try:
             self._set_timeouts()
             self._shake_hands(name, deadline)
@@ -80,9 +81,19 @@ class BlockingConnection:
             self.sock.close()
             raise
 
+    @property
+    def io_timeout_s(self) -> float:
+        """How long single calls may take."""
+        return self._io_timeout_s
+
+    def limit(self, io_timeout_s: float) -> None:
+        """Have single calls take at most so long from now on; a few per cent are let pass."""
+        if abs(io_timeout_s - self._io_timeout_s) > 0.05 * self._io_timeout_s:
+            self._io_timeout_s = max(io_timeout_s, 0.1)
+            self._set_timeouts()
+
     def _set_timeouts(self) -> None:
         """Set the deadline of single calls once, in the kernel, so that the hot path needs no settimeout."""
-        self._poll.register(self.sock, select.POLLIN)
         if isinstance(self.sock, ssl.SSLSocket):
             self.sock.settimeout(self._io_timeout_s)
             return
@@ -308,13 +319,20 @@ class BlockingConnection:
         self.sock.close()
 
 
-def connect_any(endpoints: Endpoints, settings: Settings, purpose: str, io_timeout_s: float) -> BlockingConnection:
-    """Return a connection to the first broker that takes one. Raises the only error, or one that names them all."""
+def connect_any(
+    endpoints: Endpoints, settings: Settings, purpose: str, io_timeout_s: float, deadline: float | None = None
+) -> BlockingConnection:
+    """Return a connection to the first broker that takes one, by the deadline (monotonic) if there is one.
+
+    Raises the only error, or one that names them all.
+    """
     failures: list[ConnectionLost] = []
     name = f"fastq {purpose} {os.getpid()}@{socket.gethostname()}"
     connect_timeout_s, max_bytes = settings.broker_connection_timeout, settings.fastq_max_message_bytes
     for url in endpoints:
         try:
+            if deadline is not None:
+                connect_timeout_s = min(connect_timeout_s, max(deadline - time.monotonic(), 0.1))
             return BlockingConnection(url, name, connect_timeout_s, io_timeout_s, max_bytes)
         except ConnectionLost as error:
             failures.append(error)

@@ -77,9 +77,10 @@ class BlockingRedis:
             self.close()
         self._abandon()
         failures: list[ConnectionLost] = []
+        until = time.monotonic() + self._timeout_s
         for url in list(self._urls):
             try:
-                self._connect(url)
+                self._connect(url, min(until, time.monotonic() + self._connect_timeout_s))
             except ConnectionLost as error:
                 failures.append(error)
                 # The next attempt begins with another one.
@@ -87,6 +88,13 @@ class BlockingRedis:
             else:
                 return
         raise login.none_reachable(failures)
+
+    def limit(self, timeout_s: float) -> None:
+        """Have connecting and each reply take at most so long from now on; a few per cent are let pass."""
+        if abs(timeout_s - self._timeout_s) > 0.05 * self._timeout_s:
+            self._timeout_s = max(timeout_s, 0.1)
+            if self._sock is not None and self.is_open:
+                self._set_time_outs(self._sock)
 
     def call(self, *command: str | bytes | float) -> Any:
         """Return the reply to a command. Raises RedisError for an error reply, ConnectionLost, SettingsError."""
@@ -228,8 +236,7 @@ class BlockingRedis:
         if commands:
             self._send(commands, time.monotonic() + self._timeout_s)
 
-    def _connect(self, url: RedisUrl) -> None:
-        deadline = time.monotonic() + self._connect_timeout_s
+    def _connect(self, url: RedisUrl, deadline: float) -> None:
         if url.sentinels:
             url = self._find_master(url, deadline)
         self._url = url
@@ -260,8 +267,11 @@ class BlockingRedis:
         failures: list[ConnectionLost] = []
         for sentinel in url.sentinels:
             left_s = max(deadline - time.monotonic(), 0.1) / max(len(url.sentinels) - len(failures), 1)
+            until = time.monotonic() + left_s
             asked = BlockingRedis([sentinel], left_s, self._name)
             try:
+                asked.open()
+                asked.limit(until - time.monotonic())
                 (reply,) = asked.pipeline([("SENTINEL", "GET-MASTER-ADDR-BY-NAME", url.service)])
                 if isinstance(reply, list):
                     return replace(url, host=reply[0].decode(), port=int(reply[1]), sentinels=())
@@ -320,7 +330,7 @@ class BlockingRedis:
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     self._fail(login.silent(self._url, self._timeout_s))
-                data = self._receive(left_s, is_bounded=True)
+                data = self._receive(left_s, is_bounded=left_s > 0.9 * self._timeout_s)
                 if data:
                     self._feed(data)
             return [self._replies.popleft() for _ in range(count)]

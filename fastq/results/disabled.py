@@ -18,7 +18,7 @@ class DisabledStore:
     def __init__(self, url: str = "disabled", settings: Settings | None = None) -> None:
         pass
 
-    def reply_address(self) -> None:
+    def reply_address(self, deadline: float | None = None) -> None:
         """Return None: nobody is to reply."""
 
     def load(self, task_id: str) -> Meta | None:

@@ -23,7 +23,7 @@ class MemoryStore:
         self._space = find_space(url)
         self._expires_s = settings.result_expires
 
-    def reply_address(self) -> None:
+    def reply_address(self, deadline: float | None = None) -> None:
         """Return None: whoever stores a result is in this process and finds who waits."""
 
     def load(self, task_id: str) -> Meta | None:

@@ -46,7 +46,7 @@ class RedisStore:
 
     # --- the protocol
 
-    def reply_address(self) -> None:
+    def reply_address(self, deadline: float | None = None) -> None:
         """Return None: results are announced to everybody."""
 
     def load(self, task_id: str) -> Meta | None:

@@ -148,12 +148,12 @@ class RpcStore:
 
     # --- the protocol
 
-    def reply_address(self) -> str:
+    def reply_address(self, deadline: float | None = None) -> str:
         """Return the reply queue's name; the queue exists and is read from. Raises ConnectionLost or SettingsError."""
         connection = self._connection
         if connection is None or time.monotonic() - self._read_at > IDLE_CHECK_S or connection.has_news():
             # It may be the connection's end: who sends the address of a queue that went with it waits for ever.
-            self._refresh()
+            self._refresh(deadline)
             if self._connection is None:
                 raise ConnectionLost(self._loss)
         return self.queue
@@ -259,8 +259,9 @@ class RpcStore:
         finally:
             self._stop_leading()
 
-    def _refresh(self) -> None:
+    def _refresh(self, deadline: float | None = None) -> None:
         """Connect if needed and take in what has come, without waiting for more; nothing if another thread leads."""
+        until = time.monotonic() + self._timeout_s if deadline is None else deadline
         with self._changed:
             while self._is_led:
                 if self._connection is not None:
@@ -270,12 +271,12 @@ class RpcStore:
         try:
             connection = self._connection
             if connection is None:
-                connection = self._connect()
+                connection = self._connect(until)
             connection.refresh()
             self._read_at = time.monotonic()
             self._take(connection, connection.take_events())
         except FastqError as error:
-            self._recover(error, time.monotonic() + self._timeout_s)
+            self._recover(error, until)
         finally:
             self._stop_leading()
 
@@ -313,10 +314,10 @@ class RpcStore:
 
     # --- the connection
 
-    def _connect(self) -> BlockingConnection:
+    def _connect(self, deadline: float | None = None) -> BlockingConnection:
         """Return a connection that receives from the reply queue. Call with the lead."""
         self._is_closed = False
-        connection = connect_any(self._endpoints, self._settings, "results", self._timeout_s)
+        connection = connect_any(self._endpoints, self._settings, "results", self._timeout_s, deadline)
         try:
             self._subscribe(connection)
         except BaseException:
@@ -360,16 +361,16 @@ class RpcStore:
         pause_s = 0.05
         while True:
             try:
-                return self._resubscribe()
+                return self._resubscribe(give_up_at)
             except ConnectionLost:
                 if time.monotonic() + pause_s > give_up_at:
                     raise
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, 1.0)
 
-    def _resubscribe(self) -> bool:
+    def _resubscribe(self, deadline: float) -> bool:
         """Connect and subscribe; return whether the queue was still there."""
-        probe = connect_any(self._endpoints, self._settings, "results", self._timeout_s)
+        probe = connect_any(self._endpoints, self._settings, "results", self._timeout_s, deadline)
         survived = True
         try:
             probe.rpc(ADMIN_CHANNEL, "queue.declare", queue=self.queue, passive=True)
@@ -377,7 +378,7 @@ class RpcStore:
             survived = False
         finally:
             probe.close()
-        self._connect()
+        self._connect(deadline)
         return survived
 
     def _lose(self, reason: str) -> None:

@@ -39,7 +39,7 @@ class SqliteStore:
         self._listener: Listener | None = None
         _stores.add(self)
 
-    def reply_address(self) -> str:
+    def reply_address(self, deadline: float | None = None) -> str:
         """Return the name of this process's bell."""
         return self._listening().address
 

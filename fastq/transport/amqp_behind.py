@@ -41,13 +41,14 @@ class BehindPublisher(AmqpPublisher):
         self._oldest_at = 0.0
         self._watcher = Watcher(self._look, "fastq-confirms")
 
-    def publish(self, messages: Sequence[Message]) -> None:
+    def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
         """Return when the messages are on their way; errors of the connection are raised, later ones are logged."""
         check_sizes(messages, self._settings.fastq_max_message_bytes)
         with self._lock:
             self._uncollected += len(messages)
             if self._uncollected >= COLLECT_EVERY:
                 self._collect()
+            self._give_up_at = deadline
             try:
                 self._send(messages)
             except FastqError:
@@ -56,6 +57,7 @@ class BehindPublisher(AmqpPublisher):
                 self._unconfirmed = {tag: kept for tag, kept in self._unconfirmed.items() if id(kept) not in told}
                 raise
             finally:
+                self._give_up_at = None
                 self._watcher.wake()
 
     def flush(self, timeout_s: float | None = None) -> int:

@@ -112,22 +112,24 @@ class AmqpPublisher:
         self._timeout_s: float = settings.fastq_publish_timeout
         self._confirm = bool(settings.broker_transport_options.get("confirm_publish", True))
         self._connection: BlockingConnection | None = None
+        self._give_up_at: float | None = None  # of a connection that is made for a message
         self._lock = threading.Lock()
         PUBLISHERS.add(self)
 
     def __repr__(self) -> str:
         return f"<AmqpPublisher {self._endpoints}>"
 
-    def publish(self, messages: Sequence[Message]) -> None:
+    def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
         """Return when the broker has confirmed every message.
 
         Raises PublishError, ConnectionLost when there is no broker, SettingsError when trying again cannot help.
         """
         check_sizes(messages, self._settings.fastq_max_message_bytes)
         with self._lock:
-            connection = self._ready()
+            connection = self._ready_by(deadline)
             try:
-                if connection.blocked is not None and not connection.wait_unblocked(time.monotonic() + self._timeout_s):
+                until = time.monotonic() + connection.io_timeout_s
+                if connection.blocked is not None and not connection.wait_unblocked(until):
                     raise blocked(connection)
                 if len(messages) == 1:
                     confirms = self._publish_one(connection, messages[0])
@@ -180,7 +182,7 @@ class AmqpPublisher:
         confirms.due.add(tag)
         try:
             connection.feed(answer)
-            confirms.wait(0, self._timeout_s)
+            confirms.wait(0, connection.io_timeout_s)
         except ConnectionLost as error:
             raise unknown_fate(error) from None
         return confirms
@@ -195,8 +197,8 @@ class AmqpPublisher:
                 connection.transmit(data)
                 if self._confirm:
                     confirms.expect(count)
-                    confirms.wait(WINDOW, self._timeout_s)
-            confirms.wait(0, self._timeout_s)
+                    confirms.wait(WINDOW, connection.io_timeout_s)
+            confirms.wait(0, connection.io_timeout_s)
         except ConnectionLost as error:
             raise unknown_fate(error) from None
         return confirms
@@ -207,6 +209,16 @@ class AmqpPublisher:
             connection.declare(self._topology.spec(queue))
         else:
             connection.declared.add(queue)
+
+    def _ready_by(self, deadline: float | None) -> BlockingConnection:
+        """Return an open connection whose calls end about when the deadline is over. Call with the lock held."""
+        self._give_up_at = deadline
+        try:
+            connection = self._ready()
+        finally:
+            self._give_up_at = None
+        connection.limit(self._timeout_s if deadline is None else deadline - time.monotonic())
+        return connection
 
     def _ready(self) -> BlockingConnection:
         """Return an open connection; one that was idle has been checked. Call with the lock held."""
@@ -227,8 +239,11 @@ class AmqpPublisher:
         return connection
 
     def _connect(self) -> BlockingConnection:
-        self._connection = connection = connect_any(self._endpoints, self._settings, "producer", self._timeout_s)
+        until = self._give_up_at
+        self._connection = connection = connect_any(self._endpoints, self._settings, "producer", self._timeout_s, until)
         try:
+            if until is not None:
+                connection.limit(until - time.monotonic())
             connection.open_channel(CHANNEL)
             if self._confirm:
                 connection.rpc(CHANNEL, "confirm.select")
@@ -242,10 +257,10 @@ class AmqpPublisher:
         if connection is not None:
             connection.close()
 
-    def _administer(self, operation: Callable[[BlockingConnection], T]) -> T:
+    def _administer(self, operation: Callable[[BlockingConnection], T], deadline: float | None = None) -> T:
         """Do something on the channel that is not for publishing; a refusal leaves the connection in order."""
         with self._lock:
-            connection = self._ready()
+            connection = self._ready_by(deadline)
             try:
                 return operation(connection)
             except SettingsError:
@@ -254,9 +269,9 @@ class AmqpPublisher:
                 self._drop()
                 raise
 
-    def declare(self, queue: str) -> None:
+    def declare(self, queue: str, deadline: float | None = None) -> None:
         """Create the queue if it is missing. Raises SettingsError when it exists with other arguments."""
-        self._administer(lambda connection: connection.declare(self._topology.spec(queue)))
+        self._administer(lambda connection: connection.declare(self._topology.spec(queue)), deadline)
 
     def purge(self, queue: str) -> int:
         """Drop the waiting messages of a queue and return how many there were. Raises SettingsError without a queue."""

@@ -30,7 +30,7 @@ class MemoryPublisher:
         self._space = find_space(url)
         self._max_message_bytes = settings.fastq_max_message_bytes
 
-    def publish(self, messages: Sequence[Message]) -> None:
+    def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
         """Store the messages and wake the workers."""
         check_sizes(messages, self._max_message_bytes)
         try:
@@ -38,7 +38,7 @@ class MemoryPublisher:
         except SettingsError as error:
             raise PublishError(f"not published: {error}") from error
 
-    def declare(self, queue: str) -> None:
+    def declare(self, queue: str, deadline: float | None = None) -> None:
         """Create the queue if it is missing."""
         self._space.declare(queue)
 

@@ -179,7 +179,7 @@ class RedisBehindPublisher(RedisPublisher):
         super().__init__(url, settings)
         self._backlog = Backlog(self._redis_of(settings), settings.fastq_publish_timeout)
 
-    def publish(self, messages: Sequence[Message]) -> None:
+    def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
         """Return when the messages are on their way; errors of the connection are raised, later ones are logged."""
         check_sizes(messages, self._max_message_bytes)
         entries = []
@@ -187,7 +187,7 @@ class RedisBehindPublisher(RedisPublisher):
             if message.exchange:
                 # Where exchanges lead to is asked for; and what was sent before must not come behind.
                 self.flush()
-                super().publish(messages)
+                super().publish(messages, deadline)
                 return
             entries.append((message.id, pack_one(push_command(self._layout, message))))
         self._backlog.put(entries)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from itertools import chain
@@ -43,18 +44,19 @@ class RedisPublisher:
         self._fanouts = fanouts_of(settings, self._topology)
         self._layout = read_layout(settings, self._urls[0].db)
         self._max_message_bytes = settings.fastq_max_message_bytes
+        self._timeout_s = settings.fastq_publish_timeout
         self._redis = self._redis_of(settings)
         self._lock = threading.Lock()
         _PUBLISHERS.add(self)
 
-    def publish(self, messages: Sequence[Message]) -> None:
+    def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
         """Store the messages, all in one write.
 
         Raises ConnectionLost when nothing was sent, PublishError when Redis refused or the fate is unknown.
         """
         check_sizes(messages, self._max_message_bytes)
         with self._lock:
-            self._redis.open()
+            self._open_by(deadline)
             try:
                 if len(messages) == 1 and not messages[0].exchange:
                     self._redis.call(*push_command(self._layout, messages[0]))
@@ -65,9 +67,10 @@ class RedisPublisher:
             except RedisError as error:
                 raise refused(error) from None
 
-    def declare(self, queue: str) -> None:
+    def declare(self, queue: str, deadline: float | None = None) -> None:
         """Let exchanges know the queue; the queue itself is there as soon as it holds a message."""
         with self._lock:
+            self._open_by(deadline)
             check(self._redis.pipeline(bind_commands(self._layout, self._topology.spec(queue))))
 
     def purge(self, queue: str) -> int:
@@ -93,6 +96,13 @@ class RedisPublisher:
     def forget_after_fork(self) -> None:
         """In a forked child: a thread of the parent may have held the lock."""
         self._lock = threading.Lock()
+
+    def _open_by(self, deadline: float | None) -> None:
+        """Have a connection whose replies are waited for until about the deadline. Call with the lock held."""
+        self._redis.limit(self._timeout_s if deadline is None else deadline - time.monotonic())
+        self._redis.open()
+        if deadline is not None:
+            self._redis.limit(deadline - time.monotonic())
 
     def _redis_of(self, settings: Settings) -> BlockingRedis:
         timeout_s, connect_s = settings.fastq_publish_timeout, settings.broker_connection_timeout

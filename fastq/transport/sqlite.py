@@ -48,12 +48,12 @@ class SqlitePublisher:
         self._queue_ids = QueueIds()
         self._file: OpenFile | None = None
 
-    def publish(self, messages: Sequence[Message]) -> None:
+    def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
         """Store the messages in one transaction and wake the workers."""
         check_sizes(messages, self._max_message_bytes)
         self._use(partial(self._insert, messages))
 
-    def declare(self, queue: str) -> None:
+    def declare(self, queue: str, deadline: float | None = None) -> None:
         """Create the queue if it is missing."""
         self._use(lambda file: file.transaction(partial(self._queue_ids.declare, file.cursor, queue)))
 

@@ -89,12 +89,12 @@ class PipePublisher:
     def __init__(self, pipe: ChildPipe) -> None:
         self._pipe = pipe
 
-    def publish(self, messages: Sequence[Message]) -> None:
+    def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
         """Hand the messages to the main process."""
         for message in messages:
             self._pipe.publish(message)
 
-    def declare(self, queue: str) -> None:
+    def declare(self, queue: str, deadline: float | None = None) -> None:
         """Nothing to do: the main process declares what it publishes to."""
 
     def purge(self, queue: str) -> int:
@@ -123,9 +123,9 @@ class PipeStore:
             self._store = self._open()
         return self._store
 
-    def reply_address(self) -> str | None:
+    def reply_address(self, deadline: float | None = None) -> str | None:
         """Return the own store's address."""
-        return self._own.reply_address()
+        return self._own.reply_address(deadline)
 
     def load(self, task_id: str) -> Meta | None:
         """Ask the own store."""
