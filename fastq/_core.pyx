@@ -372,6 +372,20 @@ cdef class Core(Keeper):
         heappush(self.etas, (due, self.eta_order, delivery))
         return 0
 
+    @property
+    def scheduled_count(self) -> int:
+        """How many have been put on the heap so far."""
+        return self.eta_order
+
+    def scheduled_since(self, uint64_t count) -> int:
+        """How many of those that were put there since ``scheduled_count`` was that still wait."""
+        cdef Py_ssize_t found = 0
+        cdef uint64_t order
+        for entry in self.etas:
+            order = (<tuple> entry)[1]
+            found += order > count
+        return found
+
     cdef bint is_revoked(self, Delivery delivery) except -1:
         return delivery_id(delivery) in self.revoked_ids
 

@@ -89,6 +89,25 @@ def test_thousands_of_far_tasks_hold_back_nothing_and_cost_no_memory(stage: Stag
     assert all_of(stage) == 30_000
 
 
+def waiting(stage: Stage) -> int:
+    """Return how many tasks wait in the worker for their time."""
+    bus = open_blocking_bus(stage.url, stage.client.conf)
+    reply = next(iter(bus.ask("scheduled", {}, 5.0)))
+    bus.close()
+    return len(reply[1])
+
+
+def test_a_burst_after_another_one_is_with_the_worker_before_it_is_due(stage: Stage) -> None:
+    # The window is its narrowest where messages are acknowledged early.
+    stage.start_worker("-c", "2", "--compat")
+    due = time.time() + 2
+    stage.wait_for(stage.send(3000, eta=due), 20)
+    sent_at = time.time()
+    stage.send(900, eta=sent_at + 60)
+    until(lambda: waiting(stage) == 900, 5, "all of the second burst wait in the worker")
+    print(f"{stage.kind}: 900 were there after {time.time() - sent_at:.2f} s")
+
+
 def test_postponed_tasks_come_back_and_run_in_time_unless_revoked_or_expired(stage: Stage) -> None:
     stage.start_worker("-c", "2")
     fill(stage)

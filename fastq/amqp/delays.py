@@ -14,6 +14,8 @@ from fastq.wire.message import Message
 
 #: Exchange and queue of a span are named so, followed by its seconds.
 PREFIX = "fastq.delayed."
+#: Chosen: what comes back has so long to go. Thousands at once take RabbitMQ and the worker up to a second.
+SPARE_S = 2.0
 LONGEST_S = 1 << 22  # 48 days; RabbitMQ takes times to live below 2**32 ms
 
 
@@ -25,8 +27,8 @@ class DelayQueues:
         self.asked: set[int] = set()
 
     def span(self, delay_s: float) -> int | None:
-        """Return the longest span, in seconds, that is over before the delay; None for less than a second."""
-        whole = min(int(delay_s), LONGEST_S)
+        """Return the longest span, in seconds, that is over a little before the delay; None when that is too short."""
+        whole = min(int(delay_s - SPARE_S), LONGEST_S)
         return 1 << (whole.bit_length() - 1) if whole > 0 else None
 
     def steps(self, seconds: int) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -52,6 +52,8 @@ MAX_WINDOW = 1024
 MAX_SCHEDULED = 100_000  # reliability rules, section 6.2: beyond this the broker keeps what waits for its time
 ADAPT_EVERY_S = 0.2
 SHOW_INFO = ("DEBUG", "INFO")
+GROW_EVERY_S = 0.02  # while ETA tasks fill the window: 10,000 of them are here within half a second
+HOLD_WINDOW_S = 1.0  # a window that ETA tasks have filled is kept open so long
 #: Work to hold in advance while tasks are short: hides the acks' way to the broker and back many times over.
 WINDOW_NS = 20e6
 
@@ -264,30 +266,39 @@ class Life:
 
     async def _adapt(self, consumer: Consumer) -> None:
         """Widen the window while tasks are short or waiting ETA tasks fill it; narrow it when tasks are long."""
+        core = self.core
         base = current = self._window()
-        held_for_eta = 0
-        received = received_at_first = self.core.received
+        pause_s, grown_at = ADAPT_EVERY_S, -HOLD_WINDOW_S
+        counted = parked = shelved = 0  # as they were when the window was set: those do not fill it
+        received = received_at_first = core.received
         while True:
-            await asyncio.sleep(ADAPT_EVERY_S)
-            scheduled = self.core.stats()["scheduled"]
-            is_full = False
+            await asyncio.sleep(pause_s)
+            now, pause_s = time.monotonic(), ADAPT_EVERY_S
+            scheduled = core.stats()["scheduled"]
+            unsaved, is_full = 0, False
             if not isinstance(consumer.source, BatchSource):
                 # The broker counts what has run and waits for a result store that is away. How much of it came since
                 # this subscription is not known: when as much waits as may be here and nothing comes, it may be all.
-                shelved, received, before = consumer.source.shelved, self.core.received, received
-                scheduled += shelved
-                is_full = shelved >= current > 0 and received == before != received_at_first
+                unsaved, received, before = consumer.source.shelved, core.received, received
+                scheduled += unsaved
+                is_full = unsaved >= current > 0 and received == before != received_at_first
             wanted = base
-            if self.core.reliable and self.options.adapts_prefetch and self.core.run_ns >= 0:
-                per_child = min(MAX_WINDOW, WINDOW_NS / max(self.core.run_ns, 1.0))
+            if core.reliable and self.options.adapts_prefetch and core.run_ns >= 0:
+                per_child = min(MAX_WINDOW, WINDOW_NS / max(core.run_ns, 1.0))
                 wanted = max(base, min(MAX_WINDOW, int(per_child * self._slots)))
-            grown = scheduled - held_for_eta >= current // 2 > 0 or is_full
+            parked, shelved = min(parked, core.parked), min(shelved, unsaved)
+            filled = core.scheduled_since(counted) + core.parked - parked + unsaved - shelved
+            grown = (filled >= current // 2 > 0 or is_full) and scheduled < MAX_SCHEDULED
             if grown:
-                # As many again as came, so that a flood of them is through in a few steps.
+                # As many again as came, and looked at soon, so that a flood of them is through before it is due.
                 wanted += min(scheduled, MAX_WINDOW)
-            if (grown and scheduled < MAX_SCHEDULED) or wanted >= 2 * current or wanted * 4 <= current:
+                grown_at, pause_s = now, GROW_EVERY_S
+            elif wanted * 4 <= current and now - grown_at < HOLD_WINDOW_S:
+                continue  # the flood may go on
+            if grown or wanted >= 2 * current or wanted * 4 <= current:
                 # A new consumer's window counts from zero: what waits for its time does not fill it.
-                current, held_for_eta, received_at_first = wanted, scheduled, self.core.received
+                current, counted, parked, shelved = wanted, core.scheduled_count, core.parked, unsaved
+                received_at_first = core.received
                 consumer.source.window = wanted + scheduled
                 try:
                     await consumer.set_prefetch(wanted)
