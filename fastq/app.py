@@ -345,23 +345,27 @@ class FastQ:
     def publish(self, messages: Sequence[Message], retry: PublishRetry | None = None) -> None:
         """Return when the broker has confirmed the messages; every message of this process leaves here.
 
-        A lost connection or a missing confirm is tried again by the retry policy, then raised: after
-        ``fastq_publish_timeout`` in any case, for all attempts together.
+        What was lost with its connection or refused is sent again by the retry policy, then raised; what was confirmed
+        never, nor what has only not been confirmed in time. ``fastq_publish_timeout`` is for all attempts together.
         """
         batch = self._thread.batch
         if batch is not None:
             batch.extend(messages)
             return
-        attempt = 0
+        attempt, left = 0, messages
         deadline = time.monotonic() + self.conf.fastq_publish_timeout
         while True:
             try:
-                self._publish_once(messages, deadline)
-                return
-            except (ConnectionLost, PublishError):
+                self._publish_once(left, deadline)
+                break
+            except (ConnectionLost, PublishError) as error:
                 policy = self.envelopes.default_retry if retry is None else retry
                 if policy.max_retries is not None and attempt >= policy.max_retries:
                     raise
+                if isinstance(error, PublishError) and error.again is not None:
+                    if not error.again:
+                        raise
+                    left = cast("Sequence[Message]", error.again)
                 pause_s = policy.pause_s(attempt)
                 if time.monotonic() + pause_s >= deadline:
                     raise
@@ -370,6 +374,8 @@ class FastQ:
             # What the broker's restart has ended is there again before a worker can answer.
             with suppress(FastqError):
                 self.reply_address(deadline)
+        if self._sent is not None:
+            self._sent.tell(messages)
 
     @contextmanager
     def batch(self) -> Iterator[None]:
@@ -408,8 +414,6 @@ class FastQ:
             if not message.exchange and message.routing_key not in self._declared:
                 self._declare(publisher, message.routing_key, deadline)
         publisher.publish(messages, deadline)
-        if self._sent is not None:
-            self._sent.tell(messages)
 
     def _declare(self, publisher: Publisher, queue: str, deadline: float) -> None:
         if self.conf.task_create_missing_queues or queue == self.conf.task_default_queue:

@@ -28,6 +28,11 @@ FastqError
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 class FastqError(Exception):
     """Base of every error in this module."""
@@ -38,7 +43,12 @@ class SettingsError(FastqError):
 
 
 class ConnectionLost(FastqError):
-    """The connection to a broker or store ended; trying again is safe."""
+    """The connection to a broker or store ended; trying again is safe.
+
+    ``timed_out``: we ended it, as nothing was heard in time; what was sent on it may still be carried out.
+    """
+
+    timed_out = False
 
 
 class RemoteProtocolError(FastqError):
@@ -59,7 +69,15 @@ class LocalProtocolError(FastqError):
 
 
 class PublishError(FastqError):
-    """The broker did not confirm a message; it may or may not have been stored."""
+    """The broker did not confirm a message; it may or may not have been stored.
+
+    ``again``: the messages of the batch that are to be sent again, as they were refused or their connection was lost:
+    None for all of them, empty after a time-out, as what was sent may still arrive.
+    """
+
+    def __init__(self, *args: object, again: Sequence[object] | None = None) -> None:
+        super().__init__(*args)
+        self.again = again
 
 
 class EncodeError(FastqError):

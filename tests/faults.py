@@ -35,7 +35,7 @@ class FaultProxy:
         self._cut_after: dict[Direction, int | None] = {"to_server": None, "to_client": None}
         self._pairs: set[_Pair] = set()
         self._loop = asyncio.new_event_loop()
-        self._flowing = asyncio.Event()
+        self._flowing: dict[Direction, asyncio.Event] = {"to_server": asyncio.Event(), "to_client": asyncio.Event()}
         self._thread = threading.Thread(target=self._run, name="fault-proxy", daemon=True)
         self._ready = threading.Event()
 
@@ -69,11 +69,17 @@ class FaultProxy:
 
     def stall(self) -> None:
         """Forward nothing more, in either direction, while every connection stays open: a network that hangs."""
-        self._call(self._flowing.clear)
+        for flowing in self._flowing.values():
+            self._call(flowing.clear)
+
+    def hold_replies(self) -> None:
+        """Forward nothing more to the client: a server that takes everything and is slow to answer."""
+        self._call(self._flowing["to_client"].clear)
 
     def resume(self) -> None:
         """Forward again, first what was held back."""
-        self._call(self._flowing.set)
+        for flowing in self._flowing.values():
+            self._call(flowing.set)
 
     def cut(self, reset: bool = True) -> int:
         """Close every connection on both sides, with RST or in order, and return how many there were."""
@@ -103,7 +109,8 @@ class FaultProxy:
         asyncio.set_event_loop(self._loop)
         server = self._loop.run_until_complete(asyncio.start_server(self._accepted, "127.0.0.1", 0))
         self.port = server.sockets[0].getsockname()[1]
-        self._flowing.set()
+        for flowing in self._flowing.values():
+            flowing.set()
         self._ready.set()
         try:
             self._loop.run_forever()
@@ -150,7 +157,7 @@ class FaultProxy:
     ) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             while chunk := await reader.read(CHUNK_BYTES):
-                await self._delay()
+                await self._delay(direction)
                 limit = self._cut_after[direction]
                 if limit is not None and len(chunk) > limit:
                     writer.write(chunk[:limit])
@@ -166,8 +173,8 @@ class FaultProxy:
             with contextlib.suppress(OSError):
                 writer.write_eof()
 
-    async def _delay(self) -> None:
-        await self._flowing.wait()
+    async def _delay(self, direction: Direction) -> None:
+        await self._flowing[direction].wait()
         if self.latency_s:
             await asyncio.sleep(self.latency_s)
 

@@ -19,6 +19,7 @@ from fastq.transport.amqp_blocking import AmqpPublisher
 from fastq.wire.ids import new_id
 from fastq.wire.message import Message, encode_task
 from tests.faults import FaultProxy
+from tests.servers import wait_until
 
 BEHIND = {"broker_transport_options": {"confirm_publish": "behind"}}
 
@@ -63,6 +64,24 @@ def test_what_was_not_confirmed_when_the_connection_was_cut_is_sent_again(amqp_u
         assert publisher.flush() == 0
         publisher.close()
         direct.close()
+
+
+def test_a_broker_that_is_slow_to_confirm_is_not_sent_its_messages_twice(
+    amqp_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = urlsplit(amqp_url)
+    with FaultProxy(parts.hostname or "", parts.port or 0) as proxy:
+        publisher = BehindPublisher(proxy.url(amqp_url), Settings({**BEHIND, "fastq_publish_timeout": 0.5}))
+        publisher.publish([message()])
+        assert publisher.flush() == 0
+        proxy.hold_replies()
+        publisher.publish([message() for _ in range(20)])
+        wait_until(lambda: "still waiting" in caplog.text, 10, lambda: TimeoutError("no warning"))
+        proxy.resume()
+        assert publisher.flush() == 0
+        assert proxy.connections == 1
+        assert publisher.depth("behind") == 21
+        publisher.close()
 
 
 def test_a_broker_that_is_away_is_the_callers_error_and_is_not_tried_again_behind_its_back(amqp_url: str) -> None:

@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
@@ -92,20 +91,21 @@ def test_what_was_not_answered_when_the_connection_was_cut_is_sent_again(
         publisher.close()
 
 
-def test_a_silent_connection_is_made_anew(redis_url: str, direct: RedisPublisher) -> None:
+def test_a_server_that_is_slow_to_answer_is_not_sent_its_messages_twice(
+    redis_url: str, direct: RedisPublisher, caplog: pytest.LogCaptureFixture
+) -> None:
     parts = urlsplit(redis_url)
     with FaultProxy(parts.hostname or "", parts.port or 0) as proxy:
-        publisher = RedisBehindPublisher(proxy.url(redis_url), Settings({**BEHIND, "fastq_publish_timeout": 1.0}))
+        publisher = RedisBehindPublisher(proxy.url(redis_url), Settings({**BEHIND, "fastq_publish_timeout": 0.5}))
         publisher.publish([message()])
         assert publisher.flush() == 0
-        proxy.stall()
+        proxy.hold_replies()
         publisher.publish([message()])
-        time.sleep(0.5)
-        assert direct.depth("behind") == 1
-        time.sleep(1.0)
+        until(lambda: "still waiting" in caplog.text)
         proxy.resume()
-        until(lambda: direct.depth("behind") >= 2)
         assert publisher.flush(10) == 0
+        assert proxy.connections == 1
+        assert direct.depth("behind") == 2
         publisher.close()
 
 

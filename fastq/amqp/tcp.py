@@ -72,5 +72,7 @@ def none_reachable(failures: Sequence[ConnectionLost], what: str = "broker") -> 
 
 def lost(url: AmqpUrl, error: Exception, doing: str) -> ConnectionLost:
     """Return the error for a connection that broke."""
-    reason = "time-out" if isinstance(error, (TimeoutError, BlockingIOError)) else str(error)
-    return ConnectionLost(f"connection to RabbitMQ at {url} lost while {doing}: {reason}")
+    timed_out = isinstance(error, (TimeoutError, BlockingIOError))
+    found = ConnectionLost(f"connection to RabbitMQ at {url} lost while {doing}: {'time-out' if timed_out else error}")
+    found.timed_out = timed_out
+    return found

@@ -91,7 +91,9 @@ def turned_away(url: RedisUrl, error: RedisError) -> ConnectionLost:
 
 def silent(url: RedisUrl, silence_s: float) -> ConnectionLost:
     """Return the error for a server that has not answered in time."""
-    return ConnectionLost(f"Redis at {url} has not answered for {silence_s:.3g} s")
+    found = ConnectionLost(f"Redis at {url} has not answered for {silence_s:.3g} s")
+    found.timed_out = True
+    return found
 
 
 def unreachable(url: RedisUrl, error: Exception) -> ConnectionLost:
@@ -109,7 +111,9 @@ def closed_early(url: RedisUrl) -> ConnectionLost:
 
 def lost(url: RedisUrl, error: Exception | None) -> ConnectionLost:
     """Return the error for a connection that broke."""
-    return ConnectionLost(f"connection to Redis at {url} lost: {error or 'closed by the server'}")
+    found = ConnectionLost(f"connection to Redis at {url} lost: {error or 'closed by the server'}")
+    found.timed_out = isinstance(error, (TimeoutError, BlockingIOError))
+    return found
 
 
 def tls_failed(url: RedisUrl, error: Exception) -> FastqError:

@@ -1,8 +1,9 @@
 """Publishing to RabbitMQ with the confirm collected behind the caller's back: ``confirm_publish="behind"``.
 
 A publish returns once the message is with the kernel. Each message is kept until the broker has confirmed it, and sent
-again on a new connection when the old one is lost, so a crash of the broker or of the connection loses nothing; only a
-crash of this process in that moment can. What the broker refuses is logged, as nobody waits for it any more.
+again on a new connection when the old one is lost, not when the broker is slow to confirm, so a crash of the broker or
+of the connection loses nothing; only a crash of this process in that moment can. What the broker refuses is logged, as
+nobody waits for it any more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from fastq.amqp.connection import BlockingConnection
 from fastq.amqp.tcp import lost
 from fastq.errors import ConnectionLost, FastqError
-from fastq.transport.amqp_blocking import BASIC_ACK, BASIC_NACK, BASIC_RETURN, CHANNEL, WINDOW, AmqpPublisher
+from fastq.transport.amqp_blocking import BASIC_ACK, BASIC_NACK, BASIC_RETURN, CHANNEL, WINDOW, AmqpPublisher, blocked
 from fastq.transport.limits import check_sizes
 from fastq.transport.watcher import LOOK_EVERY_S, Watcher
 from fastq.wire.amqp import decode_method
@@ -39,6 +40,7 @@ class BehindPublisher(AmqpPublisher):
         self._unconfirmed: dict[int, Message] = {}  # by delivery tag, in the order of sending
         self._uncollected = 0
         self._oldest_at = 0.0
+        self._warned_at = 0.0
         self._watcher = Watcher(self._look, "fastq-confirms")
 
     def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
@@ -90,6 +92,8 @@ class BehindPublisher(AmqpPublisher):
 
     def _send(self, messages: Sequence[Message]) -> None:
         connection = self._connection or self._reconnect()
+        if connection.blocked is not None and not connection.wait_unblocked(time.monotonic() + self._timeout_s):
+            raise blocked(connection)
         for message in messages:
             if not message.exchange and message.routing_key not in connection.declared:
                 self._declare_missing(connection, message.routing_key)
@@ -187,7 +191,13 @@ class BehindPublisher(AmqpPublisher):
                     self._reconnect()
                 except FastqError as error:
                     logger.warning("%d message(s) wait for a connection: %s", len(self._unconfirmed), error)
-            elif self._unconfirmed and time.monotonic() - self._oldest_at > self._timeout_s:
-                logger.warning("RabbitMQ has not confirmed %d message(s); connecting anew", len(self._unconfirmed))
-                self._drop()
+            elif self._unconfirmed and time.monotonic() - max(self._oldest_at, self._warned_at) > self._timeout_s:
+                # Only slow: what it has would be stored twice. A peer that is gone is found by TCP.
+                self._warned_at = time.monotonic()
+                silence_s = self._warned_at - self._oldest_at
+                logger.warning(
+                    "RabbitMQ has confirmed none of %d message(s) for %.0f s; still waiting",
+                    len(self._unconfirmed),
+                    silence_s,
+                )
             return bool(self._unconfirmed)

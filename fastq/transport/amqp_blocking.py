@@ -1,6 +1,7 @@
 """Publishing to RabbitMQ from programs: confirmed, over a blocking socket, from any thread, across forks. No loop.
 
-Retries are the caller's: ConnectionLost says that nothing was sent, PublishError that the fate is bad or unknown.
+Retries are the caller's: ConnectionLost says that nothing was sent, PublishError that the fate is bad or unknown, and
+which messages are to be sent again.
 """
 
 from __future__ import annotations
@@ -45,17 +46,37 @@ ACK_TAIL = b"\x00\xce"
 class Confirms:
     """The broker's answers to a run of messages: which are still due, and what went wrong."""
 
-    def __init__(self, connection: BlockingConnection) -> None:
+    def __init__(self, connection: BlockingConnection, messages: Sequence[Message], first: int) -> None:
+        """``first``: the tag of the first message."""
         self.connection = connection
         self.due: set[int] = set()
-        self.refused = 0
         self.unroutable: list[str] = []
+        self._messages = messages
+        self._first = first
+        self._refused: set[int] = set()  # tags
+        self._returned: set[bytes] = set()  # properties
 
     def expect(self, count: int) -> None:
         """Count messages that are sent now; the broker numbers them the same way."""
         first = self.connection.published + 1
         self.connection.published += count
         self.due.update(range(first, first + count))
+
+    @property
+    def sent(self) -> int:
+        """How many have been sent."""
+        return self.connection.published + 1 - self._first
+
+    def again(self) -> list[Message]:
+        """Return what the broker has not confirmed, or had no place for; and what was not sent."""
+        return [
+            message
+            for tag, message in enumerate(self._messages, self._first)
+            if tag > self.connection.published
+            or tag in self.due
+            or tag in self._refused
+            or message.props in self._returned
+        ]
 
     def take(self, event: Event) -> None:
         """Count a confirm or a returned message. Raises what a channel.close means."""
@@ -64,21 +85,25 @@ class Confirms:
             tag = fields["delivery_tag"]
             done = {each for each in self.due if each <= tag} if fields["multiple"] else self.due & {tag}
             self.due -= done
-            self.refused += len(done) if event.method_id == BASIC_NACK else 0
+            if event.method_id == BASIC_NACK:
+                self._refused |= done
         elif event.method_id == BASIC_RETURN:
             _, fields = decode_method(event.method_id, event.arguments)
             self.unroutable.append(f"{fields['exchange']}/{fields['routing_key']}".lstrip("/"))
+            self._returned.add(event.props)
         else:
             self.connection.check_channel(event)
 
     def wait(self, left: int, timeout_s: float) -> None:
-        """Return when at most ``left`` confirms are due. Raises PublishError when that takes too long."""
+        """Return when at most ``left`` confirms are due. Raises PublishError when none comes for too long."""
         deadline = time.monotonic() + timeout_s
-        while len(self.due) > left:
+        while (due := len(self.due)) > left:
             event = self.connection.next_event(deadline)
             if event is None:
-                raise not_confirmed(self.connection, len(self.due))
+                raise not_confirmed(self.connection, self.sent - due, due, len(self._messages) - self.sent)
             self.take(event)
+            if len(self.due) < due:
+                deadline = time.monotonic() + timeout_s
 
     def check(self) -> None:
         """Raise PublishError when the broker refused or returned a message."""
@@ -89,10 +114,14 @@ class Confirms:
             names = ", ".join(sorted(set(self.unroutable)))
             raise PublishError(
                 f"{where} has no queue for {len(self.unroutable)} message(s) to {names}. "
-                "Declare it, start a worker for it, or set task_create_missing_queues = True"
+                "Declare it, start a worker for it, or set task_create_missing_queues = True",
+                again=self.again(),
             )
-        if self.refused:
-            raise PublishError(f"{where} refused {self.refused} message(s): a queue is full (x-overflow) or has failed")
+        if self._refused:
+            raise PublishError(
+                f"{where} refused {len(self._refused)} message(s): a queue is full (x-overflow) or has failed",
+                again=self.again(),
+            )
 
 
 class AmqpPublisher:
@@ -157,14 +186,16 @@ class AmqpPublisher:
                 connection.transmit(data[sent:])
             answer = connection.recv(4096)
         except (BlockingIOError, TimeoutError):
-            raise not_confirmed(connection, 1) from None
+            raise not_confirmed(connection, 0, 1, 0) from None
         except (OSError, ValueError) as error:
             raise unknown_fate(lost(connection.url, error, "publishing")) from None
         except ConnectionLost as error:
+            if error.timed_out:
+                raise not_confirmed(connection, 0, 1, 0) from None
             raise unknown_fate(error) from None
         if answer == ACK_HEAD + tag.to_bytes(8, "big") + ACK_TAIL:
             return None
-        return self._read_answer(connection, tag, answer)
+        return self._read_answer(connection, tag, message, answer)
 
     def _write(self, connection: BlockingConnection, data: bytes) -> None:
         """Hand one message to the kernel. Raises ConnectionLost: the broker takes no part of a message for a whole."""
@@ -174,11 +205,11 @@ class AmqpPublisher:
         except (OSError, ValueError) as error:
             raise lost(connection.url, error, "publishing") from None
 
-    def _read_answer(self, connection: BlockingConnection, tag: int, answer: bytes) -> Confirms:
+    def _read_answer(self, connection: BlockingConnection, tag: int, message: Message, answer: bytes) -> Confirms:
         """Anything but a plain confirm: a returned message, a blocked connection, an error, or part of a frame."""
         if not answer:
             raise unknown_fate(ConnectionLost(f"RabbitMQ at {connection.url} closed the connection"))
-        confirms = Confirms(connection)
+        confirms = Confirms(connection, (message,), tag)
         confirms.due.add(tag)
         try:
             connection.feed(answer)
@@ -191,16 +222,20 @@ class AmqpPublisher:
         """Send in windows; while one is being confirmed the next is under way."""
         for queue in {message.routing_key for message in messages if not message.exchange} - connection.declared:
             self._declare_missing(connection, queue)
-        confirms = Confirms(connection)
+        confirms = Confirms(connection, messages, connection.published + 1)
         try:
             for count, data in windows(messages, connection.frame_max, self._confirm):
-                connection.transmit(data)
                 if self._confirm:
                     confirms.expect(count)
+                connection.transmit(data)
+                if self._confirm:
                     confirms.wait(WINDOW, connection.io_timeout_s)
             confirms.wait(0, connection.io_timeout_s)
         except ConnectionLost as error:
-            raise unknown_fate(error) from None
+            if error.timed_out and self._confirm:
+                due = len(confirms.due)
+                raise not_confirmed(connection, confirms.sent - due, due, len(messages) - confirms.sent) from None
+            raise unknown_fate(error, confirms.again() if self._confirm else None) from None
         return confirms
 
     def _declare_missing(self, connection: BlockingConnection, queue: str) -> None:
@@ -325,19 +360,24 @@ def blocked(connection: BlockingConnection) -> PublishError:
     )
 
 
-def not_confirmed(connection: BlockingConnection, count: int) -> PublishError:
-    """Return the error for confirms that did not come in time."""
+def not_confirmed(connection: BlockingConnection, confirmed: int, due: int, unsent: int) -> PublishError:
+    """Return the error for confirms that did not come in time: how many came, how many are due, what was not sent."""
     if connection.blocked is not None:
-        return blocked(connection)
+        why = f"RabbitMQ at {connection.url} blocks publishers ({connection.blocked}) and"
+    else:
+        why = f"RabbitMQ at {connection.url}"
+    known = [f"{confirmed} were confirmed before"] if confirmed else []
+    known += [f"{unsent} were not sent"] if unsent else []
     return PublishError(
-        f"RabbitMQ at {connection.url} did not confirm {count} message(s) within fastq_publish_timeout; "
-        "they may or may not have been stored"
+        f"{why} did not confirm {due} message(s) within fastq_publish_timeout; they may still arrive, so they are not "
+        f"sent again{''.join(f'; {each}' for each in known)}. Raise fastq_publish_timeout if the broker is only slow",
+        again=(),
     )
 
 
-def unknown_fate(error: ConnectionLost) -> PublishError:
-    """Return the error for a connection lost between sending and confirm."""
-    return PublishError(f"{error}; what was just sent may or may not have been stored")
+def unknown_fate(error: ConnectionLost, again: Sequence[Message] | None = None) -> PublishError:
+    """Return the error for a connection lost between sending and confirm; ``again``: what was not confirmed, or all."""
+    return PublishError(f"{error}; what was just sent may or may not have been stored", again=again)
 
 
 PUBLISHERS: weakref.WeakSet[AmqpPublisher] = weakref.WeakSet()

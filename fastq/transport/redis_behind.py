@@ -1,9 +1,9 @@
 """Publishing to Redis with the reply collected behind the caller's back: ``confirm_publish="behind"``.
 
 A publish returns once the message is with the kernel. Each command is kept until Redis has answered it, and sent again
-on a new connection when the old one is lost, so a crash of the server or of the connection loses no message (but may
-store one twice); only a crash of this process in that moment can. What Redis refuses is logged, as nobody waits for it
-any more.
+on a new connection when the old one is lost, not when the server is slow to answer, so a crash of the server or of the
+connection loses no message (but may store one twice); only a crash of this process in that moment can. What Redis
+refuses is logged, as nobody waits for it any more.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COLLECT_EVERY: Final = 64  # chosen: commands between two looks at what has been
 class Backlog:
     """Commands on their way over one connection, each kept until it is answered. Thread-safe and fork-aware.
 
-    ``timeout_s`` bounds how long a reply may take before the connection is made anew.
+    ``timeout_s`` bounds how long is waited for room.
     """
 
     def __init__(self, redis: BlockingRedis, timeout_s: float) -> None:
@@ -48,6 +48,7 @@ class Backlog:
         self._unanswered: deque[tuple[str, bytes]] = deque()  # (task id, packed command), in the order of sending
         self._uncollected = 0
         self._heard_at = 0.0
+        self._warned_at = 0.0
         self._lock = threading.Lock()
         self._watcher = Watcher(self._look, "fastq-replies")
         _BACKLOGS.add(self)
@@ -151,11 +152,15 @@ class Backlog:
                 time.sleep(min(left_s, LOOK_EVERY_S))
 
     def _mend(self) -> bool:
-        """Whether there is a connection with everything on its way; makes one where the old one is lost or silent."""
-        if self._redis.is_open and time.monotonic() - self._heard_at > self._timeout_s:
-            logger.warning("Redis has not answered %d command(s); connecting anew", len(self._unanswered))
-            self._redis.close()
+        """Whether there is a connection with everything on its way; makes one where the old one is lost."""
         if self._redis.is_open:
+            now = time.monotonic()
+            if now - max(self._heard_at, self._warned_at) > self._timeout_s:
+                # Only slow: what it has would be stored twice. A peer that is gone is found by TCP.
+                self._warned_at, silence_s = now, now - self._heard_at
+                logger.warning(
+                    "Redis has not answered %d command(s) for %.0f s; still waiting", len(self._unanswered), silence_s
+                )
             return True
         try:
             self._send_again()

@@ -63,7 +63,7 @@ class RedisPublisher:
                 else:
                     self._publish_many(messages)
             except ConnectionLost as error:
-                raise PublishError(f"{error}; what was just sent may or may not have been stored") from None
+                raise unknown_fate(error) from None
             except RedisError as error:
                 raise refused(error) from None
 
@@ -123,6 +123,14 @@ class RedisPublisher:
         if message.exchange in self._fanouts:
             return [fanout_command(self._layout, message)]
         return routed(self._layout, message, self._redis.call("SMEMBERS", self._layout.bindings_of(message.exchange)))
+
+
+def unknown_fate(error: ConnectionLost) -> PublishError:
+    """Return the error for commands without an answer: after a time-out they may still be carried out."""
+    if error.timed_out:
+        text = f"{error}; what was just sent may still be stored, so it is not sent again"
+        return PublishError(f"{text}. Raise fastq_publish_timeout if the server is only slow", again=())
+    return PublishError(f"{error}; what was just sent may or may not have been stored")
 
 
 _PUBLISHERS: weakref.WeakSet[RedisPublisher] = weakref.WeakSet()

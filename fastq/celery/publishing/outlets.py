@@ -23,6 +23,7 @@ from fastq.redis.url import parse_redis_url
 from fastq.settings import Settings
 from fastq.transport.amqp_blocking import AmqpPublisher
 from fastq.transport.redis_behind import Backlog
+from fastq.transport.redis_blocking import unknown_fate
 from fastq.transport.redis_layout import read_layout
 from fastq.wire.envelope import encode_envelope
 from fastq.wire.ids import new_uuid4
@@ -211,7 +212,11 @@ class RedisOutlet:
             self._backlog.put([(message.id, pack_one(("LPUSH", key, envelope)))])
             return
         with self._lock:
-            self._redis.call("LPUSH", key, envelope)
+            self._redis.open()
+            try:
+                self._redis.call("LPUSH", key, envelope)
+            except ConnectionLost as error:
+                raise unknown_fate(error) from None
 
     def declare_reply_queue(self, backend: Any) -> bool:
         """Nothing: False."""

@@ -26,6 +26,7 @@ import celery.backends.base
 from celery import signals
 from celery._state import _task_stack, get_current_worker_task, task_join_will_block
 from kombu.entity import maybe_delivery_mode
+from kombu.exceptions import OperationalError
 from kombu.utils.uuid import uuid as UUID  # noqa: N812  what makes Celery's ids
 
 from fastq.celery._request import faster
@@ -47,7 +48,7 @@ from fastq.celery.publishing.outlets import open_outlet
 from fastq.celery.publishing.plan import Plan
 from fastq.celery.publishing.stock import is_own
 from fastq.celery.publishing.tasks import Defaults, adopt
-from fastq.errors import EncodeError, FastqError
+from fastq.errors import EncodeError, FastqError, PublishError
 from fastq.wire.ids import new_uuid4
 from fastq.wire.message import Message
 
@@ -289,6 +290,9 @@ class Sender:
         try:
             plan.outlet.send(message, declare)
         except FastqError as error:
+            if isinstance(error, PublishError) and error.again is not None and not error.again:
+                # It may still arrive: not once more by kombu.
+                raise OperationalError(str(error)) from error
             logger.debug("kombu sends task %s: %s", message.id, error)
             if not isinstance(error, EncodeError):
                 self._rests_until = time.monotonic() + REST_S
