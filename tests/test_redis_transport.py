@@ -472,6 +472,7 @@ def test_a_priority_has_its_list(url: str, client: Client, priority: int, key: s
     [
         ({"visibility_timeout": 0}, "'visibility_timeout'] is 0; expected seconds above 0"),
         ({"visibility_timeout": "1h"}, "'visibility_timeout'] is '1h'"),
+        ({"queue_order_strategy": "prio"}, "'prio'; expected one of round_robin, priority, sorted"),
         ({"priority_steps": [3, 1]}, "expected rising integers from 0"),
         ({"global_keyprefix": 5}, "'global_keyprefix'] is of type int; expected text"),
     ],
@@ -480,6 +481,34 @@ def test_an_option_that_cannot_be_is_named(options: dict[str, Any], text: str) -
     with pytest.raises(SettingsError) as caught:
         read_layout(Settings({"broker_transport_options": options}), 0)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("round_robin", "b a c b a c b a c"),
+        ("priority", "b b b a a a c c c"),
+        ("sorted", "a a a b b b c c c"),
+    ],
+)
+def test_queues_are_read_in_the_order_that_was_asked_for(
+    publisher: Publisher, consume: Callable[..., Consuming], strategy: str, expected: str
+) -> None:
+    for queue in ("a", "b", "c"):
+        publisher.publish([message(queue, queue=queue)] * 3)
+        publisher.publish([message(f"{queue}!", queue=queue, priority=9)])
+    consumer = consume("b", "a", "c", window=3, broker_transport_options={"queue_order_strategy": strategy})
+    for count in (3, 6, 9):
+        consumer.rows(count)
+        consumer.allow(3)
+    order = [body.decode() for body in consumer.bodies(12)]
+    # What is less urgent comes after all that is more urgent, as in kombu.
+    queues = list(dict.fromkeys(expected.split()))
+    if strategy == "round_robin":
+        assert [sorted(order[:3]), sorted(order[3:6]), sorted(order[6:9])] == [sorted(queues)] * 3
+        assert sorted(order[9:]) == sorted(f"{queue}!" for queue in queues)
+    else:
+        assert order == [*expected.split(), *(f"{queue}!" for queue in queues)]
 
 
 # --- leases -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import ipaddress
 import re
@@ -21,6 +22,7 @@ from fastq.celery.report import NOTE, RISK, Finding, Report, TaskPath
 from fastq.celery.settings import backend_of, broker_url_of, own_store, result_backend_of, settings_of_app
 from fastq.errors import SettingsError
 from fastq.settings import Settings
+from fastq.transport.options import unknown_options
 
 #: How alike two names are when one is taken for a slip of the other; by trial with swapped and missing letters.
 _LIKENESS = 0.8
@@ -59,7 +61,14 @@ def check(app: celery.Celery) -> Report:
         broker=mask_url(broker_url_of(app)),
         results=_results_of(app),
         tasks=[TaskPath(task.name, tuple(touched(task, app))) for task in own],
-        findings=[*_unusable(app), *unknown_settings(app), *_missing(app), *_steps(app), *_risks(app, own)],
+        findings=[
+            *_unusable(app),
+            *unknown_settings(app),
+            *_unknown_options(app),
+            *_missing(app),
+            *_steps(app),
+            *_risks(app, own),
+        ],
     )
 
 
@@ -82,6 +91,11 @@ def _unusable(app: celery.Celery) -> Iterator[Finding]:
 def _missing(app: celery.Celery) -> Iterator[Finding]:
     for name, why in not_carried(app):
         yield Finding("not carried", name, why)
+
+
+def _unknown_options(app: celery.Celery) -> Iterator[Finding]:
+    with contextlib.suppress(SettingsError):  # named elsewhere
+        yield from (Finding("unknown", name, text) for name, text in unknown_options(settings_of_app(app)))
 
 
 def _steps(app: celery.Celery) -> Iterator[Finding]:

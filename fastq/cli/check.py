@@ -13,6 +13,7 @@ from fastq.cli import Globals
 from fastq.cli.loader import find_any_app, is_celery, load_tasks
 from fastq.cli.options import misplaced_globals
 from fastq.cli.unread import declared_queues, unread_queues
+from fastq.transport.options import unknown_options
 from fastq.worker.exitcodes import EX_FAILURE, EX_OK
 
 if TYPE_CHECKING:
@@ -55,7 +56,10 @@ def report_on_fastq(app: FastQ) -> Report:
         results=mask_url(str(app.conf.result_backend)),
         tasks=[TaskPath(name) for name in sorted(app.tasks)],
         findings=[
-            Finding(kind, f"queue {queue!r} is read by no worker without -Q", text)
-            for queue, text in unread_queues(app, declared_queues(app.conf))
+            *(Finding("unknown", name, text) for name, text in unknown_options(app.conf)),
+            *(
+                Finding(kind, f"queue {queue!r} is read by no worker without -Q", text)
+                for queue, text in unread_queues(app, declared_queues(app.conf))
+            ),
         ],
     )

@@ -25,6 +25,7 @@ from fastq.cli.options import misplaced_globals, name_list, plural, refused
 from fastq.cli.unread import declared_queues, unread_queues
 from fastq.errors import FastqError
 from fastq.transport.bus import BUSES, has_bus
+from fastq.transport.options import unknown_options
 from fastq.worker.banner import Banner
 from fastq.worker.daemon import (
     Daemon,
@@ -217,6 +218,7 @@ class Start:
             program.setup_logging(handler, full)
             warn_root(program.settings.accept_content)
             warn_prefetch(program.settings)
+            warn_options(program.settings)
             full = program.prepare(full)
             if not self.options.quiet:
                 show_banner(program, full)
@@ -298,6 +300,12 @@ def warn_prefetch(settings: Settings) -> None:
             "Ignoring disable_prefetch setting.",
             scheme,
         )
+
+
+def warn_options(settings: Settings) -> None:
+    """Log a warning that names the transport options that the broker does not have."""
+    if unknown := unknown_options(settings):
+        logger.warning("%s", "; ".join(f"{name}: {text}" for name, text in unknown))
 
 
 def purge(program: Program, queues: Sequence[str]) -> None:

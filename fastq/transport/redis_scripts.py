@@ -13,7 +13,8 @@ from typing import Final
 #: Error code of an owner who may take nothing any more.
 LEASE_LOST: Final = "LEASELOST"
 
-#: Takes up to ARGV[3] messages (and about ARGV[4] bytes) from all queues: by urgency, then in turns.
+#: Takes up to ARGV[3] messages (and about ARGV[4] bytes) from all queues: by urgency, then in turns, or from each queue
+#: all that it has before the next one (queue to begin with: -1).
 #: KEYS: leases, unacked, its index, then each queue's lists, the most urgent first.
 #: ARGV: owner, number for the first message, how many, bytes, lists per queue, queue to begin with, then for each queue
 #: the end of its records. Returns [1 when nothing was left, error text, queue, [envelopes], queue, [envelopes]...].
@@ -32,10 +33,15 @@ local clock = redis.call('TIME')
 local now = string.format('%d.%06d', clock[1], clock[2])
 local reply = {1, ''}
 local chunk = 4
-for step = 1, steps do
-    local active = {}
-    for turn = 0, count - 1 do
-        active[turn + 1] = (first + turn) % count
+local strict = first < 0
+for look = 0, strict and steps * count - 1 or steps - 1 do
+    local active, step = {}, look + 1
+    if strict then
+        active[1], step = look % count, math.floor(look / count) + 1
+    else
+        for turn = 0, count - 1 do
+            active[turn + 1] = (first + turn) % count
+        end
     end
     while #active > 0 do
         local left = {}

@@ -65,7 +65,7 @@ class RedisSource(BatchSource):
         self.postpone = self._postponed
         self._next_tag = 1
         self._next_fanout = FANOUT_TAG
-        self._first_queue = 0
+        self._first_queue = 0 if layout.queue_order == "round_robin" else -1  # -1: always in their order
         self._limit = 0
         self._taken = 0
         self._is_claiming = False
@@ -96,11 +96,11 @@ class RedisSource(BatchSource):
 
     def receive_from(self, queues: Sequence[str]) -> None:
         """Receive from these queues from the next claim on."""
-        self._queues = list(queues)
+        self._queues = sorted(queues) if self._layout.queue_order == "sorted" else list(queues)
         # New lists, as a claim that is under way still means the old ones.
-        self._names = [queue.encode() for queue in queues]
-        self._ends = [end_of_record(queue) for queue in queues]
-        self._lists = [each for queue in queues for each in self._layout.lists_of(queue)]
+        self._names = [queue.encode() for queue in self._queues]
+        self._ends = [end_of_record(queue) for queue in self._queues]
+        self._lists = [each for queue in self._queues for each in self._layout.lists_of(queue)]
         self.wake()
 
     def wake(self) -> None:
@@ -197,7 +197,8 @@ class RedisSource(BatchSource):
             self.owner, self._next_tag, wanted, room, len(self._layout.steps), self._first_queue, *self._ends,
         )  # fmt: skip
         self._is_claiming = True
-        self._first_queue = (self._first_queue + 1) % len(self._queues)
+        if self._first_queue >= 0:
+            self._first_queue = (self._first_queue + 1) % len(self._queues)
         names = self._names
         self._redis.send([command], lambda replies: self._on_claimed(names, replies[0]))
 

@@ -135,6 +135,16 @@ def test_a_slip_is_named_with_the_name_that_was_meant(source: dict[str, Any], ex
     assert slips == {name: f"no setting has this name; did you mean {meant}?" for name, meant in expected.items()}
 
 
+def test_a_transport_option_that_the_broker_does_not_have_is_named() -> None:
+    app = app_with(broker_transport_options={"visibility_timout": 60, "master_name": "m"})
+    app.conf.broker_url = "redis://h"
+    assert found(app, "unknown") == {
+        "broker_transport_options['visibility_timout']": "not an option of redis://; did you mean 'visibility_timeout'?"
+    }
+    app.conf.broker_url = "amqp://h"
+    assert "broker_transport_options['master_name']" in found(app, "unknown")
+
+
 def test_names_of_a_module_that_do_not_look_like_settings_are_left_alone() -> None:
     app = celery.Celery("proj", set_as_current=False)
     app.config_from_object(type("Module", (), {"helper": 1, "timezoen": "UTC", "task_routse": {}, "include": []}))
@@ -331,6 +341,13 @@ def test_a_fastq_project_has_fast_tasks_only_and_needs_no_celery(tmp_path: Path)
     report = json.loads(text)
     assert report["application"] == "proj (FastQ)"
     assert [(each["name"], each["path"]) for each in report["tasks"]] == [("proj.add", "fast")]
+
+
+def test_a_fastq_project_hears_of_a_transport_option_that_its_broker_does_not_have(tmp_path: Path) -> None:
+    source = f"{FASTQ_PROJECT}\napp.conf.update(broker_transport_options={{'queue_order_stratgy': 'sorted'}})\n"
+    code, text = run_check(tmp_path, source)
+    assert code == 1
+    assert "queue_order_stratgy" in text
 
 
 def test_a_module_of_tasks_that_does_not_import_is_one_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import celery
@@ -9,6 +10,8 @@ import pytest
 from celery.utils.nodenames import worker_direct
 from kombu import Connection
 
+from tests.servers import Redis
+from tests.stage import empty_database
 from tests.workers import Program, WorkerProcess
 
 SOURCE = """
@@ -61,4 +64,38 @@ def test_every_way_into_a_queue_reaches_the_worker(
         client.send_task("said", ("directly",), queue=direct)
     for word in (*SENDINGS, "directly"):
         worker.wait_for_log(rf"said {word}\.", 20.0)
+    assert worker.stop() == 0
+
+
+ORDERED = """
+from celery import Celery
+
+app = Celery("tasks", broker="{url}")
+app.conf.broker_connection_retry_on_startup = True
+app.conf.broker_transport_options = {{"queue_order_strategy": "sorted", "visibility_timout": 60}}
+
+@app.task(name="said")
+def said(word):
+    print(f"said {{word}}.")
+"""
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("program", ["celery", "fastq"])
+def test_queues_are_emptied_in_the_order_of_the_strategy(
+    program: Program, redis_server: Redis, start_worker: Callable[..., WorkerProcess]
+) -> None:
+    redis_url = empty_database(redis_server)
+    client = celery.Celery("client", broker=redis_url, set_as_current=False)
+    for queue in ("z-low", "a-high"):
+        for number in range(30):
+            client.send_task("said", (f"{queue}-{number}",), queue=queue)
+    arguments = ("-c", "1", "-Q", "z-low,a-high", "--without-gossip", "--without-mingle")
+    worker = start_worker(*arguments, source=ORDERED.format(url=redis_url), program=program)
+    worker.wait_for_log(r"said ", 20.0, count=60)
+    words = re.findall(r"said (\S+)-\d+\.", worker.log())
+    assert words == ["a-high"] * 30 + ["z-low"] * 30
+    if program == "fastq":
+        expected = "broker_transport_options['visibility_timout']: not an option of redis://; did you mean"
+        assert worker.log().count(expected) == 1
     assert worker.stop() == 0
