@@ -89,10 +89,27 @@ class AmqpBus(LosableBus):
         if on_request is None:
             return
         self._listeners[CHANNEL] = on_request
-        queue = self._mailbox.node_queue(hostname)
-        for method, fields in node_steps(self._mailbox, hostname):
-            await connection.rpc(ADMIN_CHANNEL, method, **fields)
+        queue = await self._own_queue(connection, hostname)
         await connection.rpc(CHANNEL, "basic.consume", queue=queue, no_ack=True)
+
+    async def _own_queue(self, connection: AmqpConnection, hostname: str) -> str:
+        """Declare the node's queue, or one of another name where a worker of the same name has that one; return it."""
+        queue = self._mailbox.node_queue(hostname)
+        declare, bind = node_steps(self._mailbox, queue)
+        try:
+            found = await connection.rpc(ADMIN_CHANNEL, declare[0], **declare[1])
+            is_taken = found["consumer_count"] > 0
+        except SettingsError as error:
+            logger.debug("remote control: %s", error)
+            is_taken = True
+        if is_taken:
+            # Requests come to every queue; which node they are for is in them. Two on one queue would take turns.
+            queue = self._mailbox.node_queue(f"{hostname}.{new_id()}")
+            declare, bind = node_steps(self._mailbox, queue)
+            fields = {**declare[1], "exclusive": True, "durable": False, "auto_delete": True}
+            await connection.rpc(ADMIN_CHANNEL, declare[0], **fields)
+        await connection.rpc(ADMIN_CHANNEL, bind[0], **bind[1])
+        return queue
 
     def _route(self, connection: AmqpConnection) -> None:
         """Give deliveries to who listens on their channel, and leave every other method to the connection."""
@@ -308,9 +325,8 @@ def exchange_steps(mailbox: Mailbox) -> Iterator[Step]:
     yield "exchange.declare", {"exchange": mailbox.replies, "type": "direct"}
 
 
-def node_steps(mailbox: Mailbox, hostname: str) -> Iterator[Step]:
+def node_steps(mailbox: Mailbox, queue: str) -> Iterator[Step]:
     """Yield what makes a worker's queue."""
-    queue = mailbox.node_queue(hostname)
     yield "queue.declare", _control_queue(mailbox, queue)
     yield "queue.bind", {"queue": queue, "exchange": mailbox.requests, "routing_key": ""}
 

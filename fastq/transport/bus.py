@@ -65,6 +65,13 @@ class Bus(Protocol):
         """Send what was written and close; ``lost`` ends too."""
 
 
+#: What a worker says when it finds another one under its node name.
+NAMESAKE = (
+    "another worker is named %s too: commands to that name reach both, and monitors take them for one. "
+    "Give each worker a name of its own (-n)"
+)
+
+
 class LosableBus:
     """What every worker's side has in common: it ends once, for one reason, and counts what was dropped."""
 

@@ -28,6 +28,7 @@ from fastq.embedded.database import Location, patiently
 from fastq.embedded.results import Announcer, Notices, SaveItem, collect_notices, sweep, write_results
 from fastq.errors import ConnectionLost, FastqError, SettingsError
 from fastq.transport import sqlite_tables as tables
+from fastq.transport.bus import NAMESAKE
 from fastq.transport.sqlite_tables import QueueIds, Row, WorkerInfo
 
 if TYPE_CHECKING:
@@ -227,8 +228,11 @@ class SqliteThread(threading.Thread):
         try:
             self._me, self._queues = self._transaction(write)
             self._look_after_others()
+            others = [each for each in tables.all_workers(self._cursor) if each.id != self._me]
         except sqlite3.Error as error:
             raise database.refusal(self._location.path, error) from error
+        if any(each.name == info.name for each in others):
+            logger.warning(NAMESAKE, info.name)
         self._drained = False
 
     def quiet(self) -> None:

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from fastq.transport.bus import NAMESAKE
+
 if TYPE_CHECKING:
     from fastq.worker.clock import LamportClock
 
@@ -39,11 +41,9 @@ async def mingle(
     """
     logger.info("mingle: searching for neighbors")
     question = {"from_node": hostname, "revoked": list(revoked)}
-    replies = [
-        reply
-        for node, reply in await bus.ask("hello", question, timeout_s)
-        if node != hostname and isinstance(reply, Mapping) and reply
-    ]
+    answers = await bus.ask("hello", question, timeout_s)
+    warn_of_namesakes(hostname, answers)
+    replies = [reply for node, reply in answers if node != hostname and isinstance(reply, Mapping) and reply]
     if not replies:
         logger.info("mingle: all alone")
         return 0
@@ -53,6 +53,17 @@ async def mingle(
         merge(_ids(reply.get("revoked")))
     logger.info("mingle: sync complete")
     return len(replies)
+
+
+async def find_namesakes(bus: Asking, hostname: str, timeout_s: float = TIMEOUT_S) -> None:
+    """Where there is no mingling: ask who is there, and warn when another worker has our name."""
+    warn_of_namesakes(hostname, await bus.ask("ping", {}, timeout_s))
+
+
+def warn_of_namesakes(hostname: str, answers: Iterable[tuple[str, Any]]) -> None:
+    """Warn when one of those that have answered has our name; one answer is our own."""
+    if sum(node == hostname for node, _ in answers) > 1:
+        logger.warning(NAMESAKE, hostname)
 
 
 def _ids(revoked: object) -> list[str]:

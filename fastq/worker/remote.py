@@ -7,17 +7,19 @@ task's message; where the broker has no bus it is quiet.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastq.errors import FastqError
 from fastq.transport.bus import Bus, has_bus
 from fastq.worker.autoscale import Autoscaler
 from fastq.worker.clock import LamportClock
 from fastq.worker.control import Control
 from fastq.worker.events import HEARTBEAT_S, Events
-from fastq.worker.mingle import mingle
+from fastq.worker.mingle import find_namesakes, mingle
 from fastq.worker.options import WorkerOptions, expand_path
 from fastq.worker.revoked import StateFile, revoked_from_environment
 
@@ -61,7 +63,7 @@ class Remote:
         self._file = StateFile(expand_path(options.statedb, options.hostname)) if options.statedb else None
         self._control: Control | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._has_mingled = options.without_mingle
+        self._has_mingled = False
 
     # --- life
 
@@ -110,7 +112,11 @@ class Remote:
         self.events.connected()
         if not self._has_mingled:
             self._has_mingled = True
-            await mingle(bus, self.hostname, self.clock, self.revocations, self._merge)
+            if not self.options.without_mingle:
+                await mingle(bus, self.hostname, self.clock, self.revocations, self._merge)
+            elif self.settings.worker_enable_remote_control:
+                with contextlib.suppress(FastqError):  # the connection is made again, and nobody waits for this
+                    await find_namesakes(bus, self.hostname)
 
     def _merge(self, ids: Iterable[str]) -> None:
         self.revocations.update(ids)
