@@ -151,6 +151,8 @@ class Request:
         embed = self._embed or {}
         limits = headers.get("timelimit")
         hard, soft = limits if isinstance(limits, (list, tuple)) and len(limits) == 2 else (None, None)
+        # Other clients write numbers as text; what is no number was refused.
+        hard, soft = (float(limit) if isinstance(limit, str) else limit for limit in (hard, soft))
         custom = {name: value for name, value in headers.items() if name not in PROTOCOL_HEADERS}
         fields = {
             **{name: headers.get(name) for name in PROTOCOL_HEADERS if name not in {"lang", "id", "task", "retries"}},

@@ -165,6 +165,13 @@ def test_control_flow_becomes_its_outcome(bench: Bench, error: Exception, state:
     assert outcome.state == state
 
 
+def test_limits_written_as_text_are_numbers_in_the_request(bench: Bench) -> None:
+    seen: list[Any] = []
+    bench.app.task(name="t", bind=True)(lambda self: seen.extend(self.request.timelimit))
+    [outcome] = bench.run(bench.call("t", headers={"timelimit": ["5", None]}))
+    assert (outcome.state, seen) == ("SUCCESS", [5.0, None])
+
+
 @pytest.mark.parametrize(
     ("body", "options", "reason"),
     [

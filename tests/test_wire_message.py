@@ -7,15 +7,18 @@ import os
 import random
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from celery.utils.time import maybe_iso8601
 
 from fastq.errors import EncodeError
 from fastq.wire import amqp
 from fastq.wire.ids import new_id
 from fastq.wire.message import Message, encode_properties, encode_task, iso8601_to_unix, scan, unix_to_iso8601
 
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 #: The headers of protocol 2 in the order in which Celery writes them.
 ORDER = [
     "lang",
@@ -150,9 +153,15 @@ def test_both_encoders_of_properties_agree() -> None:
         ({"task": "t", "id": "i", "expires": "never"}, "expires"),
         ({"task": "t", "id": "i", "expires": [1]}, "expires"),
         ({"task": "t", "id": "i", "timelimit": 5}, "timelimit"),
-        ({"task": "t", "id": "i", "timelimit": ["1", "2"]}, "timelimit"),
+        ({"task": "t", "id": "i", "timelimit": ["soon", "-2"]}, "timelimit"),
+        ({"task": "t", "id": "i", "timelimit": ["1", "9" * 30]}, "timelimit"),
         ({"task": "t", "id": "i", "timelimit": [1, 2, 3]}, "timelimit"),
-        ({"task": "t", "id": "i", "retries": "2"}, "retries"),
+        ({"task": "t", "id": "i", "timelimit": ["1", "2.5"]}, "fine"),
+        ({"task": "t", "id": "i", "timelimit": []}, "fine"),
+        ({"task": "t", "id": "i", "timelimit": 0}, "fine"),
+        ({"task": "t", "id": "i", "retries": "many"}, "retries"),
+        ({"task": "t", "id": "i", "retries": "1" * 30}, "retries"),
+        ({"task": "t", "id": "i", "retries": "2"}, "fine"),
         ({"task": "x" * 2000, "id": "i"}, "task"),
         ({"task": "t", "id": "i" * 2000}, "id"),
         ({"task": "t\0u", "id": "i"}, "fine"),
@@ -228,7 +237,21 @@ def test_dates_are_read_as_the_standard_library_reads_them(text: str) -> None:
         "",
         "now",
         "2026-13-01T00:00:00",
-        "2026-11-22",
+        "2026-02-29",
+        "2026-366",
+        "2026-W54-1",
+        "2026-W10T10:00",
+        "0000-01-01",
+        "202611",
+        "2026-11T10:00",
+        "2026-11-22T",
+        "2026-11-22T1",
+        "2026-11-22T10:0000",
+        "2026-11-22T24:00:01",
+        "2026-11-22T10:00:00,",
+        "2026-11-22T10:00+24:00",
+        "2026-11-22T10:00+00:60",
+        "2" * 200,
         "2026-11-22T10:00:00+1",
         "2026-11-22T10:00:00Zx",
         "2026-11-22T1x:00:00",
@@ -238,10 +261,61 @@ def test_what_is_no_date_is_none(text: str) -> None:
     assert iso8601_to_unix(text.encode()) is None
 
 
+def test_numbers_written_as_text_are_read() -> None:
+    headers = {"task": "t", "id": "i", "retries": "2", "timelimit": ["5", "2.5"]}
+    found = scan(amqp.encode_properties({"headers": headers}))
+    assert (found["problem"], found["retries"]) == ("fine", 2)
+    assert (found["time_limit"], found["soft_time_limit"]) == (5, 2.5)
+    found = scan(amqp.encode_properties({"headers": {**headers, "timelimit": ["5", None]}}))
+    assert (found["time_limit"], found["soft_time_limit"]) == (5, -1)
+
+
+@pytest.mark.parametrize("moment", ["1970-01-01", "1969-12-31T23:59", "0001-01-01T00:00:00Z", EPOCH])
+def test_a_time_long_ago_is_a_time(moment: object) -> None:
+    headers = {"task": "t", "id": "i", "eta": moment, "expires": moment}
+    found = scan(amqp.encode_properties({"headers": headers}))
+    assert found["problem"] == "fine"
+    assert found["eta"] == found["expires"] != 0
+    assert found["expires"] < 1
+
+
+def date_forms() -> Iterator[str]:
+    """Yield every form that a date may have in a header, with days on both sides of 1970 and of new year's weeks."""
+    dates = ["2020", "2020-01", "1969-12-31", "19691231", "0001-01-01", "9999-12-31", "2020-366", "2021365", "1969-001"]
+    dates += [f"{year}{dash}W{week}" for year in (2020, 2026) for week in ("01", "53") for dash in ("", "-")]
+    yield from dates
+    days = ["2020-01-02", "20200102", "1969-12-31", "00010101", "2020-366", "2021365"]
+    days += [f"{year:04}-W{week}-{day}" for year in (1970, 2020, 2026) for week in ("01", "53") for day in (1, 7)]
+    days += [f"{year:04}W{week}{day}" for year in (1969, 2021) for week in ("01", "52") for day in (1, 7)]
+    clocks = ["03", "0304", "03:04", "030405", "03:04:05", "030405.6", "03:04:05,123456", "03:04:05.123456789"]
+    clocks += ["24", "2400", "24:00:00.0"]
+    zones = ["", "Z", "z", "+05", "-0530", "+05:30", "-00:00", "+23:59"]
+    for day in days:
+        yield day
+        for clock in clocks:
+            for zone in zones:
+                yield f"{day}{'Tt_'[len(clock) % 3]}{clock}{zone}"
+
+
+def test_dates_are_read_as_celery_reads_them() -> None:
+    forms = list(date_forms())
+    for text in forms:
+        expected = maybe_iso8601(text)
+        if expected.tzinfo is None:
+            expected = expected.replace(tzinfo=datetime.timezone.utc)
+        seconds = (expected - EPOCH).total_seconds()
+        assert iso8601_to_unix(text.encode()) == pytest.approx(seconds, abs=2e-6), text
+    source = random.Random(11)
+    for _ in range(5_000):  # cut short and overwritten, as a test of bounds
+        text = list(source.choice(forms))
+        text[source.randrange(len(text))] = source.choice("0129-:.,TZW+x")
+        iso8601_to_unix("".join(text[: source.randrange(len(text) + 1)]).encode())
+
+
 def test_dates_are_written_as_celery_writes_them() -> None:
     source = random.Random(7)
     for _ in range(500):
-        unix = source.randrange(0, 7_258_118_400) + source.randrange(10**6) / 1e6
+        unix = source.randrange(-62_135_596_800, 7_258_118_400) + source.randrange(10**6) / 1e6
         expected = datetime.datetime.fromtimestamp(unix, datetime.timezone.utc)
         assert iso8601_to_unix(unix_to_iso8601(unix).encode()) == pytest.approx(expected.timestamp(), abs=2e-5)
 

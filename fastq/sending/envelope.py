@@ -357,8 +357,10 @@ def _is_writable(codec: Codec, value: Any) -> bool:
     return True
 
 
-def _expiry(header: str | float | None) -> float | None:
-    """Return the unix time in an ``expires`` header; other clients also write seconds from now."""
+def _expiry(header: str | float | datetime | None) -> float | None:
+    """Return the unix time in an ``expires`` header; other clients also write seconds from now, or AMQP's timestamp."""
+    if isinstance(header, datetime):
+        return header.timestamp()
     if isinstance(header, str):
         return iso8601_to_unix(header.encode("ascii", "replace"))
     return None if header is None else header if header > 1e9 else time.time() + header

@@ -8,7 +8,7 @@ No sockets; the clock is read for ``expiration`` and ids. Properties are AMQP 0-
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeUTF8
-from libc.math cimport floor
+from libc.math cimport NAN, floor
 from libc.string cimport memcmp, memcpy, memset
 from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 
@@ -23,6 +23,13 @@ from fastq.wire.properties import decode_properties
 cdef enum:
     MAX_NAME = 1024     # chosen: longer task names and ids are not task messages
     MAX_DEPTH = 32      # specified: reliability rules, section 6.1
+    MAX_DATE = 128      # chosen: longer texts are not read as a date
+    MAX_NUMBER = 24     # chosen: longer texts are not read as a number
+    NO_ZONE = 86400     # no offset is a whole day
+
+#: Midnight of 0001-01-01 and the last second of 9999: what Python's dates can hold.
+cdef int64_t FIRST_SECOND = -62135596800
+cdef int64_t LAST_SECOND = 253402300799
 
 #: What a message was refused for, by the numbers ``scan_head`` returns; also the names under which they are counted.
 PROBLEMS = ("fine", "properties", "no-task", "task", "no-id", "id", "eta", "expires", "timelimit", "retries")
@@ -58,46 +65,170 @@ cdef int digits(const uint8_t *p, int count) noexcept nogil:
     return value
 
 
-cdef double parse_iso8601(const uint8_t *p, Py_ssize_t size) noexcept nogil:
-    """Unix seconds of ``YYYY-MM-DDTHH:MM:SS[.f…][Z|±HH[:]MM]`` (no zone: UTC); -1 when it is anything else."""
-    cdef int year, month, day, hour, minute, second, zone_hour, zone_minute
-    cdef double value, scale = 0.1
+cdef double parse_usual(const uint8_t *p, Py_ssize_t size) noexcept nogil:
+    """Unix seconds of ``YYYY-MM-DDTHH:MM:SS[.f…][Z|±HH[:]MM]`` (no zone: UTC), NaN when it is anything else."""
+    cdef int year, month, day, hour, minute, second, zone
+    cdef double value
     cdef Py_ssize_t i = 19
-    cdef int sign
     if size < 19 or p[4] != c'-' or p[7] != c'-' or (p[10] != c'T' and p[10] != c' ') or p[13] != c':' or p[16] != c':':
-        return -1
+        return NAN
     year, month, day = digits(p, 4), digits(p + 5, 2), digits(p + 8, 2)
     hour, minute, second = digits(p + 11, 2), digits(p + 14, 2), digits(p + 17, 2)
-    if year < 1970 or month < 1 or month > 12 or day < 1 or day > 31:
-        return -1
-    if hour < 0 or hour > 23 or minute < 0 or minute > 59 or second < 0 or second > 60:
-        return -1
+    if not is_day(year, month, day) or hour < 0 or hour > 23 or minute < 0 or minute > 59 or second < 0 or second > 60:
+        return NAN
     value = <double> (days_from_civil(year, month, day) * 86400 + hour * 3600 + minute * 60 + second)
     if i < size and p[i] == c'.':
+        value += read_fraction(p, size, &i)
+    zone = read_zone(p + i, size - i)
+    return value - zone if zone != NO_ZONE else NAN
+
+
+cdef bint is_day(int year, int month, int day) noexcept nogil:
+    if year < 1 or month < 1 or month > 12 or day < 1:
+        return False
+    if month == 2:
+        return day <= (29 if is_leap(year) else 28)
+    return day <= (30 if month == 4 or month == 6 or month == 9 or month == 11 else 31)
+
+
+cdef bint is_leap(int year) noexcept nogil:
+    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+
+
+cdef double read_fraction(const uint8_t *p, Py_ssize_t size, Py_ssize_t *at) noexcept nogil:
+    """The value of the digits behind a decimal mark, which ``at`` points to and is moved behind."""
+    cdef double value = 0, scale = 0.1
+    cdef Py_ssize_t i = at[0] + 1
+    while i < size and c'0' <= p[i] <= c'9':
+        value += (p[i] - c'0') * scale
+        scale *= 0.1
         i += 1
-        while i < size and c'0' <= p[i] <= c'9':
-            value += (p[i] - c'0') * scale
-            scale *= 0.1
-            i += 1
-    if i == size:
+    at[0] = i
+    return value
+
+
+cdef int read_zone(const uint8_t *p, Py_ssize_t size) noexcept nogil:
+    """Seconds east of UTC of a whole ``Z``, ``±HH``, ``±HHMM``, ``±HH:MM`` or nothing; NO_ZONE when it is anything else."""
+    cdef int hour, minute = 0
+    if size == 0 or (size == 1 and (p[0] == c'Z' or p[0] == c'z')):
+        return 0
+    if (p[0] != c'+' and p[0] != c'-') or (size != 3 and size != 5 and size != 6) or (size == 6 and p[3] != c':'):
+        return NO_ZONE
+    hour = digits(p + 1, 2)
+    if size > 3:
+        minute = digits(p + size - 2, 2)
+    if hour < 0 or hour > 23 or minute < 0 or minute > 59:
+        return NO_ZONE
+    return (hour * 3600 + minute * 60) * (1 if p[0] == c'+' else -1)
+
+
+cdef Py_ssize_t count_digits(const uint8_t *p, Py_ssize_t size) noexcept nogil:
+    cdef Py_ssize_t i = 0
+    while i < size and c'0' <= p[i] <= c'9':
+        i += 1
+    return i
+
+
+cdef Py_ssize_t read_day(const uint8_t *p, Py_ssize_t size, int64_t *days, bint *is_whole) noexcept nogil:
+    """Put the days since 1970 of the date that a text begins with into ``days``; returns its length, 0 when it is none.
+
+    ``YYYY``, ``YYYY-MM``, ``YYYY[-]MM[-]DD``, ``YYYY[-]DDD``, ``YYYY[-]Www[[-]D]``. A time may follow a whole day only.
+    """
+    cdef int year, month = 1, day = 1, week
+    cdef int64_t first
+    cdef bint has_dash = size > 4 and p[4] == c'-'
+    cdef Py_ssize_t at = 5 if has_dash else 4, length
+    is_whole[0] = True
+    if size < 4:
+        return 0
+    year = digits(p, 4)
+    if size > at and p[at] == c'W':
+        week = digits(p + at + 1, 2) if size >= at + 3 else -1
+        at += 3
+        is_whole[0] = size > at
+        if size > at and (p[at] == c'-') == has_dash:
+            at += 1 if has_dash else 0
+            day = digits(p + at, 1) if size > at else -1
+            at += 1
+        elif size > at:
+            return 0
+        if year < 1 or week < 1 or week > 53 or day < 1 or day > 7:
+            return 0
+        # The week of January 4th is the first; 1970-01-05 was a Monday.
+        first = days_from_civil(year, 1, 4)
+        days[0] = first - ((first - 4) % 7 + 7) % 7 + (week - 1) * 7 + day - 1
+        return at
+    length = count_digits(p + at, size - at)
+    if length == 3:
+        day = digits(p + at, 3)
+        if year < 1 or day < 1 or day > (366 if is_leap(year) else 365):
+            return 0
+        days[0] = days_from_civil(year, 1, 1) + day - 1
+        return at + 3
+    if not has_dash and length == 4:
+        month, day = digits(p + 4, 2), digits(p + 6, 2)
+        at = 8
+    elif has_dash and length == 2:
+        month = digits(p + 5, 2)
+        at = 7
+        if size > at:
+            day = digits(p + 8, 2) if size >= 10 and p[7] == c'-' else -1
+            at = 10
+        else:
+            is_whole[0] = False
+    elif size != 4:
+        return 0
+    if not is_day(year, month, day):
+        return 0
+    days[0] = days_from_civil(year, month, day)
+    return at
+
+
+cdef double parse_iso8601(const uint8_t *p, Py_ssize_t size) noexcept nogil:
+    """Unix seconds of an ISO 8601 date in any form that Celery reads (no zone: UTC), NaN when it is none.
+
+    The usual one is tried first; the others are ``read_day`` and, behind any one character, ``HH[[:]MM[[:]SS[.f…|,f…]]]``
+    with a zone.
+    """
+    cdef double value = parse_usual(p, size)
+    cdef int64_t days = 0
+    cdef int part[3]
+    cdef int count, zone
+    cdef bint is_whole, has_colon = False
+    cdef Py_ssize_t at
+    if value == value or size > MAX_DATE:
         return value
-    if p[i] == c'Z' and i + 1 == size:
-        return value
-    if p[i] != c'+' and p[i] != c'-':
-        return -1
-    sign = 1 if p[i] == c'+' else -1
-    i += 1
-    if size - i != 5 and size - i != 4 and size - i != 2:
-        return -1
-    zone_hour = digits(p + i, 2)
-    zone_minute = 0
-    if size - i == 5:
-        zone_minute = digits(p + i + 3, 2) if p[i + 2] == c':' else -1
-    elif size - i == 4:
-        zone_minute = digits(p + i + 2, 2)
-    if zone_hour < 0 or zone_hour > 23 or zone_minute < 0 or zone_minute > 59:
-        return -1
-    return value - sign * (zone_hour * 3600 + zone_minute * 60)
+    at = read_day(p, size, &days, &is_whole)
+    if at == 0:
+        return NAN
+    if at == size:
+        return <double> (days * 86400)
+    if not is_whole or size - at < 3 or c'0' <= p[at] <= c'9':
+        return NAN
+    at += 1
+    value = 0
+    part[0] = part[1] = part[2] = 0
+    for count in range(3):
+        if at == size or p[at] == c'Z' or p[at] == c'z' or p[at] == c'+' or p[at] == c'-':
+            break
+        if count == 1:
+            has_colon = p[at] == c':'
+        if count > 0 and has_colon:
+            if p[at] != c':':
+                return NAN
+            at += 1
+        part[count] = digits(p + at, 2) if size - at >= 2 else -1
+        at += 2
+        if part[count] < 0:
+            return NAN
+        if count == 2 and at + 1 < size and (p[at] == c'.' or p[at] == c',') and count_digits(p + at + 1, 1):
+            value = read_fraction(p, size, &at)
+    if part[0] > 24 or part[1] > 59 or part[2] > 60 or (part[0] == 24 and (part[1] or part[2] or value)):
+        return NAN
+    zone = read_zone(p + at, size - at)
+    if zone == NO_ZONE:
+        return NAN
+    return value + <double> (days * 86400 + part[0] * 3600 + part[1] * 60 + part[2] - zone)
 
 
 cdef bytes format_iso8601(double unix):
@@ -108,9 +239,10 @@ cdef bytes format_iso8601(double unix):
     if micro >= 1000000:
         whole += 1
         micro -= 1000000
-    if whole < 0 or whole > 253402300799:
-        raise EncodeError(f"date out of range: unix time {unix!r} is not between the years 1970 and 9999")
-    days, seconds = whole // 86400, whole % 86400
+    if not FIRST_SECOND <= whole <= LAST_SECOND:
+        raise EncodeError(f"date out of range: unix time {unix!r} is not between the years 1 and 9999")
+    # From the year 1 on: C rounds negative quotients up.
+    days, seconds = (whole - FIRST_SECOND) // 86400 + FIRST_SECOND // 86400, (whole - FIRST_SECOND) % 86400
     z = days + 719468
     era = z // 146097
     doe = z - era * 146097
@@ -127,7 +259,7 @@ cdef bytes format_iso8601(double unix):
 def iso8601_to_unix(text: bytes) -> float | None:
     """Return the unix time of an ISO 8601 date in bytes, None when it is not one."""
     cdef double value = parse_iso8601(<const uint8_t *> PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
-    return None if value < 0 else value
+    return None if value != value else value
 
 
 def unix_to_iso8601(double unix) -> str:
@@ -189,8 +321,49 @@ cdef int read_number(uint8_t kind, const uint8_t *p, double *value) noexcept nog
     return 0
 
 
+cdef int read_quantity(uint8_t kind, const uint8_t *p, Py_ssize_t size, double *value) noexcept nogil:
+    """The same, and of a text that is a decimal number: clients in languages that are loose about types send those."""
+    cdef Py_ssize_t whole
+    if kind != c'S':
+        return read_number(kind, p, value)
+    p += 4
+    size -= 4
+    whole = count_digits(p, size)
+    if whole == 0 or size > MAX_NUMBER:
+        return -1
+    value[0] = 0
+    for i in range(whole):
+        value[0] = value[0] * 10 + (p[i] - c'0')
+    if whole < size and p[whole] == c'.':
+        value[0] += read_fraction(p, size, &whole)
+    return 0 if whole == size else -1
+
+
+cdef int read_moment(uint8_t kind, const uint8_t *p, Py_ssize_t size, double *unix) noexcept nogil:
+    """Read a text in ISO 8601, or AMQP's own timestamp; -1 when it is none. Midnight of 1970-01-01 is off by 1 µs."""
+    if kind == c'S':
+        unix[0] = parse_iso8601(p + 4, size - 4)
+    elif kind == c'T' and 0 <= <int64_t> load_u64(p) <= LAST_SECOND:
+        unix[0] = <double> load_u64(p)
+    else:
+        return -1
+    if unix[0] == 0:
+        unix[0] = 1e-6  # 0 stands for none
+    return 0 if unix[0] == unix[0] else -1
+
+
+cdef bint is_false(uint8_t kind, const uint8_t *p, Py_ssize_t size) noexcept nogil:
+    """Whether Celery takes a value for one that is absent: no items, no text, zero, false."""
+    cdef double number
+    if kind == c'A' or kind == c'F' or kind == c'S':
+        return size == 4
+    if kind == c't':
+        return p[0] == 0
+    return kind == c'V' or (read_number(kind, p, &number) == 0 and number == 0)
+
+
 cdef int read_limits(const uint8_t *p, Py_ssize_t size, Head *head) noexcept nogil:
-    """Read ``timelimit``: an array of hard and soft seconds, each a number or void."""
+    """Read ``timelimit``: an array of hard and soft seconds, each a number, as text too, or void."""
     cdef double limits[2]
     cdef Py_ssize_t at = 0, taken
     cdef int count = 0
@@ -203,7 +376,7 @@ cdef int read_limits(const uint8_t *p, Py_ssize_t size, Head *head) noexcept nog
         if taken < 0 or count == 2:
             return -1
         if kind != c'V':
-            if read_number(kind, p + at, &limits[count]) < 0 or not 0 <= limits[count] < 1e9:
+            if read_quantity(kind, p + at, taken, &limits[count]) < 0 or not 0 <= limits[count] < 1e9:
                 return -1
         at += taken
         count += 1
@@ -270,28 +443,28 @@ cdef int scan_field(const uint8_t *base, const uint8_t *key, Py_ssize_t key_size
     elif is_key(key, key_size, b"eta", 3):
         if kind == c'V':
             return FINE
-        head.eta = parse_iso8601(value + 4, text.length) if kind == c'S' else -1
-        if head.eta < 0:
+        if read_moment(kind, value, size, &head.eta) < 0:
+            head.eta = 0
             return BAD_ETA
     elif is_key(key, key_size, b"expires", 7):
         if kind == c'V':
             return FINE
-        if kind == c'S':
-            head.expires = parse_iso8601(value + 4, text.length)
-            return FINE if head.expires >= 0 else BAD_EXPIRES
+        if read_moment(kind, value, size, &head.expires) == 0:
+            return FINE
+        head.expires = 0
         if read_number(kind, value, &number) < 0 or not 0 <= number < 1e12:
             return BAD_EXPIRES
         # Other clients send seconds from now; what is larger than any such span is a unix time.
         head.expires = number if number > 1e9 else read_clock() + number
     elif is_key(key, key_size, b"timelimit", 9):
-        if kind == c'V':
+        if is_false(kind, value, size):
             return FINE
         if kind != c'A' or read_limits(value + 4, size - 4, head) < 0:
             return BAD_TIMELIMIT
     elif is_key(key, key_size, b"retries", 7):
         if kind == c'V':
             return FINE
-        if read_number(kind, value, &number) < 0 or not 0 <= number < 1e9:
+        if read_quantity(kind, value, size, &number) < 0 or not 0 <= number < 1e9:
             return BAD_RETRIES
         head.retries = <int64_t> number
     elif is_key(key, key_size, b"ignore_result", 13):

@@ -13,6 +13,7 @@ import platform
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Protocol, overload
 
 import orjson
@@ -407,6 +408,8 @@ def _moment(value: object) -> str | None:
     """Return a header's moment as ISO 8601; clients in other languages also write seconds, from now or from 1970."""
     if isinstance(value, str) and value:
         return value[:64]
+    if isinstance(value, datetime):  # AMQP's own timestamp
+        return value.isoformat()
     if isinstance(value, (int, float)) and 0 < value < 1e11:
         return unix_to_iso8601(value if value > 1e9 else time.time() + value)
     return None
