@@ -180,6 +180,8 @@ def harmless(number: int, name: str, *, body: bytes = BODY, props: bytes | None 
 def all_cases() -> Iterator[Case]:
     """Yield at least one message of each class."""
     yield bad_body(1, "not-json", "json", b'[[1], {"secret": "' + SECRET.encode() + b'"')
+    odd = rb'[[%s, 0, NaN, [1e400, -Infinity], "caf\udce9"], {}, {}]' % NUMBER
+    yield harmless(1, "what-only-pythons-json-reads", body=odd)
     yield bad_body(2, "empty-body", "empty-body", b"")
     yield bad_body(3, "null", "body-shape", b"null")
     yield bad_body(4, "a-number", "body-shape", b"42")

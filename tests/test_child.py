@@ -142,8 +142,16 @@ def test_an_exception_is_stored_with_its_class_arguments_and_traceback(bench: Be
 
 def test_a_value_without_a_json_form_is_the_tasks_failure(bench: Bench) -> None:
     bench.app.task(name="odd")(lambda: object())
-    [outcome] = bench.run(bench.call("odd"))
-    assert (outcome.state, outcome.meta["result"]["exc_type"]) == ("FAILURE", "EncodeError")
+    bench.app.task(name="nan")(lambda: {"v": [float("nan")]})
+    outcomes = bench.run(bench.call("odd"), bench.call("nan"))
+    assert [(each.state, each.meta["result"]["exc_type"]) for each in outcomes] == [("FAILURE", "EncodeError")] * 2
+    assert "value['v'][0] is nan" in outcomes[1].meta["result"]["exc_message"][0]
+
+
+def test_whatever_pythons_json_reads_reaches_the_task(bench: Bench) -> None:
+    bench.app.task(name="show")(repr)
+    [outcome] = bench.run(bench.call("show", body=rb'[[[NaN, 1e400, "caf\udce9"]], {}, {}]'))
+    assert outcome.meta["result"] == r"[nan, inf, 'caf\udce9']"
 
 
 def test_even_a_system_exit_is_only_the_calls_end(bench: Bench) -> None:
@@ -186,7 +194,7 @@ def test_limits_written_as_text_are_numbers_in_the_request(bench: Bench) -> None
         (b"\xff\xfe", {}, "json"),
         (b"[" * 100_000, {}, "json"),
         (b"[[" + b"7" * 6000 + b"],{},{}]", {}, "json"),
-        (b"[[NaN],{},{}]", {}, "json"),
+        (b"[[Nan],{},{}]", {}, "json"),
         (b"x", {"content_type": "application/x-unheard-of"}, "content-type"),
         (
             pickle.dumps(((), {}, {})),

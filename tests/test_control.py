@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -68,6 +69,21 @@ def test_a_reply_has_celery_s_form_and_answers_one_question(mailbox: Mailbox) ->
 def test_a_reply_without_a_form_says_so(mailbox: Mailbox) -> None:
     (reply,) = orjson.loads(mailbox.encode_reply("fastq@h", {"ok": object()})).values()
     assert reply["error"].startswith("EncodeError(")
+
+
+def test_numbers_that_are_none_go_over_the_bus_as_with_celery(mailbox: Mailbox) -> None:
+    odd = {"limit": float("inf"), "names": ["caf\udce9", float("nan")]}
+    request = mailbox.decode_request(JSON, mailbox.encode_request(Request("mine", odd)))
+    assert repr(request.arguments) == repr(odd)
+    body = mailbox.encode_reply("fastq@h", odd)
+    assert repr(mailbox.decode_replies({**JSON, "ticket": "t"}, body, "t")) == repr([("fastq@h", odd)])
+
+
+@pytest.mark.parametrize("address", ["ü" * 200, "caf\udce9", "x" * 400])
+def test_an_address_for_replies_is_always_one_that_can_be_sent_to(mailbox: Mailbox, address: str) -> None:
+    reply_to = {"exchange": REPLIES, "routing_key": address}
+    request = mailbox.decode_request(JSON, json.dumps({"method": "ping", "reply_to": reply_to}).encode())
+    assert 0 < len(request.reply_to.encode()) <= 255
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
+from fastq.codecs.json import decode_event
 from fastq.errors import ConnectionLost, EncodeError
 from fastq.settings import Settings
 from fastq.wire.message import encode_properties, encode_task
@@ -41,7 +42,7 @@ class MemoryBus:
     def publish_event(self, routing_key: str, headers: Mapping[str, Any], body: bytes) -> None:
         if self.is_lost:
             raise ConnectionLost("gone")
-        self.messages.append((routing_key, headers, orjson.loads(body)))
+        self.messages.append((routing_key, headers, decode_event(body)))
         self._arrived.set()
 
     def events(self, prefix: str = "") -> list[Event]:
@@ -432,6 +433,21 @@ async def test_an_event_of_the_application_s_own_goes_out_under_its_name() -> No
     assert event.keys() == COMMON | {"customers"}
     scene.events.send("task-progress", uuid="i", percent=40)
     assert scene.only()["percent"] == 40
+
+
+@on_loop
+async def test_what_only_pythons_json_reads_goes_out_as_celery_writes_it() -> None:
+    odd = [float("nan"), {"x": float("inf")}, "caf\udce9"]
+    scene = Scene()
+    scene.events.send("custom", x=odd)
+    scene.events.send("task-custom", x=odd)
+    scene.events.flush()
+    assert [repr(event["x"]) for event in scene.bus.events()] == [repr(odd)] * 2
+    scene.bus.messages.clear()
+    message = encode_task("t", "caf\udce9", rb'[["\udce9", NaN], {}, {}]', argsrepr="('caf\udce9',)")
+    scene.events.received(message.props, message.body, "t", "caf\udce9")
+    assert (found := scene.only())["args"] == "('caf\udce9',)"
+    assert found["uuid"] == "caf\udce9"
 
 
 @on_loop

@@ -176,6 +176,25 @@ def test_the_argument_that_cannot_be_sent_is_named(app: FastQ, serializer: str) 
     assert sent(app) == []
 
 
+@pytest.mark.parametrize(
+    ("args", "kwargs", "place"),
+    [
+        (({"v": [1.0, math.inf]},), {}, r"form: inf: .* \(argument 1\['v'\]\[1\] of task"),
+        ((b"tagged",), {"y": [0, (-math.inf,)]}, r"form: -inf: .* \(argument 'y'\[1\]\[0\] of task"),
+    ],
+)
+def test_a_number_that_json_has_no_word_for_is_refused_with_its_place(
+    app: FastQ, args: tuple[Any, ...], kwargs: dict[str, Any], place: str
+) -> None:
+    with pytest.raises(EncodeError, match=place):
+        app.task(add).apply_async(args, kwargs)
+    with pytest.raises(EncodeError, match=place):
+        app.send_task("elsewhere", args, kwargs)
+    with pytest.raises(ValueError, match="task_id is no text in UTF-8"):
+        app.send_task("elsewhere", task_id="caf\udce9")
+    assert sent(app) == []
+
+
 def test_an_apply_async_of_the_users_sees_every_delay(app: FastQ) -> None:
     class Counted(Task[..., Any]):
         calls = 0

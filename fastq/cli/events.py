@@ -14,11 +14,11 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 import click
-import orjson
 
 from fastq.cli import Globals
 from fastq.cli.errors import Misuse
 from fastq.cli.options import misplaced_globals, refused
+from fastq.codecs.json import decode_event
 from fastq.errors import ConnectionLost
 from fastq.worker.exitcodes import EX_OK
 
@@ -85,7 +85,7 @@ def capture(bus: BlockingBus) -> Iterator[Event]:
 def events_in(body: bytes) -> Iterator[Event]:
     """Yield the events of a message, which holds one or a list; what is no event is passed over."""
     try:
-        decoded = orjson.loads(body)
+        decoded = decode_event(body)
     except ValueError:
         return
     for event in decoded if isinstance(decoded, list) else [decoded]:
@@ -108,7 +108,9 @@ class Dumper:
         words = _WORDS.get(kind) or kind.replace("-", " ")
         task = f" {self._task(kind, rest)}" if kind.startswith("task-") else ""
         fields = ", ".join(f"{name}={rest[name]}" for name in sorted(rest))
-        self._write(f"{host} [{moment}] {words}{':' if fields else ''}{task} {fields}")
+        line = f"{host} [{moment}] {words}{':' if fields else ''}{task} {fields}"
+        # Lone surrogates, as in names of files, have no form on a terminal.
+        self._write(line.encode("utf-8", "backslashreplace").decode())
 
     def _task(self, kind: str, rest: Event) -> str:
         task_id = str(rest.pop("uuid", "?"))

@@ -1,8 +1,9 @@
 """JSON with the types that JSON lacks, in kombu's form: ``{"__type__": name, "__value__": value}``.
 
 Plain values take orjson; whatever orjson would write or read differently from the json module (dates, integers beyond
-64 bits, keys that are not text) takes the json module. No I/O. Source of the tags: kombu 5.7, checked against it in
-the tests.
+64 bits, keys that are not text) takes the json module. Numbers that JSON has no word for (NaN, the infinities) are read
+as the json module reads them, and written only where that is asked for. No I/O. Source of the tags: kombu 5.7, checked
+against it in the tests.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import orjson
 
@@ -27,6 +28,9 @@ from fastq.errors import DecodeError, EncodeError
 name = "json"
 content_type = "application/json"
 content_encoding = "utf-8"
+
+#: What to do about a number that is none.
+ODD_NUMBER_HINT: Final = "JSON has no word for it: pass None or text, or choose another serializer"
 
 T = TypeVar("T")
 
@@ -41,7 +45,32 @@ def encode(value: Any) -> bytes:
             return orjson.dumps(value)
         except orjson.JSONEncodeError:
             pass  # a lone surrogate: the json module writes it as an escape
-    return _encode_tagged(value)
+    return _encode_tagged(value, _ENCODER)
+
+
+def encode_loosely(value: Any) -> bytes:
+    """Return the same, with ``NaN`` and ``Infinity`` as kombu writes them: for what only Python programs read."""
+    return _encode_tagged(value, _LOOSE_ENCODER)
+
+
+def encode_event(value: Any) -> bytes:
+    """Return what orjson writes of a value; of lone surrogates, which it cannot write, what the json module does."""
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError:
+        return encode_loosely(value)
+
+
+def decode_event(data: bytes | str) -> Any:
+    """Return what a JSON text says, tags and all as they stand. Raises ValueError."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        pass  # as in decode
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("JSON is nested too deeply") from None
 
 
 def decode(data: bytes) -> Any:
@@ -51,7 +80,7 @@ def decode(data: bytes) -> Any:
         try:
             return orjson.loads(data)
         except orjson.JSONDecodeError:
-            pass  # the json module also reads lone surrogates, and words the error for the rest
+            pass  # the json module also reads lone surrogates, NaN and 1e400, and words the error for the rest
     if found & TOO_DEEP:
         raise DecodeError("JSON is nested deeper than 512 levels")
     if found & HUGE_INTEGER:
@@ -71,10 +100,29 @@ def register_type(
         _readers[marker] = decode
 
 
-def _encode_tagged(value: Any) -> bytes:
+def place_of_odd_number(value: Any) -> tuple[str, float] | None:
+    """Return where in a value of lists and mappings the first NaN or infinity stands, as ``[0]['v'][1]``, and which."""
+    seen: set[int] = set()
+    open_places = [("", value)]
+    while open_places:
+        place, found = open_places.pop()
+        if isinstance(found, float) and not math.isfinite(found):
+            return place, found
+        if not isinstance(found, (dict, list, tuple)) or id(found) in seen:
+            continue
+        seen.add(id(found))
+        items = found.items() if isinstance(found, dict) else enumerate(found)
+        open_places += reversed([(f"{place}[{short_repr(key, 40)}]", item) for key, item in items])
+    return None
+
+
+def _encode_tagged(value: Any, encoder: json.JSONEncoder) -> bytes:
     try:
-        data = _ENCODER.encode(value).encode("ascii")
+        data = encoder.encode(value).encode("ascii")
     except (TypeError, ValueError, OverflowError) as error:
+        odd = place_of_odd_number(value) if isinstance(error, ValueError) else None
+        if odd is not None:
+            raise EncodeError(f"no JSON form: value{odd[0]} is {odd[1]!r}; {ODD_NUMBER_HINT}") from None
         raise EncodeError(f"no JSON form: {error}") from error
     except RecursionError:
         raise EncodeError("no JSON form: the value is nested too deeply") from None
@@ -119,13 +167,12 @@ def _plain_form(value: Any) -> str:
 
 
 _ENCODER = json.JSONEncoder(default=_tag, allow_nan=False, separators=(",", ":"))
+_LOOSE_ENCODER = json.JSONEncoder(default=_tag, separators=(",", ":"))
 
 
 def _decode_tagged(data: bytes) -> Any:
     try:
-        return json.loads(
-            data.decode("utf-8"), object_hook=_untag, parse_constant=_refuse_constant, parse_float=_finite_float
-        )
+        return json.loads(data.decode("utf-8"), object_hook=_untag)
     except RecursionError:
         raise DecodeError("JSON is nested too deeply") from None
     except ValueError as error:
@@ -145,17 +192,6 @@ def _untag(pairs: dict[str, Any]) -> Any:
         raise DecodeError(f"JSON tags a value as {marker!r} that is none: {short_repr(written, 80)}") from error
 
 
-def _refuse_constant(word: str) -> Any:
-    raise DecodeError(f"not JSON: {word}")
-
-
-def _finite_float(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise DecodeError(f"JSON holds a number beyond the range of floats: {text[:40]}")
-    return number
-
-
 def _bytes_tag(value: bytes) -> Any:
     try:
         return {"__type__": "bytes", "__value__": value.decode("utf-8")}
@@ -173,7 +209,8 @@ register_type(datetime, "datetime", datetime.isoformat, _read_datetime)
 register_type(date, "date", date.isoformat, lambda text: _read_datetime(text).date())
 register_type(time, "time", time.isoformat, time.fromisoformat)
 register_type(Decimal, "decimal", str, Decimal)
-register_type(uuid.UUID, "uuid", lambda value: {"hex": value.hex}, lambda value: uuid.UUID(value["hex"]))
+register_type(uuid.UUID, "uuid", lambda value: {"hex": value.hex}, lambda value: uuid.UUID(**value))
 register_type(bytes, None, _bytes_tag)
 _readers["bytes"] = lambda text: text.encode("utf-8")
-_readers["base64"] = lambda text: base64.b64decode(text.encode("ascii"), validate=True)
+# Others break the lines of long base64.
+_readers["base64"] = lambda text: base64.b64decode(text.encode("ascii"))

@@ -19,6 +19,7 @@ from fastq import codecs
 from fastq.amqp.topology import named_options
 from fastq.codecs import compression
 from fastq.codecs._walk import short_repr
+from fastq.codecs.json import ODD_NUMBER_HINT, place_of_odd_number
 from fastq.errors import EncodeError, SettingsError
 from fastq.request import BROKER_HEADERS, Request
 from fastq.sending.options import CHECKS, RetryOptions, SendOptions, custom_headers, seconds, text_option
@@ -125,7 +126,9 @@ class Envelope:
             place = _place_of_fault(self.codec, *parts[:2])
             if place is None:
                 raise
-            raise EncodeError(f"{error} ({place} of task {self.name!r})") from error
+            odd = place_of_odd_number(parts[:2]) if self.codec.name == "json" else None
+            words = error if odd is None else f"no JSON form: {odd[1]!r}: {ODD_NUMBER_HINT}"
+            raise EncodeError(f"{words} ({place} of task {self.name!r})") from error
         return body if self.compression is None else compression.compress(body, self.compression)
 
     def _compression(self) -> str | None:

@@ -7,13 +7,13 @@ pidbox as seen on the wire; the settings ``control_*``.
 from __future__ import annotations
 
 import fnmatch
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from fastq import codecs
+from fastq.codecs import json
 from fastq.errors import DecodeError, EncodeError, FastqError, RemoteProtocolError
 from fastq.wire.message import encode_properties
 from fastq.wire.properties import decode_properties
@@ -63,7 +63,7 @@ class Mailbox:
         if request.reply_to:
             fields["ticket"] = request.ticket
             fields["reply_to"] = {"exchange": self.replies, "routing_key": request.reply_to}
-        return self.codec.encode(fields)
+        return self._encode(fields)
 
     def decode_request(self, headers: Mapping[str, Any], body: bytes) -> Request:
         """Return the request in a message. Raises DecodeError when it is none."""
@@ -82,8 +82,7 @@ class Mailbox:
             pattern=_text(fields.get("pattern")),
             matcher=_text(fields.get("matcher")),
             ticket=_text(fields.get("ticket")),
-            # A routing key is a short string; a longer one cannot be anybody's address.
-            reply_to=_text(reply_to.get("routing_key"))[:255] if has_reply else "",
+            reply_to=_address(reply_to.get("routing_key")) if has_reply else "",
         )
 
     # --- replies
@@ -91,9 +90,9 @@ class Mailbox:
     def encode_reply(self, hostname: str, reply: object) -> bytes:
         """Return a reply's body; a reply without a form in the serializer is an error with its repr."""
         try:
-            return self.codec.encode({hostname: reply})
+            return self._encode({hostname: reply})
         except EncodeError as error:
-            return self.codec.encode({hostname: {"error": repr(error)}})
+            return self._encode({hostname: {"error": repr(error)}})
 
     def decode_replies(self, headers: Mapping[str, Any], body: bytes, ticket: str) -> list[tuple[str, Any]]:
         """Return the nodes' replies in a message; [] when it answers another question or none."""
@@ -102,7 +101,16 @@ class Mailbox:
         try:
             return list(self._decode(headers, body).items())
         except DecodeError:
-            return _lenient(body)
+            return []
+
+    def _encode(self, fields: dict[str, Any]) -> bytes:
+        """Return a body as kombu writes it, where JSON may hold NaN: settings and commands of others are not ours."""
+        try:
+            return self.codec.encode(fields)
+        except EncodeError:
+            if self.codec.content_type != json.content_type:
+                raise
+        return json.encode_loosely(fields)
 
     def _decode(self, headers: Mapping[str, Any], body: bytes) -> dict[str, Any]:
         try:
@@ -139,17 +147,13 @@ class Request:
         return self.matcher == "pcre" and _matches(self.pattern, hostname)
 
 
-def _lenient(body: bytes) -> list[tuple[str, Any]]:
-    """Return the replies in JSON as Python writes it, where a setting may be infinite; [] when it is none."""
-    try:
-        replies = json.loads(body)
-    except (ValueError, RecursionError):
-        return []
-    return list(replies.items()) if isinstance(replies, dict) else []
-
-
 def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
+
+
+def _address(value: object) -> str:
+    """Return a routing key, which is a short string; what is longer, or no text, cannot be anybody's address."""
+    return _text(value).encode("utf-8", "replace")[:255].decode("utf-8", "ignore")
 
 
 def _matches(pattern: str, hostname: str) -> bool:

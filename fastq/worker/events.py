@@ -7,6 +7,7 @@ first. Runs on the event loop's thread; how a message reaches the broker is the 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -20,6 +21,7 @@ import orjson
 
 from fastq import __version__
 from fastq.codecs._walk import short_repr
+from fastq.codecs.json import decode_event, encode_event, encode_loosely, place_of_odd_number
 from fastq.errors import ConnectionLost, EncodeError
 from fastq.sending.sent import utc_offset_h
 from fastq.states import FAILURE, REJECTED, RETRY, SUCCESS
@@ -99,6 +101,7 @@ class Events:
         self._next_runs: dict[str, list[Event]] = {}  # events that wait for the end of the same task's earlier run
         self._held: deque[tuple[str, bytes, int]] = deque()  # routing key, body, how many events
         self._held_events = self._held_bytes = 0
+        self._has_odd = False  # a number that orjson would write as null is in the buffer
         self._flushing: asyncio.TimerHandle | None = None
         self._beating: asyncio.TimerHandle | None = None
 
@@ -230,12 +233,14 @@ class Events:
         ``task-…`` types go along with the task events, and only when these are on.
         """
         try:
-            plain = orjson.loads(orjson.dumps(fields))
-        except (TypeError, ValueError) as error:
+            is_odd = place_of_odd_number(fields) is not None
+            plain = json.loads(encode_loosely(fields) if is_odd else encode_event(fields))
+        except (TypeError, ValueError, RecursionError, EncodeError) as error:
             raise EncodeError(f"event {type!r} cannot be written as JSON: {error}") from error
         if not type.startswith("task-"):
-            self._publish(type.replace("-", "."), orjson.dumps(self._stamped({**plain, "type": type})), 1)
+            self._publish(type.replace("-", "."), encode_loosely(self._stamped({**plain, "type": type})), 1)
         elif self.enabled:
+            self._has_odd |= is_odd
             self._put({**plain, "type": type})
 
     def _raised(self, type: str, task_id: str, report: Mapping[str, Any]) -> None:
@@ -298,7 +303,9 @@ class Events:
         # Not once per event: it changes twice a year.
         self._common["utcoffset"] = utc_offset_h()
         if events:
-            self._publish("task.multi", orjson.dumps(events), len(events))
+            encode = encode_loosely if self._has_odd else encode_event
+            self._has_odd = False
+            self._publish("task.multi", encode(events), len(events))
         elif self._held:
             self._release(self._get_bus())
 
@@ -375,7 +382,7 @@ def _arguments(properties: Mapping[str, Any], headers: Mapping[str, Any], body: 
     if not readable or len(body) > _MAX_BODY:
         return "", ""
     try:
-        decoded = orjson.loads(body)
+        decoded = decode_event(body)
     except ValueError:
         return "", ""
     if isinstance(decoded, dict):  # the first version of the protocol
@@ -390,7 +397,7 @@ def _arguments(properties: Mapping[str, Any], headers: Mapping[str, Any], body: 
 def _report(reason: str | None) -> dict[str, Any]:
     """Return a child's report; {} for one that makes no sense, as events must not stop a worker."""
     try:
-        report = orjson.loads(reason) if reason else {}
+        report = decode_event(reason) if reason else {}
     except ValueError:
         return {}
     return report if isinstance(report, dict) else {}

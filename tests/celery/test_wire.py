@@ -17,6 +17,8 @@ from typing import Any
 
 import kombu
 import pytest
+from celery.exceptions import TaskRevokedError
+from celery.result import AsyncResult
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -192,7 +194,7 @@ def test_calls_of_protocol_1(open_stage: OpenStage, kind: tuple[Any, ...]) -> No
 def publish(stage: CeleryStage, body: Any, **properties: Any) -> None:
     with stage.client.producer_pool.acquire() as producer:
         stage.client.backend.on_task_call(producer, properties["correlation_id"])  # listen for the result
-        producer.publish(body, routing_key="celery", exchange="", serializer="json", **properties)
+        producer.publish(body, **{"routing_key": "celery", "exchange": "", "serializer": "json", **properties})
 
 
 @pytest.mark.parametrize(
@@ -215,6 +217,66 @@ def test_sparse_messages_of_other_clients_run(stage: CeleryStage, body: Any, hea
         body = {**body, "id": task_id}
     publish(stage, body, headers=headers, correlation_id=task_id, reply_to=stage.client.thread_oid)
     assert stage.get(result) == 3
+
+
+def send_as_text(stage: CeleryStage, body: str, task: str = "identity", **headers: Any) -> AsyncResult:
+    """Publish a call whose body is this text, with more headers."""
+    task_id = str(uuid.uuid4())
+    headers = {"task": f"{TASKS}.{task}", "id": task_id, **headers}
+    publish(
+        stage, body, headers=headers, correlation_id=task_id, reply_to=stage.client.thread_oid,
+        content_type="application/json", content_encoding="utf-8", serializer=None,
+    )  # fmt: skip
+    return stage.client.AsyncResult(task_id)
+
+
+UNHEARD_OF = [float("nan"), {"v": [1.0, float("inf"), -float("inf")]}, "caf\udce9", {"\udce9": "\ud800 "}]
+
+
+@pytest.mark.parametrize("value", UNHEARD_OF, ids=range(len(UNHEARD_OF)))
+def test_what_only_pythons_json_reads_arrives_and_comes_back(stage: CeleryStage, value: Any) -> None:
+    assert repr(stage.get(stage.tasks.identity.delay(value))) == repr(value)
+    assert repr(stage.get(stage.tasks.identity.apply_async((), {"value": value}))) == repr(value)
+    chain = stage.tasks.identity.s(value) | stage.tasks.identity.s()
+    assert repr(stage.get(chain.apply_async())) == repr(value)
+
+
+def test_a_number_beyond_the_range_of_floats_arrives_as_infinity(stage: CeleryStage) -> None:
+    assert stage.get(send_as_text(stage, "[[[1e400, -1e999]], {}, {}]")) == [float("inf"), -float("inf")]
+
+
+def test_headers_may_hold_what_only_pythons_json_reads(stage: CeleryStage) -> None:
+    name = {"name": "caf\udce9", "more": ["\ud800", 1.5]}
+    # RabbitMQ itself does not take numbers that are none.
+    headers = {"mark": name} if stage.broker == "amqp" else {"mark": name, "number": float("nan")}
+    found = stage.get(stage.tasks.dump_request.apply_async((), {}, headers=headers))
+    assert found["headers"]["mark"] == name
+
+
+@pytest.mark.parametrize("kind", stages(("amqp", "rpc")))
+def test_an_id_may_be_any_text_that_the_store_takes(open_stage: OpenStage, kind: tuple[Any, ...]) -> None:
+    stage = open_stage(*kind)
+    stage.start_worker("-c", "1")
+    task_id = f"caf\udce9-{uuid.uuid4()}"
+    result = stage.tasks.dump_request.apply_async((), {}, task_id=task_id)
+    assert stage.get(result)["id"] == task_id
+
+
+DUE = [
+    "2020-01-02T03:04Z",
+    "2020-01-02",
+    "20200102T030405",
+    "2020-W01-4",
+    "2020-01-02T03:04:05,5+01",
+    "1960-01-01T00:00:00z",
+]
+
+
+def test_a_time_may_have_any_form_that_celery_reads(stage: CeleryStage) -> None:
+    results = [send_as_text(stage, "[[1], {}, {}]", eta=text, expires="2999-W01", retries="1") for text in DUE]
+    assert [stage.get(result) for result in results] == [1] * len(DUE)
+    expired = [send_as_text(stage, "[[1], {}, {}]", expires=text) for text in DUE]
+    assert [type(stage.error(result)) for result in expired] == [TaskRevokedError] * len(DUE)
 
 
 # --- routes -----------------------------------------------------------------------------------------------------------
