@@ -5,6 +5,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 
 from fastq.link cimport Delivery
+from fastq.wire.message cimport read_text
 from fastq.wire.pipe cimport RECORD_CALL, RECORD_STOP, CallRecord, load32, load64s, monotonic_ns, store32
 
 
@@ -195,8 +196,7 @@ cdef class Child:
 
 
 cdef str delivery_id(Delivery delivery):
-    return PyUnicode_DecodeUTF8(
-        PyBytes_AS_STRING(delivery.props) + delivery.head.id.offset, delivery.head.id.length, b"replace")
+    return read_text(PyBytes_AS_STRING(delivery.props) + delivery.head.id.offset, delivery.head.id.length)
 
 
 cdef str delivery_task(Delivery delivery):

@@ -12,7 +12,7 @@ from libc.string cimport memcmp, memcpy
 
 from fastq._child cimport MAX_ADVANCE, SENT_SLOTS, Child, Keeper, TaskOptions, delivery_id, delivery_task
 from fastq.link cimport ACK, DISPATCHED, FINISHED, LEDGER_STATES, RECEIVED, REJECT, REQUEUE, RETURN, SETTLED, STARTED
-from fastq.wire.message cimport FINE, NO_TASK, Head, encode_result_properties, is_utf8, read_clock, scan_head
+from fastq.wire.message cimport FINE, NO_TASK, Head, encode_result_properties, is_utf8, read_clock, read_text, scan_head
 from fastq.wire.pipe cimport (
     FLAG_FOR_HOOKS, FLAG_RECYCLE, OUTCOME_FAILURE, OUTCOME_MALFORMED, OUTCOME_REJECTED, OUTCOME_REQUEUE,
     OUTCOME_RETURNED, OUTCOME_UNKNOWN, RECORD_OUTCOME, RECORD_PUBLISH, RECORD_READY, RECORD_STATE,
@@ -718,7 +718,7 @@ cdef class Core(Keeper):
         owner = child.running()
         message = Message(
             exchange, routing_key, props, body,
-            PyUnicode_DecodeUTF8(PyBytes_AS_STRING(props) + head.id.offset, head.id.length, b"replace"),
+            read_text(PyBytes_AS_STRING(props) + head.id.offset, head.id.length),
             head.priority, head.eta or None, head.expires or None)
         if owner is not None:
             owner.pending += 1
@@ -734,7 +734,7 @@ cdef class Core(Keeper):
         memcpy(&record, p, sizeof(StateRecord))
         if <uint64_t> size != sizeof(StateRecord) + record.id_size + record.state_size + <uint64_t> record.meta_size:
             raise LocalProtocolError("state record is cut short")
-        task_id = PyUnicode_DecodeUTF8(text, record.id_size, b"replace")
+        task_id = read_text(text, record.id_size)
         state = PyUnicode_DecodeUTF8(text + record.id_size, record.state_size, b"replace")
         meta = PyBytes_FromStringAndSize(text + record.id_size + record.state_size, record.meta_size)
         if self.store is not None:

@@ -273,6 +273,8 @@ def all_cases() -> Iterator[Case]:
         yield Case(35, name, "rejected", "properties", props, lambda: BODY, only="sqlite")
     yield harmless(36, "origin-a-number", origin=7, shadow=["a"], group_index="first", stamps=5, stamped_headers=1)
     yield harmless(36, "lang-and-root-of-wrong-types", lang=[], root_id={}, parent_id=1, group=1.5, argsrepr=None)
+    yield harmless(36, "lone-surrogates", id="caf\udce9", argsrepr="('caf\udce9',)", **{"\ud800": ["\udfff"]})
+    yield Case(36, "nan-in-headers", "runs", "", properties(headers(x=[float("nan")])), lambda: BODY, only="redis")
     yield harmless(36, "duplicate-ids", props=raw_properties(raw_fields((b"id", string(new_id().encode())))))
     yield Case(
         36, "duplicate-task-of-two-types", "rejected", "task",

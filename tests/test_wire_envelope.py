@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import struct
+import time
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -195,6 +197,39 @@ def test_headers_nested_too_deep_are_refused() -> None:
 
 def read(**options: Any) -> tuple[bytes, bytes, int]:
     return decode_envelope(json.dumps(envelope(**options)).encode())
+
+
+ODD_HEADERS: list[Any] = [float("nan"), [float("inf"), -float("inf")], "caf\udce9", {"\ud800": "\udfff"}]
+
+
+@pytest.mark.parametrize("value", ODD_HEADERS, ids=range(len(ODD_HEADERS)))
+def test_headers_that_only_the_json_module_reads_come_back_as_kombu_reads_them(value: Any) -> None:
+    raw = json.dumps(envelope(headers={"id": "i", "task": "t", "x": value})).encode()
+    props, body, _ = decode_envelope(raw)
+    assert (scan(props)["problem"], body) == ("fine", BODY)
+    assert repr(decode_properties(props)["headers"]["x"]) == repr(json.loads(raw)["headers"]["x"])
+    again = json.loads(encode_envelope("", "celery", props, body, TAG))
+    assert repr(again["headers"]["x"]) == repr(value)
+
+
+def test_what_the_slow_reader_takes_is_bounded_whatever_the_message_says() -> None:
+    large = base64.b64encode(b"x" * 3_000_000).decode()
+    assert read(body=large, headers={"x": float("nan")})[1] == b"x" * 3_000_000
+    assert read(headers={"x": "\ud800", "body": "another"}, body=large)[1] == b"x" * 3_000_000
+    hostile = [
+        {"headers": {"x": [0] * 1_000_000, "y": float("nan")}},
+        {"body": "a\ud800" + large},
+        {"properties": {"body": large, "x": [float("nan")] * 500_000}, "body": ...},
+    ]
+    for options in hostile:
+        start = time.monotonic()
+        with pytest.raises(DecodeError):
+            read(**options)
+        # Beside its making a message costs what orjson takes to its first fault, and a megabyte of json.
+        assert time.monotonic() - start < 2
+    for raw in (b'{"x": NaN, "y": ' + b"[" * 100_000, b'{"x": NaN, "y": ' + b"9" * 6000 + b"}"):
+        with pytest.raises(DecodeError):
+            decode_envelope(raw)
 
 
 WRONG_PARTS: list[dict[str, Any]] = [

@@ -247,7 +247,7 @@ def pack_results(results: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
     parts: list[bytes] = []
     size = 0
     for task_id, meta in results:
-        key = task_id.encode()
+        key = task_id.encode("utf-8", "replace")
         inline = len(meta) <= MAX_INLINE_BYTES
         record = _RECORD.pack(len(key), len(meta) if inline else _IN_FILE) + key + (meta if inline else b"")
         if size + len(record) > MAX_DATAGRAM_BYTES:

@@ -50,11 +50,15 @@ class ResultLayout:
 
     def key(self, task_id: str) -> bytes:
         """Return the key of a task's state, which is also the channel where it is announced."""
-        return self._prefix_bytes + task_id.encode()
+        return self._prefix_bytes + task_id.encode("utf-8", "surrogatepass")
 
     def task_id(self, key: bytes) -> str:
         """Return the task that a key or channel belongs to."""
-        return key[len(self._prefix_bytes) :].decode(errors="replace")
+        text = key[len(self._prefix_bytes) :]
+        try:
+            return text.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return text.decode("utf-8", "replace")
 
     def store(self, task_id: str, state: str, payload: bytes) -> list[Command]:
         """Return the commands that store a state and announce it: two for SUCCESS, one for what must not replace one.

@@ -89,7 +89,11 @@ def text_option(option: str, value: Any) -> str:
     """Return a text that fits an AMQP short string. Raises TypeError or ValueError naming the option."""
     if not isinstance(value, str):
         raise TypeError(f"{option} is {value!r:.80}; expected text")
-    if not 0 < len(value.encode("utf-8", "replace")) <= MAX_SHORT_BYTES:
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{option} is no text in UTF-8 ({error.reason}): {value!r:.80}") from None
+    if not 0 < size <= MAX_SHORT_BYTES:
         raise ValueError(f"{option} must have 1 to {MAX_SHORT_BYTES} bytes: {value!r:.80}")
     return value
 

@@ -418,9 +418,9 @@ cdef bytes copy_bytes(amqp_bytes_t value):
 
 
 cdef object read_text(amqp_bytes_t value):
-    """A string; the bytes themselves when they are not UTF-8, which AMQP allows."""
+    """A string, with lone surrogates as py-amqp writes them; the bytes themselves when they are no text."""
     try:
-        return PyUnicode_DecodeUTF8(<char *> value.bytes, value.len, NULL) if value.len else ""
+        return PyUnicode_DecodeUTF8(<char *> value.bytes, value.len, b"surrogatepass") if value.len else ""
     except UnicodeDecodeError:
         return copy_bytes(value)
 
@@ -479,7 +479,9 @@ cdef dict read_table(const amqp_table_t *table):
     cdef dict out = {}
     cdef int place
     for place in range(table.num_entries):
-        key = copy_bytes(table.entries[place].key).decode("utf-8", "backslashreplace")
+        key = read_text(table.entries[place].key)
+        if type(key) is bytes:
+            key = key.decode("utf-8", "backslashreplace")
         out[key] = read_value(&table.entries[place].value)
     return out
 

@@ -1,7 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """The JSON envelope in which kombu keeps a message on brokers that know only strings: Redis, SQS. No sockets, no clock.
 
-Written byte for byte as kombu writes it; read leniently, but what has no form as AMQP properties is refused.
+Written byte for byte as kombu writes it; read leniently, but what has no form as AMQP properties is refused. Lone
+surrogates stand in properties as py-amqp writes them ("surrogatepass"), in JSON as escapes.
 Source: kombu 5.7, virtual transports; checked against its output in the tests.
 """
 
@@ -14,6 +15,9 @@ from fastq.wire.buffer cimport Writer, load_double, load_u16, load_u32, load_u64
 
 from binascii import a2b_base64, b2a_base64
 
+import json
+import re
+
 import orjson
 
 from fastq.errors import DecodeError, EncodeError
@@ -22,6 +26,7 @@ from fastq.wire.message import encode_properties
 cdef enum:
     MAX_DEPTH = 32          # as in wire.message: no header goes deeper
     SAMPLE_BYTES = 4096     # of a message that cannot be read, to be logged
+    MAX_ODD_BYTES = 1 << 20     # chosen: beside its body a message holds less; the json module is slow
     CONTENT_TYPE = 15       # bits of the property flags (AMQP 0-9-1, section 4.2.6.1)
     CONTENT_ENCODING = 14
     HEADERS = 13
@@ -36,6 +41,9 @@ cdef enum:
     USER_ID = 4
     APP_ID = 3
     CLUSTER_ID = 2
+
+#: The body, which is base64: most of a large message, and nothing in it needs the json module.
+cdef object BODY = re.compile(rb'"body"\s*:\s*"([^"\\]*)"')
 
 # Set where a message goes back to its queue: how often it had been handed out by then, under RabbitMQ's name for it.
 cdef str DELIVERY_COUNT = "x-delivery-count"
@@ -95,7 +103,7 @@ cdef int put_text(Writer out, const uint8_t *p, Py_ssize_t size) except -1:
     out.put(p, plain)
     if plain < size:
         try:
-            rest = PyUnicode_DecodeUTF8(<const char *> p + plain, size - plain, NULL)
+            rest = PyUnicode_DecodeUTF8(<const char *> p + plain, size - plain, b"surrogatepass")
         except UnicodeDecodeError:
             raise EncodeError("a message property or header is not text in UTF-8") from None
         for character in rest:
@@ -294,7 +302,7 @@ cdef str short_text(dict properties, str name):
     value = properties.get(name)
     if type(value) is str and 0 < len(<str> value) <= 63:
         return <str> value
-    if type(value) is str and value and len((<str> value).encode("utf-8", "replace")) <= 255:
+    if type(value) is str and value and len((<str> value).encode("utf-8", "surrogatepass")) <= 255:
         return <str> value
     return None
 
@@ -315,7 +323,7 @@ cdef bytes read_body(dict envelope, dict properties):
     if encoding == "base64":
         return a2b_base64(body)
     if encoding is None or encoding == "utf-8":
-        return (<str> body).encode("utf-8")
+        return (<str> body).encode("utf-8", "surrogatepass")
     raise DecodeError(f"unknown body_encoding {encoding!r:.80}; known: base64, utf-8")
 
 
@@ -357,11 +365,36 @@ cdef tuple route_of(dict properties, bytes queue):
     return () if route == (b"", queue) else route
 
 
+cdef object load(bytes raw):
+    """What a JSON text says, as the json module reads it; orjson takes most of them. Raises ValueError.
+
+    NaN, 1e400 and lone surrogates, for which the json module is asked, are looked for in what is not the body alone:
+    no message costs more by it than MAX_ODD_BYTES do.
+    """
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        reason = error
+    found = BODY.search(raw) if PyBytes_GET_SIZE(raw) > MAX_ODD_BYTES else None
+    text = raw if found is None else raw[:found.start(1)] + raw[found.end(1):]
+    if PyBytes_GET_SIZE(text) > MAX_ODD_BYTES:
+        raise reason
+    try:
+        loaded = json.loads(text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if found is not None:
+        if type(loaded) is not dict or loaded.get("body") != "":
+            raise reason    # it was not the body
+        loaded["body"] = found[1].decode("utf-8")
+    return loaded
+
+
 cdef tuple read(bytes raw, bytes queue):
     cdef dict headers, properties, envelope
     cdef bytes body
     try:
-        loaded = orjson.loads(raw)
+        loaded = load(raw)
         if type(loaded) is not dict:
             raise DecodeError(f"a message is {type(loaded).__name__}; expected an object with a body")
         envelope = <dict> loaded
@@ -384,7 +417,7 @@ cdef tuple read(bytes raw, bytes queue):
             "cluster_id": short_text(properties, "cluster_id"),
         })
     except (ValueError, EncodeError) as error:
-        # orjson's and base64's errors are ValueErrors.
+        # The errors of both readers, of base64 and of text are ValueErrors.
         raise DecodeError(f"a message in the queue is not what kombu writes: {error}") from None
     return props, body, count_deliveries(headers), route_of(properties, queue)
 

@@ -45,6 +45,7 @@ cdef int scan_head(const uint8_t *props, Py_ssize_t size, Head *head) noexcept n
 cdef bint is_utf8(const uint8_t *p, Py_ssize_t size) noexcept
 cdef double parse_iso8601(const uint8_t *text, Py_ssize_t size) noexcept nogil
 cdef double read_clock() noexcept nogil
+cdef str read_text(const char *text, Py_ssize_t size)
 cdef int put_shortstr(Writer out, str text) except -1
 cdef bytes encode_result_properties(const char *task_id, Py_ssize_t size)
 

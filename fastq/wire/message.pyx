@@ -555,8 +555,16 @@ cdef int scan_head(const uint8_t *props, Py_ssize_t size, Head *head) noexcept n
     return FINE
 
 
-cdef object span_text(bytes props, Span span):
-    return PyUnicode_DecodeUTF8(PyBytes_AS_STRING(props) + span.offset, span.length, b"replace")
+cdef str read_text(const char *text, Py_ssize_t size):
+    """Text of a property, with lone surrogates as py-amqp writes them; whatever else is wrong with it is replaced."""
+    try:
+        return PyUnicode_DecodeUTF8(text, size, b"surrogatepass")
+    except UnicodeDecodeError:
+        return PyUnicode_DecodeUTF8(text, size, b"replace")
+
+
+cdef str span_text(bytes props, Span span):
+    return read_text(PyBytes_AS_STRING(props) + span.offset, span.length)
 
 
 def scan(props: bytes) -> dict[str, object]:
@@ -595,7 +603,13 @@ cdef class Message:
 
 cdef int put_shortstr(Writer out, str text) except -1:
     cdef Py_ssize_t size
-    cdef const char *data = PyUnicode_AsUTF8AndSize(text, &size)
+    cdef bytes kept = None
+    cdef const char *data
+    try:
+        data = PyUnicode_AsUTF8AndSize(text, &size)
+    except UnicodeEncodeError:
+        kept = text.encode("utf-8", "surrogatepass")
+        data, size = PyBytes_AS_STRING(kept), PyBytes_GET_SIZE(kept)
     if size > 255:
         raise EncodeError(f"text too long for an AMQP short string ({size} bytes, at most 255): {text[:60]!r}…")
     out.put_u8(<uint8_t> size)
@@ -608,12 +622,17 @@ cdef int put_key(Writer out, const char *key, Py_ssize_t size) except -1:
 
 
 cdef int put_text(Writer out, str text) except -1:
-    """A long string value, or void for None."""
+    """A long string value, or void for None. Lone surrogates are written as py-amqp writes them."""
     cdef Py_ssize_t size
+    cdef bytes kept = None
     cdef const char *data
     if text is None:
         return out.put_u8(c'V')
-    data = PyUnicode_AsUTF8AndSize(text, &size)
+    try:
+        data = PyUnicode_AsUTF8AndSize(text, &size)
+    except UnicodeEncodeError:
+        kept = text.encode("utf-8", "surrogatepass")
+        data, size = PyBytes_AS_STRING(kept), PyBytes_GET_SIZE(kept)
     out.put_u8(c'S')
     out.put_u32(<uint32_t> size)
     return out.put(data, size)
@@ -878,10 +897,13 @@ cdef class Call:
     def success_meta(self, bytes value) -> bytes | None:
         """Return the stored form of a success with this encoded value, None when the id needs escaping in JSON."""
         cdef Py_ssize_t id_size, i
-        cdef const char *id_text = PyUnicode_AsUTF8AndSize(self.id, &id_size)
+        cdef const char *id_text
         cdef Py_ssize_t value_size = PyBytes_GET_SIZE(value)
         cdef bytes out
         cdef char *p
+        if not self.id.isascii():
+            return None
+        id_text = PyUnicode_AsUTF8AndSize(self.id, &id_size)
         for i in range(id_size):
             if not (c'a' <= id_text[i] <= c'z' or c'0' <= id_text[i] <= c'9' or c'A' <= id_text[i] <= c'Z' or id_text[i] == c'-'
                     or id_text[i] == c'_' or id_text[i] == c'.'):

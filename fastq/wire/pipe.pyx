@@ -14,7 +14,7 @@ from libc.string cimport memcmp, memcpy, memmove
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 
-from fastq.wire.message cimport Head, Message, scan_head
+from fastq.wire.message cimport Head, Message, read_text, scan_head
 
 from fastq.errors import EncodeError, LocalProtocolError
 
@@ -213,7 +213,7 @@ cdef class ChildPipe:
         # The main process admitted these properties: the scan finds task and id.
         scan_head(<const uint8_t *> PyBytes_AS_STRING(call.props), fixed.props_size, &head)
         call.name = PyUnicode_DecodeUTF8(PyBytes_AS_STRING(call.props) + head.task.offset, head.task.length, b"replace")
-        call.id = PyUnicode_DecodeUTF8(PyBytes_AS_STRING(call.props) + head.id.offset, head.id.length, b"replace")
+        call.id = read_text(PyBytes_AS_STRING(call.props) + head.id.offset, head.id.length)
         call.retries = <int> head.retries
         call.deliveries = <int> fixed.deliveries
         call.redelivered = fixed.redelivered
@@ -387,7 +387,7 @@ cdef class ChildPipe:
     def state(self, str task_id, str state, bytes meta) -> None:
         """Hand an intermediate state to the main process to be stored."""
         cdef StateRecord record
-        cdef bytes id_bytes = task_id.encode(), state_bytes = state.encode()
+        cdef bytes id_bytes = task_id.encode("utf-8", "surrogatepass"), state_bytes = state.encode()
         record.kind = RECORD_STATE
         record.seq = self.running
         record.id_size = <uint16_t> len(id_bytes)
