@@ -7,6 +7,7 @@ other way round: messages of protocol 1, put into today's form.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 import celery
@@ -108,6 +109,10 @@ def modern_form(app: celery.Celery, props: bytes, body: bytes) -> tuple[bytes, b
     if not isinstance(args, (list, tuple)) or not isinstance(kwargs, dict):
         return None
     headers = {name: fields.get(old) for old, name in _MOVED.items()}
+    for name in ("eta", "expires"):
+        moment = headers[name]
+        if isinstance(moment, datetime):  # YAML has a form for it, and pickle
+            headers[name] = moment.isoformat()
     if headers["group"] is None:
         headers["group"] = fields.get("taskset")
     headers["lang"] = "py"

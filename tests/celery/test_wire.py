@@ -28,6 +28,7 @@ from tests.celery.conftest import OpenStage, stages
 from tests.celery.proj.errors import PlainError
 from tests.celery.proj.wire import CAUGHT
 from tests.celery.stage import CeleryStage, Servers, opened
+from tests.servers import wait_until
 
 TASKS = "tests.celery.proj.tasks"
 WIRE = "tests.celery.proj.wire"
@@ -253,6 +254,22 @@ def test_headers_may_hold_what_only_pythons_json_reads(stage: CeleryStage) -> No
     assert found["headers"]["mark"] == name
 
 
+def test_remote_control_takes_and_says_numbers_that_are_none(stage: CeleryStage) -> None:
+    control = stage.client.control
+    [reply] = control.broadcast("ping", arguments={"x": float("nan")}, reply=True, limit=1, timeout=20)
+    assert [*reply.values()] == [{"ok": "pong"}]
+    result = stage.tasks.identity.apply_async(([float("nan"), "caf\udce9"],), countdown=600)
+
+    def scheduled() -> list[Any]:
+        [reply] = control.broadcast("scheduled", reply=True, limit=1, timeout=20)
+        [requests] = reply.values()
+        return [each["request"]["args"] for each in requests if each["request"]["id"] == result.id]
+
+    wait_until(lambda: bool(scheduled()), 20, lambda: AssertionError(stage.logs()))
+    assert repr(scheduled()) == repr([[[float("nan"), "caf\udce9"]]])
+    result.revoke()
+
+
 @pytest.mark.parametrize("kind", stages(("amqp", "rpc")))
 def test_an_id_may_be_any_text_that_the_store_takes(open_stage: OpenStage, kind: tuple[Any, ...]) -> None:
     stage = open_stage(*kind)
@@ -277,6 +294,33 @@ def test_a_time_may_have_any_form_that_celery_reads(stage: CeleryStage) -> None:
     assert [stage.get(result) for result in results] == [1] * len(DUE)
     expired = [send_as_text(stage, "[[1], {}, {}]", expires=text) for text in DUE]
     assert [type(stage.error(result)) for result in expired] == [TaskRevokedError] * len(DUE)
+
+
+def test_numbers_written_as_text_count_as_numbers(stage: CeleryStage) -> None:
+    if stage.runner == "celery":
+        pytest.skip("Celery's worker dies of such a limit, and its retry of such a number")
+    result = send_as_text(stage, "[[2], {}, {}]", task="retry_until", retries="1", timelimit=["5", None])
+    assert stage.get(result) == 2
+    result = send_as_text(stage, "[[], {}, {}]", task="dump_request", retries="1", timelimit=["5", "2.5"])
+    found = stage.get(result)
+    assert (found["retries"], found["timelimit"]) == (1, [5.0, 2.5])
+    late = send_as_text(stage, "[[false], {}, {}]", task="wait_for_soft_limit", timelimit=[None, "0.1"])
+    assert type(stage.error(late)).__name__ == "SoftTimeLimitExceeded"
+
+
+@pytest.mark.parametrize("kind", stages(("amqp", "rpc")))
+def test_times_of_protocol_1_in_yaml(open_stage: OpenStage, kind: tuple[Any, ...]) -> None:
+    stage = open_stage(*kind, accept_content=["yaml", "json"])
+    stage.start_worker("-c", "1")
+    task_id = str(uuid.uuid4())
+    body = (
+        f"{{task: {TASKS}.add, id: {task_id}, args: [1, 2], eta: 2020-01-02T03:04:05Z, expires: 2999-01-01T00:00:00Z}}"
+    )
+    publish(
+        stage, body, headers={}, correlation_id=task_id, reply_to=stage.client.thread_oid,
+        content_type="application/x-yaml", content_encoding="utf-8", serializer=None,
+    )  # fmt: skip
+    assert stage.get(stage.client.AsyncResult(task_id)) == 3
 
 
 # --- routes -----------------------------------------------------------------------------------------------------------
