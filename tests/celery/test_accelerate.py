@@ -186,6 +186,20 @@ def test_plain_calls_leave_kombu_alone_but_for_declaring(broker_url: str) -> Non
     app.close()
 
 
+def test_what_only_pythons_json_reads_is_sent_as_celery_sends_it(broker_url: str) -> None:
+    sent = []
+    for app in (make(broker_url), celery.Celery(broker=broker_url, set_as_current=False)):
+        mark = {"headers": {"mark": "caf\udce9"}, "task_id": f"\ud800-{app.main}"}
+        app.send_task("any", (float("nan"), "caf\udce9"), {"x": [float("inf")]}, **mark)
+        sent += taken(broker_url)
+        app.close()
+    ours, theirs = sent
+    assert repr(ours.payload) == repr(theirs.payload)
+    for name in ("argsrepr", "kwargsrepr", "mark"):
+        assert ours.headers[name] == theirs.headers[name]
+    assert ours.headers["id"].startswith("\ud800")
+
+
 # --- signals
 
 
