@@ -29,6 +29,7 @@ from fastq.errors import (
     NotRegistered,
     PublishError,
     Reject,
+    RemoteProtocolError,
     Retry,
     SoftTimeLimitExceeded,
 )
@@ -317,9 +318,11 @@ class Runner:
                 text = _bounded_repr(value)
                 report = _report(call, result=text)
                 if self._logs_info:
-                    self._log.succeeded(
-                        call.name, call.id, self._runtime(call), text, request.argsrepr or "", request.kwargsrepr or ""
-                    )
+                    try:
+                        shown = request.argsrepr or "", request.kwargsrepr or ""
+                    except RemoteProtocolError:  # headers that nobody has read until now, and that cannot be read
+                        shown = "", ""
+                    self._log.succeeded(call.name, call.id, self._runtime(call), text, *shown)
             self._pipe.finish(
                 call, _SUCCESS, meta, report, recycle_flag(self._max_memory_kib) if self._max_memory_kib else 0
             )
