@@ -1,12 +1,16 @@
 # cython: language_level=3
 """The processes of the pool as the message loop feeds them, and what it knows of tasks. No decisions about messages."""
 
+from os import MFD_CLOEXEC, close, ftruncate, memfd_create
+
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 
 from fastq.link cimport Delivery
 from fastq.wire.message cimport read_text
 from fastq.wire.pipe cimport RECORD_CALL, RECORD_STOP, CallRecord, load32, load64s, monotonic_ns, store32
+
+from fastq.wire.pipe import SHARED_SIZE
 
 
 cdef class Keeper(Sink):
@@ -63,6 +67,9 @@ cdef class Child:
         self.accepting = False
 
     def connection_made(self, transport: object) -> None:
+        if self.gone:
+            transport.abort()
+            return
         self.transport = transport
         self.write_bytes = transport.write
         self.flush()
@@ -108,6 +115,16 @@ cdef class Child:
         record.kind = RECORD_STOP
         self.out.put(&record, sizeof(CallRecord))
         self.flush()
+
+    def close(self) -> None:
+        """Let go of socket and memory: the process has ended, and all that it has written was read."""
+        self.gone = True
+        self.accepting = False
+        transport, self.transport, self.write_bytes = self.transport, None, None
+        if transport is not None:
+            # What the child has forked may hold the other end: no end of file would come.
+            transport.abort()
+        self.reader = nobody()
 
     def kill_for(self, double limit) -> None:
         """Note that the process is being killed because the call that runs is past its hard limit; it starts no other."""
@@ -193,6 +210,22 @@ cdef class Child:
         if self.out.size and not self.gone and self.write_bytes is not None:
             self.write_bytes(self.out.take())
         return 0
+
+
+cdef RingReader NOBODY = None
+
+
+cdef RingReader nobody():
+    """Memory in which nobody ever writes, for children whose own was let go of."""
+    global NOBODY
+    if NOBODY is None:
+        shared = memfd_create("fastq-nobody", MFD_CLOEXEC)
+        try:
+            ftruncate(shared, SHARED_SIZE)
+            NOBODY = RingReader(shared)
+        finally:
+            close(shared)
+    return NOBODY
 
 
 cdef str delivery_id(Delivery delivery):

@@ -157,6 +157,8 @@ class Settings:
     fastq_max_deliveries: int = 20
     fastq_max_child_deaths: int = 3
     fastq_grace_s: float = 25.0
+    fastq_child_start_timeout: float | None = 300.0  # a child that is not ready by then is killed; None: never
+    fastq_keeps_spare: bool = True  # False: a child's replacement starts when the child has ended
 
     _sources: dict[str, int]
     _frozen: bool

@@ -19,7 +19,7 @@ from fastq._child import Child, TaskOptions
 from fastq._core import Core
 from fastq.link import BatchSource, Delivery
 from fastq.pool.supervisor import Pool
-from fastq.pool.zygote import start_zygote
+from fastq.pool.zygote import ChildMain, start_zygote
 from fastq.wire.ids import new_id
 from fastq.wire.message import Message, encode_task
 from fastq.wire.pipe import ChildPipe
@@ -231,10 +231,12 @@ def run_loop(
     tasks: dict[str, dict[str, Any]] | None = None,
     timeout_s: float = 30,
     keeps_spare: bool = False,
+    main_of_child: ChildMain = child_main,
+    pool_options: dict[str, Any] | None = None,
     **core_options: Any,
 ) -> None:
     """Start a pool and a loop, run the test's coroutine, and take everything down."""
-    zygote = start_zygote(child_main)
+    zygote = start_zygote(main_of_child)
     loop = uvloop.new_event_loop()
 
     async def main() -> None:
@@ -250,6 +252,7 @@ def run_loop(
             keeps_spare,
             lambda pid, reason: hooks.lost.append((pid, reason)),
             lambda text: hooks.events.append(("fatal", text)),
+            **(pool_options or {}),
         )
         await pool.start()
         broker = ListBroker(loop, window)

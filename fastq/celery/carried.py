@@ -240,7 +240,9 @@ CARRIED: Mapping[str, Entry] = (
         ),
         "worker_lost_wait": Entry(How.MEANINGLESS, "a child's outcome is in shared memory: it survives the child"),
         "worker_pool_putlocks": Entry(How.MEANINGLESS, "the pool has no such lock"),
-        "worker_proc_alive_timeout": Entry(How.MEANINGLESS, "a child is used when it says that it is ready"),
+        "worker_proc_alive_timeout": Entry(
+            How.NATIVE, "a child that is not ready by then is killed; 300 s when nobody sets it"
+        ),
         "worker_timer": Entry(How.MEANINGLESS, "the event loop has timers of its own"),
         "worker_timer_precision": Entry(How.MEANINGLESS, "timers fire when they are due"),
     }

@@ -1,12 +1,16 @@
 """The pool as the main process sees it: slots, the child in each, and replacements ready before they are needed.
 
 It decides which process runs where, never which call. Children are forked by the zygote; their end is reported by it.
+Every child starts as a spare: a slot takes the first one that is ready, so one that hangs or dies at its start holds
+up nothing but itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import logging
 import os
 import signal
 import socket
@@ -15,33 +19,63 @@ from dataclasses import dataclass, field
 
 from fastq._child import Child
 from fastq._core import Core
-from fastq.pool.zygote import Exited, Zygote
+from fastq.pool.zygote import Exited, Failed, Zygote
 from fastq.wire.pipe import SHARED_SIZE, RingReader
 
-#: Respawns of children that died before they were ready, in a row, before the pool gives up.
-MAX_FAILED_STARTS = 5
+logger = logging.getLogger("fastq.worker")
+
+#: Pauses after failed starts, doubled from one to the next. Chosen: a crash loop costs little, and is soon over.
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 10.0
+#: After how many rounds of failed starts the pool gives up, when no child was ever ready.
+MAX_ROUNDS = 5
+#: How long the other children are waited for once the first one is ready; alike, they are ready within moments.
+TOGETHER_S = 1.0
+#: When a child that is not ready is worth a line. Chosen: most starts take well under a second.
+SLOW_START_S = 10.0
+#: How long a child may take from its last call to its end.
+SLOW_END_S = 60.0
+#: Requests to the zygote under way: a few hundred fill its socket, and writing there must not block.
+MAX_ASKED = 16
 
 
 @dataclass(eq=False, slots=True)
 class Member:
-    """One process of the pool, from the request to fork it to the report of its end."""
+    """One process of the pool, from the request to fork it to the report of its end.
 
+    No two living ones have the same ``number``: each gets the lowest that is free, and an end frees it. So numbers stay
+    below the pool's size where replacements do not overlap, and else below twice the size and one for the spare.
+    """
+
+    number: int
     child: Child | None = None
     pid: int = 0
-    slot: int = -1  # -1: a spare
     is_ready: bool = False
+    is_leaving: bool = False  # it was asked to end
+    since: float = 0.0  # when it was asked for, then when it was forked
     sock: socket.socket | None = None
     reader: RingReader | None = None
     pidfd: int = -1
+    timer: asyncio.TimerHandle | None = None  # for a start or an end that takes too long
+
+    @property
+    def title(self) -> str:
+        """Return what the log calls it."""
+        return f"Process 'ForkPoolWorker-{self.number + 1}'" + (f" pid:{self.pid}" if self.pid else "")
+
+    def set_timer(self, timer: asyncio.TimerHandle | None) -> None:
+        """Watch over something else from now on, or over nothing."""
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = timer
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Slot:
     """A place for one running call at a time."""
 
     member: Member | None = None
     #: The member has finished all it may run: a spare takes its place as soon as one is ready.
-    wants_spare: bool = False
+    is_due: bool = False
 
 
 @dataclass(slots=True)
@@ -49,6 +83,8 @@ class Pool:
     """Keeps ``concurrency`` slots filled.
 
     ``on_lost(pid, reason)`` is told of a death nobody asked for, ``on_fatal(text)`` when no child can be had any more.
+    ``keeps_spare``: one more child than slots waits for its turn. ``overlaps``: a replacement may start while the child
+    that it replaces still lives. A child that is not ready after ``start_timeout_s`` is killed (None: never).
     """
 
     loop: asyncio.AbstractEventLoop
@@ -58,35 +94,43 @@ class Pool:
     keeps_spare: bool
     on_lost: Callable[[int, str], None]
     on_fatal: Callable[[str], None]
+    overlaps: bool = True
+    start_timeout_s: float | None = None
     slots: list[Slot] = field(default_factory=list)
-    spares: list[Member] = field(default_factory=list)
+    spares: list[Member] = field(default_factory=list)  # starting, or ready and in no slot
     _members: dict[int, Member] = field(default_factory=dict)  # by pid
     _requests: dict[int, Member] = field(default_factory=dict)
     _by_child: dict[Child, Member] = field(default_factory=dict)
+    _dropped: list[Member] = field(default_factory=list)  # their slot is gone, their last call still runs
     _next_request: int = 1
     _failed_starts: int = 0
+    _rounds: int = 0  # pauses in a row
+    _pause: asyncio.TimerHandle | None = None
+    _was_ready: bool = False  # some child was, at some time
+    _zygote_is_slow: bool = False
     _stopping: bool = False
-    _ready: asyncio.Event = field(default_factory=asyncio.Event)
+    _killing: bool = False
+    _first: asyncio.Event = field(default_factory=asyncio.Event)
+    _complete: asyncio.Event = field(default_factory=asyncio.Event)
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
 
     # --- start and stop
 
     async def start(self) -> None:
-        """Return when every slot has a child that takes calls."""
+        """Return when calls can run: every slot has its child, or some have and the others take longer."""
         self.loop.add_reader(self.zygote.fd, self._on_reports)
-        for number in range(self.concurrency):
-            slot = Slot()
-            self.slots.append(slot)
-            slot.member = self._spawn(number)
-        if self.keeps_spare:
-            self.spares.append(self._spawn(-1))
-        await self._ready.wait()
+        self.slots += [Slot() for _ in range(self.concurrency)]
+        self._fill()
+        await self._first.wait()
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._complete.wait(), TOGETHER_S)
 
     async def stop(self, deadline_s: float | None) -> None:
         """Ask every child to end after its call; kill what is left at the deadline."""
-        self._stopping = True
+        self._begin_stop()
         for member in list(self._members.values()):
-            if member.child is not None:
+            if member.child is not None and not member.is_leaving:
+                member.is_leaving = True
                 member.child.stop()
         if not self._members and not self._requests:
             self._empty.set()
@@ -94,11 +138,15 @@ class Pool:
             await asyncio.wait_for(self._empty.wait(), deadline_s)
         except (TimeoutError, asyncio.TimeoutError):
             self.kill()
-            await asyncio.wait_for(self._empty.wait(), 10)
+            try:
+                await asyncio.wait_for(self._empty.wait(), 10)
+            except (TimeoutError, asyncio.TimeoutError):
+                logger.error("the process that forks children, pid:%d, does not answer; it is killed", self.zygote.pid)
 
     def kill(self) -> None:
         """Kill every child."""
-        self._stopping = True
+        self._begin_stop()
+        self._killing = True
         for member in self._members.values():
             self._signal(member, signal.SIGKILL)
 
@@ -107,30 +155,31 @@ class Pool:
         self.loop.remove_reader(self.zygote.fd)
         self.zygote.close()
 
+    def _begin_stop(self) -> None:
+        self._stopping = True
+        if self._pause is not None:
+            self._pause.cancel()
+        for member in [*self._members.values(), *self._requests.values()]:
+            member.set_timer(None)
+
     # --- size
 
     def grow(self, n: int = 1) -> None:
         """Add slots."""
         for _ in range(n):
-            self._add_slot()
+            # A child that was dropped and still runs a call goes on counting: never more calls at once than slots.
+            running = self._dropped.pop() if self._dropped else None
+            self.slots.append(Slot(running))
+        self._fill()
 
     def shrink(self, n: int = 1) -> None:
-        """Remove slots; the calls in them are finished first. The last slot stays."""
+        """Remove slots, empty and idle ones first; the calls in them are finished. The last slot stays."""
         for _ in range(min(n, len(self.slots) - 1)):
-            self._drop_slot()
-
-    def _add_slot(self) -> None:
-        self.concurrency += 1
-        slot = Slot()
-        self.slots.append(slot)
-        slot.member = self._spawn(len(self.slots) - 1)
-
-    def _drop_slot(self) -> None:
-        self.concurrency -= 1
-        slot = self.slots.pop()
-        if slot.member is not None and slot.member.child is not None:
-            slot.member.slot = -2
-            slot.member.child.stop()
+            slot = min(reversed(self.slots), key=_worth)
+            self.slots.remove(slot)
+            if slot.member is not None and not slot.is_due:
+                self._dismiss(slot.member)
+        self._fill()
 
     @property
     def size(self) -> int:
@@ -140,23 +189,21 @@ class Pool:
     @property
     def pids(self) -> list[int]:
         """Process ids by slot."""
-        return [slot.member.pid for slot in self.slots if slot.member is not None and slot.member.pid]
+        return [slot.member.pid for slot in self.slots if slot.member is not None]
 
-    # --- what the core reports
+    # --- what the core reports; a child may have ended when its last records are read
 
     def child_ready(self, child: Child) -> None:
-        """The child takes calls."""
-        member = self._by_child[child]
+        """The child can take calls."""
+        member = self._by_child.get(child)
+        if member is None:
+            return
         member.is_ready = True
-        self._failed_starts = 0
-        if self._stopping:
-            child.stop()
-        elif member.slot >= 0:
-            child.activate()
-        else:
-            self._use_spares()
-        if all(slot.member is not None and slot.member.is_ready for slot in self.slots):
-            self._ready.set()
+        member.set_timer(None)
+        self._was_ready = True
+        self._failed_starts = self._rounds = 0
+        self._fill()
+        self._first.set()
 
     def child_full(self, child: Child) -> None:
         """The child has been given its last call."""
@@ -165,20 +212,22 @@ class Pool:
 
     def child_drained(self, child: Child) -> None:
         """The child has finished its last call: a spare takes its place."""
-        member = self._by_child[child]
-        child.stop()
+        member = self._by_child.get(child)
+        if member is None:
+            return
+        self._dismiss(member)
         slot = self._slot_of(member)
-        if slot is not None and not self._stopping:
-            slot.wants_spare = True
-            self._use_spares()
+        if slot is not None and not slot.is_due:
+            slot.is_due = True
+            self._fill()
 
     def child_broken(self, child: Child, reason: str) -> None:
         """The child does not make sense any more."""
-        self._signal(self._by_child[child], signal.SIGKILL)
+        self.kill_child(child)
 
     def dump_stack(self, child: Child) -> None:
         """Have the child write the stacks of its threads to the log."""
-        self._signal(self._by_child[child], signal.SIGUSR1)
+        self.terminate(child, signal.SIGUSR1)
 
     def terminate(self, child: Child, signum: int) -> None:
         """Send one child a signal of the user's choice."""
@@ -186,53 +235,61 @@ class Pool:
         if member is not None:
             self._signal(member, signal.Signals(signum))
 
+    def kill_child(self, child: Child) -> None:
+        """Kill one child; its slot is filled again."""
+        self.terminate(child, signal.SIGKILL)
+
     def restart(self) -> None:
         """Replace every child; each finishes the call that it runs."""
         for slot in self.slots:
-            if slot.member is not None and slot.member.child is not None and not slot.wants_spare:
+            if slot.member is not None and slot.member.child is not None and not slot.member.is_leaving:
                 slot.member.child.retire()
                 self.child_full(slot.member.child)
 
-    def kill_child(self, child: Child) -> None:
-        """Kill one child; its slot is filled again."""
-        member = self._by_child.get(child)
-        if member is not None:
-            self._signal(member, signal.SIGKILL)
+    # --- slots and spares
 
-    # --- spawning
+    def _needs_child(self, slot: Slot) -> bool:
+        return slot.member is None or (slot.is_due and self.overlaps)
 
-    def _spawn(self, slot: int) -> Member:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        shared = os.memfd_create("fastq-child", os.MFD_CLOEXEC)
-        member = Member(slot=slot)
-        try:
-            os.ftruncate(shared, SHARED_SIZE)
-            member.reader = RingReader(shared)
-            member.sock = ours
-            self._requests[self._next_request] = member
-            self.zygote.spawn(self._next_request, slot, theirs.fileno(), shared)
-            self._next_request += 1
-        finally:
-            theirs.close()
-            os.close(shared)
-        return member
+    def _fill(self) -> None:
+        """Put ready children where one is needed, send away those that are too many, order those that are missing."""
+        if self._stopping:
+            return
+        needing = [slot for slot in self.slots if self._needs_child(slot)]
+        ready = [member for member in self.spares if member.is_ready]
+        placed = list(zip(needing, ready, strict=False))
+        for slot, member in placed:
+            self.spares.remove(member)
+            slot.member, slot.is_due = member, False
+        kept = int(self.keeps_spare)
+        for member in ready[len(needing) + kept :]:
+            self.spares.remove(member)
+            self._dismiss(member)
+        for _ in range(len(needing) - len(placed) + kept - len(self.spares)):
+            if self._pause is not None or self._is_giving_up or len(self._requests) >= MAX_ASKED:
+                break  # it goes on when the pause is over, or with the zygote's next report
+            if len(self._members) + len(self._requests) - len(self._dropped) >= 2 * len(self.slots) + kept:
+                break  # children that take long to end do not pile up
+            self._spawn()
+        if len(placed) == len(needing):
+            self._complete.set()
+        for _, member in placed:
+            assert member.child is not None
+            member.child.activate()
 
-    def _use_spares(self) -> None:
-        """Put ready spares where one is wanted and order new ones."""
-        for number, slot in enumerate(self.slots):
-            if not slot.wants_spare:
-                continue
-            spare = next((each for each in self.spares if each.is_ready), None)
-            if spare is None:
-                if not self.spares:
-                    self.spares.append(self._spawn(-1))
-                return
-            self.spares.remove(spare)
-            spare.slot, slot.member, slot.wants_spare = number, spare, False
-            if self.keeps_spare:
-                self.spares.append(self._spawn(-1))
-            assert spare.child is not None
-            spare.child.activate()
+    def _dismiss(self, member: Member) -> None:
+        """Have a child end after the calls that it holds."""
+        assert member.child is not None
+        if not member.is_leaving:
+            member.is_leaving = True
+            member.child.stop()
+        if member in self._dropped:
+            self._dropped.remove(member)
+        if member.child.busy:
+            if self._slot_of(member) is None:
+                self._dropped.append(member)
+        elif member.timer is None and not self._stopping:
+            member.set_timer(self.loop.call_later(SLOW_END_S, self._end_is_slow, member))
 
     def _slot_of(self, member: Member) -> Slot | None:
         return next((slot for slot in self.slots if slot.member is member), None)
@@ -242,6 +299,113 @@ class Pool:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(member.pidfd, signum)
 
+    # --- starting children
+
+    def _spawn(self) -> None:
+        member = Member(self._free_number())
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            member.sock = ours
+            with theirs, open(os.memfd_create("fastq-child", os.MFD_CLOEXEC), "wb") as shared:
+                os.ftruncate(shared.fileno(), SHARED_SIZE)
+                member.reader = RingReader(shared.fileno())
+                self.zygote.spawn(self._next_request, member.number, theirs.fileno(), shared.fileno())
+        except OSError as error:  # no descriptors, no memory
+            self._start_failed(member, f"could not be started: {error}")
+            return
+        self.spares.append(member)
+        self._requests[self._next_request] = member
+        self._next_request += 1
+        self._watch_start(member)
+
+    def _watch_start(self, member: Member) -> None:
+        member.since = self.loop.time()
+        member.set_timer(self.loop.call_later(self._slow_start_s, self._start_is_slow, member))
+
+    def _free_number(self) -> int:
+        taken = {member.number for member in [*self._members.values(), *self._requests.values()]}
+        return next(number for number in itertools.count() if number not in taken)
+
+    @property
+    def _slow_start_s(self) -> float:
+        return SLOW_START_S if self.start_timeout_s is None else min(SLOW_START_S, self.start_timeout_s / 2)
+
+    @property
+    def _is_giving_up(self) -> bool:
+        return self._rounds >= MAX_ROUNDS and not self._was_ready
+
+    def _start_failed(self, member: Member, how: str) -> None:
+        """Another child is started, after a pause that grows from one failure to the next."""
+        if member.sock is not None:
+            member.sock.close()
+        self._failed_starts += 1
+        if self._pause is None:
+            self._rounds += 1
+            if not self._is_giving_up:
+                pause_s = min(FIRST_PAUSE_S * 2 ** (self._rounds - 1), LAST_PAUSE_S)
+                self._pause = self.loop.call_later(pause_s, self._end_pause)
+        if self._pause is not None:
+            after_s = max(0.0, self._pause.when() - self.loop.time())
+            logger.error("%s %s; another one is started in %.1f s%s", member.title, how, after_s, self._hint())
+            return
+        logger.error("%s %s", member.title, how)
+        if not self.spares:
+            self.on_fatal(f"{self._failed_starts} children failed to start and none was ever ready, the last one {how}")
+
+    def _hint(self) -> str:
+        """Return what may be wrong when only the spare cannot start: the others hold what it wants."""
+        if not self.keeps_spare or any(self._needs_child(slot) for slot in self.slots):
+            return ""
+        return ". If children hold a port, a lock or a GPU, set fastq_keeps_spare = False"
+
+    def _end_pause(self) -> None:
+        self._pause = None
+        self._fill()
+
+    def _start_is_slow(self, member: Member) -> None:
+        waited_s, limit_s = self.loop.time() - member.since, self.start_timeout_s
+        is_over = limit_s is not None and waited_s > limit_s - 0.01  # the loop's clock counts milliseconds
+        if not member.pid:
+            self._zygote_hangs(waited_s, is_over)
+        elif is_over:
+            logger.error(
+                "%s was not ready after %.3g s (fastq_child_start_timeout) and is killed", member.title, limit_s
+            )
+            self._signal(member, signal.SIGKILL)
+            return
+        else:
+            logger.warning(
+                "%s is not ready after %.3g s: what it does (handlers of worker_process_init, hooks of "
+                "os.register_at_fork) takes long or hangs; it is killed after %s. Its stack:",
+                member.title,
+                waited_s,
+                "fastq_child_start_timeout, which is not set" if limit_s is None else f"{limit_s:.3g} s",
+            )
+            self._signal(member, signal.SIGUSR1)
+        if limit_s is not None or not member.pid:
+            again_s = self._slow_start_s if limit_s is None or is_over else limit_s - waited_s
+            member.set_timer(self.loop.call_later(again_s, self._start_is_slow, member))
+
+    def _zygote_hangs(self, waited_s: float, is_over: bool) -> None:
+        """No child can be started or replaced; those that there are go on."""
+        if not self._zygote_is_slow:
+            self._zygote_is_slow = True
+            logger.warning(
+                "the process that forks children, pid:%d, has not done so for %.3g s: a hook that a library has set "
+                "for forks may hang. Its stack:",
+                self.zygote.pid,
+                waited_s,
+            )
+            os.kill(self.zygote.pid, signal.SIGUSR1)
+        if is_over and not any(member.is_ready for member in self._members.values()):
+            self.on_fatal(
+                f"the process that forks children hangs: none was started for {waited_s:.3g} s, and none is left"
+            )
+
+    def _end_is_slow(self, member: Member) -> None:
+        logger.warning("%s has not ended %g s after its last call and is killed", member.title, SLOW_END_S)
+        self._signal(member, signal.SIGKILL)
+
     # --- reports of the zygote
 
     def _on_reports(self) -> None:
@@ -249,13 +413,27 @@ class Pool:
             reports = self.zygote.reports()
         except EOFError as error:
             self.loop.remove_reader(self.zygote.fd)
+            self._empty.set()  # the kernel has killed the children with it
             self.on_fatal(f"{error}; no child can be started any more")
             return
+        self._zygote_is_slow = False
         for report in reports:
             if isinstance(report, Exited):
                 self._on_exit(report)
+            elif isinstance(report, Failed):
+                self._on_failed(self._requests.pop(report.request), report.reason)
             else:
                 self._on_spawned(self._requests.pop(report.request), report.pid)
+        if self._stopping and not self._members and not self._requests:
+            self._empty.set()
+        else:
+            self._fill()
+
+    def _on_failed(self, member: Member, reason: str) -> None:
+        member.set_timer(None)
+        self.spares.remove(member)
+        if not self._stopping:
+            self._start_failed(member, f"could not be forked: {reason}")
 
     def _on_spawned(self, member: Member, pid: int) -> None:
         assert member.reader is not None
@@ -266,51 +444,60 @@ class Pool:
             member.pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             return  # it has ended already; the report is on its way
-        child = Child(self.core, member.slot, pid, member.reader)
+        child = Child(self.core, member.number, pid, member.reader)
         member.child = child
         self._by_child[child] = member
         self.core.add_child(child)
         # The transport is made on the next turn of the loop; nothing is sent to the child before it reports ready.
         self.loop.create_task(self._connect(child, member.sock))
+        if self._killing:
+            self._signal(member, signal.SIGKILL)
+        elif self._stopping:
+            member.is_leaving = True
+            child.stop()
+        else:
+            self._watch_start(member)
 
     async def _connect(self, child: Child, sock: socket.socket) -> None:
-        await self.loop.create_unix_connection(lambda: child, sock=sock)
+        if not child.gone:
+            await self.loop.create_unix_connection(lambda: child, sock=sock)
 
     def _on_exit(self, report: Exited) -> None:
         member = self._members.pop(report.pid, None)
         if member is None:
             return
+        member.set_timer(None)
         if member.pidfd >= 0:
             os.close(member.pidfd)
-            member.pidfd = -1  # the core may still find fault with what the child left behind
+            member.pidfd = -1
         slot = self._slot_of(member)
+        if slot is not None:
+            slot.member, slot.is_due = None, False
         if member in self.spares:
             self.spares.remove(member)
-        expected = self._stopping or slot is None or slot.wants_spare
-        if member.child is not None:
-            was_retired = member.child.retiring and not member.child.busy
-            expected = expected or was_retired
-            # Before the core decides about its calls: the replacement is on its way while they are recorded.
-            self._replace(member, slot)
-            self.core.remove_child(member.child, report.reason)
-            del self._by_child[member.child]
-        else:
-            self._replace(member, slot)
-        if not expected:
+        if member in self._dropped:
+            self._dropped.remove(member)
+        child = member.child
+        is_expected = self._stopping or member.is_leaving
+        if child is not None:
+            is_expected = is_expected or (child.retiring and not child.busy)
+            child.retire()
+            del self._by_child[child]
+        if not member.is_ready and not is_expected:
+            self._start_failed(member, f"exited with {report.reason!r} before it was ready")
+        # Before the core decides about its calls: the replacement is on its way while they are recorded.
+        self._fill()
+        if child is not None:
+            self.core.remove_child(child, report.reason)
+            child.close()
+        if member.sock is not None:
+            member.sock.close()
+        if member.is_ready and not is_expected:
             self.on_lost(report.pid, report.reason)
-        if self._stopping and not self._members and not self._requests:
-            self._empty.set()
 
-    def _replace(self, member: Member, slot: Slot | None) -> None:
-        if slot is None or self._stopping:
-            return
-        if slot.wants_spare:
-            slot.member = None
-            self._use_spares()
-            return
-        if not member.is_ready:
-            self._failed_starts += 1
-            if self._failed_starts >= MAX_FAILED_STARTS:
-                self.on_fatal(f"{self._failed_starts} children ended before they were ready")
-                return
-        slot.member = self._spawn(self.slots.index(slot))
+
+def _worth(slot: Slot) -> int:
+    """Return what would be lost with the slot: nothing, a child that is ready, or one that is at work."""
+    if slot.member is None or slot.member.child is None or slot.is_due:
+        return 0
+    return 2 if slot.member.child.busy else 1

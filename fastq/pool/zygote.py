@@ -6,6 +6,8 @@ The worker's main process starts it before any loop or thread exists. Requests a
 from __future__ import annotations
 
 import contextlib
+import errno
+import faulthandler
 import gc
 import logging
 import os
@@ -19,11 +21,18 @@ from dataclasses import dataclass
 
 from fastq.pool.process import die_with_parent, set_name
 
-#: What runs in a child: (socket, shared memory file, slot) -> exit code.
+#: What runs in a child: (socket, shared memory file, number) -> exit code. No two living children have the same number;
+#: it is 0 or more.
 ChildMain = Callable[[int, int, int], int]
 
-_SPAWN, _SPAWNED, _EXITED = 1, 2, 3
-_RECORD = struct.Struct("=BIii")  # kind, request or slot, pid, wait status
+_SPAWN, _SPAWNED, _EXITED, _FAILED = 1, 2, 3, 4
+_RECORD = struct.Struct("=BIii")  # kind, request, pid or number, wait status or errno
+
+#: How long a hook of os.register_at_fork may hold up the zygote. Chosen: hooks take locks, and the zygote has no other
+#: thread to hold one.
+HOOK_S = 5.0
+#: How long it may take to end. Chosen: it has nothing to do but to leave.
+END_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +41,14 @@ class Spawned:
 
     request: int
     pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A child could not be forked."""
+
+    request: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +83,16 @@ class Zygote:
         """Return the descriptor to watch for reports."""
         return self._control.fileno()
 
-    def spawn(self, request: int, slot: int, sock: int, shared: int) -> None:
-        """Ask for a child on these descriptors; a Spawned with this request number follows."""
-        socket.send_fds(self._control, [_RECORD.pack(_SPAWN, request, slot, 0)], [sock, shared])
+    def spawn(self, request: int, number: int, sock: int, shared: int) -> None:
+        """Ask for a child on these descriptors; a Spawned or a Failed with this request follows.
 
-    def reports(self) -> list[Spawned | Exited]:
+        Raises BlockingIOError when a few hundred requests wait already.
+        """
+        socket.send_fds(self._control, [_RECORD.pack(_SPAWN, request, number, 0)], [sock, shared])
+
+    def reports(self) -> list[Spawned | Failed | Exited]:
         """Return what has been reported since the last call. Raises EOFError when the zygote is gone."""
-        found: list[Spawned | Exited] = []
+        found: list[Spawned | Failed | Exited] = []
         while True:
             try:
                 data = self._control.recv(_RECORD.size)
@@ -81,11 +101,23 @@ class Zygote:
             if not data:
                 raise EOFError("the zygote process has ended")
             kind, request, pid, status = _RECORD.unpack(data)
-            found.append(Spawned(request, pid) if kind == _SPAWNED else Exited(pid, status))
+            if kind == _SPAWNED:
+                found.append(Spawned(request, pid))
+            elif kind == _FAILED:
+                found.append(Failed(request, os.strerror(status)))
+            else:
+                found.append(Exited(pid, status))
 
     def close(self) -> None:
-        """Let the zygote end; it kills children that are left."""
+        """Let the zygote end, or kill it when it does not; the kernel kills children that are left."""
         self._control.close()
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return
+        if not select.select([pidfd], [], [], END_S)[0]:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # it hangs in a hook
+        os.close(pidfd)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
@@ -120,10 +152,24 @@ def _ignore(signum: int, frame: object) -> None:
     """Leave it to the main process. A handler, not SIG_IGN: programs that tasks start must not inherit that."""
 
 
+class HookHangs(Exception):
+    """A hook of os.register_at_fork did not return in time."""
+
+
+def _end_hook(signum: int, frame: object) -> None:
+    """End the hook that runs; Python writes to stderr which one it was, and forks nevertheless."""
+    raise HookHangs(
+        f"a hook of os.register_at_fork (before or after_in_parent) did not return within {HOOK_S:g} s in the process "
+        "that forks children, which has one thread and only the locks that were free at its own fork; it was ended"
+    )
+
+
 def _serve(control: socket.socket, child_main: ChildMain) -> int:
     """Fork on request and report ends until the main process goes."""
     die_with_parent()
     set_name(b"fastq-zygote")
+    # Children have it too from their first moment on: a start that hangs can be looked into.
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2, all_threads=True, chain=False)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTTIN, signal.SIGTTOU):
         signal.signal(signum, _ignore)
     poll = select.poll()
@@ -147,9 +193,25 @@ def _fork_one(control: socket.socket, poll: select.poll, pids: dict[int, int], c
     data, fds, _, _ = socket.recv_fds(control, _RECORD.size, 2)
     if not data:
         return False
-    _, request, slot, _ = _RECORD.unpack(data)
+    _, request, number, _ = _RECORD.unpack(data)
     sock, shared = fds
-    pid = os.fork()
+    previous = signal.signal(signal.SIGALRM, _end_hook)
+    signal.setitimer(signal.ITIMER_REAL, HOOK_S, HOOK_S)
+    failure = pid = 0
+    try:
+        pid = os.fork()
+    except OSError as error:
+        failure = error.errno or errno.EAGAIN
+    except HookHangs:  # between two hooks: nobody knows whether the fork was done, and a child without sockets ends
+        failure = errno.ETIMEDOUT
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # a child has no timer of its parent's, but its handler
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if previous is None else previous)
+    if failure:
+        os.close(sock)
+        os.close(shared)
+        control.send(_RECORD.pack(_FAILED, request, 0, failure))
+        return True
     if pid == 0:
         code = 70
         try:
@@ -157,7 +219,7 @@ def _fork_one(control: socket.socket, poll: select.poll, pids: dict[int, int], c
             control.close()
             for fd in pids:
                 os.close(fd)
-            code = child_main(sock, shared, slot)
+            code = child_main(sock, shared, number)
         except KeyboardInterrupt:
             code = 130
         except Exception:

@@ -115,9 +115,12 @@ class Life:
             self.core,
             zygote,
             max(1, options.autoscale[1]) if options.autoscale else options.concurrency or 1,
-            keeps_spare=bool(options.max_tasks_per_child or options.max_memory_per_child),
+            keeps_spare=self.settings.fastq_keeps_spare
+            and bool(options.max_tasks_per_child or options.max_memory_per_child),
             on_lost=hooks.child_lost,
             on_fatal=self._on_fatal,
+            overlaps=self.settings.fastq_keeps_spare,
+            start_timeout_s=self.settings.fastq_child_start_timeout or None,
         )
         uninstall = install(loop, self._actions(), self._note_signal) if handle_signals else lambda: None
         serving: asyncio.Task[None] | None = None
