@@ -203,6 +203,9 @@ def test_a_fork_that_hangs_in_c_is_told_and_ends_a_worker_without_children(caplo
         await until(lambda: "has not done so for 0.25 s" in caplog.text, "warning")
         await run(at, 1)
         assert not [event for event in at.hooks.events if event[0] == "fatal"]
+        os.kill(at.pool.pids[0], signal.SIGKILL)
+        await until(lambda: bool(at.hooks.events), "end")
+        assert at.hooks.events[0][1].startswith("the process that forks children hangs: none was started for")
         os.kill(at.pool.zygote.pid, signal.SIGCONT)
         await until(lambda: len(at.pool.pids) == 2, "second child")
 

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import logging
 import os
+import select
 import signal
 import socket
 from collections.abc import Callable
@@ -397,7 +398,8 @@ class Pool:
                 waited_s,
             )
             os.kill(self.zygote.pid, signal.SIGUSR1)
-        if is_over and not any(member.is_ready for member in self._members.values()):
+        # Nobody reports ends any more: look for them.
+        if is_over and not any(member.is_ready and _lives(member) for member in self._members.values()):
             self.on_fatal(
                 f"the process that forks children hangs: none was started for {waited_s:.3g} s, and none is left"
             )
@@ -494,6 +496,12 @@ class Pool:
             member.sock.close()
         if member.is_ready and not is_expected:
             self.on_lost(report.pid, report.reason)
+
+
+def _lives(member: Member) -> bool:
+    poll = select.poll()
+    poll.register(member.pidfd, select.POLLIN)
+    return not poll.poll(0)
 
 
 def _worth(slot: Slot) -> int:
