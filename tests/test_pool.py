@@ -106,9 +106,10 @@ def test_a_spare_that_is_killed_while_a_slot_waits_for_it_is_replaced(tmp_path: 
 
     async def body(at: Running) -> None:
         await run(at, 1)
-        await until(lambda: starts(tmp_path) >= 2, "second start")
+        await until(lambda: starts(tmp_path) >= 2 and bool(at.pool.spares and at.pool.spares[0].pid), "second start")
         hanging = at.pool.spares[0]
         assert not hanging.is_ready
+        assert hanging.pid > 0
         os.kill(hanging.pid, signal.SIGKILL)
         await run(at, 3)
 
