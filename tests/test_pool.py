@@ -274,14 +274,18 @@ def test_200_replacements_leave_no_descriptor_and_no_mapping(tmp_path: Path) -> 
         maps = Path("/proc/self/maps").read_text()
         return len(os.listdir("/proc/self/fd")), maps.count("memfd:fastq-child")
 
+    def is_quiet(at: Running) -> bool:
+        living = at.pool._members.values()
+        return len(living) == 3 and all(each.is_ready and not each.is_leaving for each in living)
+
     async def body(at: Running) -> None:
         gc.disable()  # it hides what only it would find
         try:
             await run(at, 20)
-            await until(lambda: len(processes(at)) == 3, "end of the old children")
+            await until(lambda: is_quiet(at), "end of the old children")
             before = kept()
             await run(at, 200)
-            await until(lambda: len(processes(at)) == 3, "end of the old children")
+            await until(lambda: is_quiet(at), "end of the old children")
             await until(lambda: kept() <= before, f"end of what was opened: {before}, now {kept()}", 5)
         finally:
             gc.enable()
