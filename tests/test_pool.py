@@ -184,7 +184,7 @@ def test_a_hook_for_forks_that_hangs_is_ended_or_its_child_is(
             hung.touch()
             time.sleep(60)
 
-    os.register_at_fork(**{where: hang})  # type: ignore[arg-type]
+    os.register_at_fork(**{where: hang})
 
     async def body(at: Running) -> None:
         await run(at, 3)
