@@ -76,11 +76,14 @@ def pkg_config(option: str) -> list[str]:
 def extension(path: Path) -> Extension:
     """Return the extension for one .pyx file."""
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    needs_library = USES_LIBRABBITMQ.search(path.read_text(encoding="utf-8")) is not None
+    source = path.read_text(encoding="utf-8")
+    needs_library = USES_LIBRABBITMQ.search(source) is not None
+    # Timers are in a library of their own before glibc 2.34; later that one is empty.
+    system = ["rt"] if "timer_create" in source else []
     return Extension(
         name,
         [str(path.relative_to(ROOT))],
-        libraries=["rabbitmq"] if needs_library else [],
+        libraries=["rabbitmq", *system] if needs_library else system,
         extra_compile_args=compile_flags() + (pkg_config("--cflags") if needs_library else []),
         extra_link_args=link_flags() + (pkg_config("--libs-only-L") if needs_library else []),
         define_macros=[("CYTHON_TRACE", "1")] if DEBUG else [],

@@ -130,6 +130,7 @@ def test_a_restart_keeps_pid_arguments_and_the_place_where_it_was_started(tmp_pa
 
 DUMP = """
 import faulthandler, logging, os, signal, sys
+from fastq.pool.process import DUMP_SIGNAL
 from fastq.worker.signals import dump_stacks
 logging.getLogger().addHandler(logging.FileHandler(sys.argv[1]))
 reader, writer = os.pipe()
@@ -138,7 +139,7 @@ def stuck_in_the_child():
     os.write(writer, b"x")
     signal.pause()
 if not child:
-    faulthandler.register(signal.SIGUSR1, file=open(sys.argv[1] + ".child", "w"), chain=True)
+    faulthandler.register(DUMP_SIGNAL, file=open(sys.argv[1] + ".child", "w"), chain=True)
     stuck_in_the_child()
 def asking():
     dump_stacks([child, 2**22 - 1])

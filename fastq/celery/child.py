@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import logging
 import os
 import pickle
@@ -20,6 +21,8 @@ from traceback import format_exc
 from typing import Any
 
 import celery
+from billiard import process, util
+from billiard.context import ForkProcess
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import SoftTimeLimitExceeded
 from billiard.pool import MaybeEncodingError, Worker
@@ -36,11 +39,12 @@ from fastq.celery.bodies import Bodies
 from fastq.celery.hookpoints import is_genuine, touched
 from fastq.codecs.json import encode as encode_json
 from fastq.errors import EncodeError
-from fastq.pool.process import set_name
+from fastq.pool.process import DUMP_SIGNAL, LIMIT_SIGNAL, Timer, set_name
 from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, STARTED, SUCCESS
 from fastq.wire.message import Call
 from fastq.wire.pipe import OUTCOME_NAMES, ChildPipe
-from fastq.worker.child import EX_RECYCLE, ChildOptions, Malformed, recycle_flag
+from fastq.worker.birth import MemoryLimit, Signals, wait_for_threads
+from fastq.worker.child import EX_RECYCLE, ChildOptions, Malformed
 from fastq.worker.titles import set_title
 
 _SUCCESS, _FAILURE, _RETRY, _IGNORED, _REJECTED, _REQUEUE, _MALFORMED, _RETURNED, _UNKNOWN = range(len(OUTCOME_NAMES))
@@ -80,7 +84,7 @@ class CeleryRunner:
         self._app = app
         self._pipe: ChildPipe
         self._hostname = options.hostname
-        self._max_memory_kib = options.max_memory_kib
+        self._memory = MemoryLimit(options.max_memory_kib, _warn_of_memory)
         self._worker_saves = results != "disabled"
         self._replies = results == "rpc://"
         self._stores = self._worker_saves and not self._replies
@@ -90,7 +94,8 @@ class CeleryRunner:
         self._is_amqp = options.is_amqp
         self._plans: dict[str, Plan] = {}
         self._running = faster(_state._task_stack)
-        self._soft_armed: Call | None = None  # the call that runs under a soft time limit
+        self._timer: Timer
+        self._limited_call: Call | None = None  # the call that runs under a soft time limit
         self._is_late = False  # the call of the main process that runs has passed its soft time limit
         self._logs_info = False
         self._init_task = None if _is_default_loader(app, "on_task_init") else app.loader.on_task_init
@@ -104,9 +109,8 @@ class CeleryRunner:
         """Run calls until the pipe ends."""
         self._pipe = pipe
         self._logs_info = logger.isEnabledFor(logging.INFO)
-        signal.signal(signal.SIGALRM, self._on_alarm)
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR2):
-            signal.signal(signum, self._on_signal)
+        signal.signal(LIMIT_SIGNAL, self._on_limit)
+        self._timer = Timer(LIMIT_SIGNAL)
         pipe.ready()
         run, take = self.run, pipe.next
         while (call := take()) is not None:
@@ -324,7 +328,7 @@ class CeleryRunner:
             _SUCCESS if ok else _FAILURE,
             _pickled_end(ok, value, self._is_late),
             None,
-            recycle_flag(self._max_memory_kib) | _FOR_HOOKS,
+            self._memory.flag() | _FOR_HOOKS,
         )
 
     # --- parts
@@ -340,38 +344,38 @@ class CeleryRunner:
             outcome = _REQUEUE
         elif outcome == _REJECTED:
             # It never runs again, and that is a failure to who waits: Celery's code in the main process records it.
-            self._pipe.finish(
-                call, _REJECTED, _pickled_rejection(report), None, recycle_flag(self._max_memory_kib) | _FOR_HOOKS
-            )
+            self._pipe.finish(call, _REJECTED, _pickled_rejection(report), None, self._memory.flag() | _FOR_HOOKS)
             return
         text = encode_json(report).decode() if call.wants_report and report is not None else None
-        self._pipe.finish(call, outcome, meta, text, recycle_flag(self._max_memory_kib))
+        self._pipe.finish(call, outcome, meta, text, self._memory.flag())
 
     def _limited(self, call: Call, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call with a timer that raises SoftTimeLimitExceeded in the task."""
-        self._soft_armed = call
-        signal.setitimer(signal.ITIMER_REAL, call.soft_time_limit)
+        self._limited_call = call
+        self._timer.set(call.soft_time_limit)
         try:
             return function(*args, **kwargs)
         finally:
-            self._soft_armed = None
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._limited_call = None
+            self._timer.set(0)
 
-    def _on_alarm(self, signum: int, frame: object) -> None:
-        call, self._soft_armed = self._soft_armed, None
-        if call is not None:
-            self._is_late = True
-        if call is not None and not call.is_own:  # of a call of its own the main process says so itself
+    def _on_limit(self, signum: int, frame: object) -> None:
+        call = self._limited_call
+        # The time is looked at because a signal for the call before may be late.
+        if call is None or time.monotonic() - call.started_s < call.soft_time_limit:
+            return
+        self._limited_call = None
+        self._is_late = True
+        if not call.is_own:  # of a call of its own the main process says so itself
             logging.getLogger("celery.worker.request").warning(
                 "Soft time limit (%ss) exceeded for %s[%s]", call.soft_time_limit, call.name, call.id
             )
-        if call is not None:
-            raise SoftTimeLimitExceeded()
+        raise SoftTimeLimitExceeded()
 
-    def _on_signal(self, signum: int, frame: object) -> None:
-        """End the process if the main process has revoked the call that runs; else leave it to the main process."""
-        if self._pipe.is_terminated:
-            raise SystemExit(-signum)
+    def on_soft_limit(self, signum: int, frame: object) -> None:
+        """Raise the soft time limit in the task that runs: what SIGUSR1 means to the children of Celery's pool."""
+        if _state.get_current_task() is not None:
+            raise SoftTimeLimitExceeded()
 
     def _handler(self, handler: Callable[..., Any], *args: Any) -> None:
         """Call one of the task's handlers; what it raises is logged, as the task's outcome stands already."""
@@ -474,14 +478,19 @@ class CeleryChildMain:
         pipe = ChildPipe(sock, shared)
         os.close(shared)
         set_name(b"fastq-child")
-        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2, all_threads=True, chain=False)
+        faulthandler.register(DUMP_SIGNAL, file=sys.__stderr__ or 2, all_threads=True, chain=False)
+        handlers = Signals(pipe)
+        handlers.handle(signal.SIGUSR1, self._runner.on_soft_limit)
         self._begin(slot + 1 if slot >= 0 else os.getpid())
+        handlers.install()
         code = EX_RECYCLE
         try:
             self._serve(pipe)
         except SystemExit as exit_:
             code = exit_.code if isinstance(exit_.code, int) else 1
         signals.worker_process_shutdown.send(sender=self._options.hostname, pid=os.getpid(), exitcode=code)
+        if not pipe.is_terminated:
+            wait_for_threads()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         if not is_genuine(Worker._do_exit):
@@ -492,11 +501,10 @@ class CeleryChildMain:
     def _begin(self, number: int) -> None:
         """Do what Celery's pool does in a new child, in its order."""
         app = self._app
+        _become(number)
         for name in ("billiard", "multiprocessing"):
-            if (process := sys.modules.get(f"{name}.process")) is not None:
-                process.current_process()._name = f"ForkPoolWorker-{number}"
-            if (util := sys.modules.get(f"{name}.util")) is not None:
-                util._run_after_forkers()
+            if (module := sys.modules.get(f"{name}.util")) is not None:
+                module._run_after_forkers()
         _state._set_task_join_will_block(True)
         set_title(self._options.program, self._options.hostname, f"ForkPoolWorker-{number}")
         if self._options.setup is not None:
@@ -514,6 +522,23 @@ class CeleryChildMain:
             self._runner.serve(pipe)
         else:
             Worker.workloop(_Loop(lambda: self._runner.serve(pipe)), pid=os.getpid())
+
+
+def _become(number: int) -> None:
+    """Make billiard and multiprocessing know this process as that child of a pool: by name, index, daemon flag."""
+    child: Any = ForkProcess(name=f"ForkPoolWorker-{number}", daemon=True)
+    child._identity = (number,)
+    child._parent_pid = os.getppid()
+    child.index = number - 1  # what %i stands for
+    process._process_counter = itertools.count(1)
+    process._children = set()
+    process._set_current_process(child)
+
+
+def _warn_of_memory(text: str) -> None:
+    """Log it for everybody, and where billiard does, which Celery mostly keeps silent."""
+    logging.getLogger("celery.worker").warning(text)
+    util.warning(text)
 
 
 class _Loop:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
-import signal
-import sys
 from dataclasses import dataclass
 
 import celery
 
+from fastq.pool.process import DUMP_SIGNAL
 from fastq.worker import messages
 from fastq.worker.log import log_stream
 from fastq.worker.options import WorkerOptions
@@ -83,12 +82,9 @@ class ChildLogging:
 
     def __call__(self, number: int) -> None:
         """Open the child's own log file, if its name asks for one."""
-        for name in ("billiard", "multiprocessing"):
-            if (process := sys.modules.get(f"{name}.process")) is not None:
-                process.current_process().index = number - 1  # what %i stands for
         if "%i" in self.logfile.lower():
             self.app.log.already_setup = False
             self.app.log.setup(int(os.environ["CELERY_LOG_LEVEL"]), self.logfile, hostname=self.hostname)
         if self.logfile:
             # A child that is stuck writes its stacks where the operator looks, not where standard error went.
-            faulthandler.register(signal.SIGUSR1, file=log_stream(), all_threads=True, chain=False)
+            faulthandler.register(DUMP_SIGNAL, file=log_stream(), all_threads=True, chain=False)

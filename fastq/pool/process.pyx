@@ -1,7 +1,11 @@
 # cython: language_level=3
-"""What a process of the pool asks of Linux that Python has no call for. Source: prctl(2)."""
+"""What a process of the pool asks of Linux that Python has no call for. Source: prctl(2), timer_create(2)."""
 
 from cpython.exc cimport PyErr_SetFromErrno
+from libc.string cimport memset
+from posix.signal cimport SIGEV_SIGNAL, sigevent
+from posix.time cimport CLOCK_MONOTONIC, itimerspec, timer_create, timer_delete, timer_settime
+from posix.types cimport time_t, timer_t
 
 cdef extern from "sys/prctl.h" nogil:
     int prctl(int option, unsigned long argument, ...)
@@ -21,3 +25,38 @@ def set_name(name: bytes) -> None:
     """Name this process as ``top`` and ``ps -o comm`` show it (15 bytes)."""
     cdef const char *text = name
     prctl(PR_SET_NAME, <unsigned long> text, 0, 0, 0)
+
+
+#: Raises the soft time limit in a child. Nobody's but ours: SIGALRM and its timer belong to the tasks.
+LIMIT_SIGNAL = signal.SIGRTMAX - 1
+#: Has a child write the stacks of its threads. In a Celery application USR1 is the task's soft time limit.
+DUMP_SIGNAL = signal.SIGRTMAX - 2
+
+
+cdef class Timer:
+    """A timer of this process that sends a signal once, besides the one behind ``signal.alarm``; forks do not inherit it."""
+
+    cdef timer_t timer
+    cdef bint exists
+
+    def __cinit__(self, int signum):
+        cdef sigevent event
+        memset(&event, 0, sizeof(event))
+        event.sigev_notify = SIGEV_SIGNAL
+        event.sigev_signo = signum
+        if timer_create(CLOCK_MONOTONIC, &event, &self.timer) < 0:
+            PyErr_SetFromErrno(OSError)
+        self.exists = True
+
+    def __dealloc__(self):
+        if self.exists:
+            timer_delete(self.timer)
+
+    def set(self, double seconds) -> None:
+        """Have the signal come in so many seconds; 0: not at all."""
+        cdef itimerspec when
+        memset(&when, 0, sizeof(when))
+        when.it_value.tv_sec = <time_t> seconds
+        when.it_value.tv_nsec = <long> ((seconds - <double> when.it_value.tv_sec) * 1e9)
+        if timer_settime(self.timer, 0, &when, NULL) < 0:
+            PyErr_SetFromErrno(OSError)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from fastq._child import Child
 from fastq._core import Core
+from fastq.pool.process import DUMP_SIGNAL
 from fastq.pool.zygote import Exited, Failed, Zygote
 from fastq.wire.pipe import SHARED_SIZE, RingReader
 
@@ -228,13 +229,13 @@ class Pool:
 
     def dump_stack(self, child: Child) -> None:
         """Have the child write the stacks of its threads to the log."""
-        self.terminate(child, signal.SIGUSR1)
+        self.terminate(child, DUMP_SIGNAL)
 
     def terminate(self, child: Child, signum: int) -> None:
         """Send one child a signal of the user's choice."""
         member = self._by_child.get(child)
         if member is not None:
-            self._signal(member, signal.Signals(signum))
+            self._signal(member, signum)
 
     def kill_child(self, child: Child) -> None:
         """Kill one child; its slot is filled again."""
@@ -295,7 +296,7 @@ class Pool:
     def _slot_of(self, member: Member) -> Slot | None:
         return next((slot for slot in self.slots if slot.member is member), None)
 
-    def _signal(self, member: Member, signum: signal.Signals) -> None:
+    def _signal(self, member: Member, signum: int) -> None:
         if member.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(member.pidfd, signum)
@@ -382,7 +383,7 @@ class Pool:
                 waited_s,
                 "fastq_child_start_timeout, which is not set" if limit_s is None else f"{limit_s:.3g} s",
             )
-            self._signal(member, signal.SIGUSR1)
+            self._signal(member, DUMP_SIGNAL)
         if limit_s is not None or not member.pid:
             again_s = self._slow_start_s if limit_s is None or is_over else limit_s - waited_s
             member.set_timer(self.loop.call_later(again_s, self._start_is_slow, member))
@@ -397,7 +398,7 @@ class Pool:
                 self.zygote.pid,
                 waited_s,
             )
-            os.kill(self.zygote.pid, signal.SIGUSR1)
+            os.kill(self.zygote.pid, DUMP_SIGNAL)
         # Nobody reports ends any more: look for them.
         if is_over and not any(member.is_ready and _lives(member) for member in self._members.values()):
             self.on_fatal(
@@ -494,7 +495,9 @@ class Pool:
             child.close()
         if member.sock is not None:
             member.sock.close()
-        if member.is_ready and not is_expected:
+        if child is not None and child.terminated_by:
+            logger.info("Process %r pid:%d was terminated (%s)", member.name, report.pid, report.reason)
+        elif member.is_ready and not is_expected:
             self.on_lost(report.pid, report.reason)
 
 

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fastq.pool.process import die_with_parent, set_name
+from fastq.pool.process import DUMP_SIGNAL, die_with_parent, set_name
 
 #: What runs in a child: (socket, shared memory file, number) -> exit code. No two living children have the same number;
 #: it is 0 or more.
@@ -168,8 +168,9 @@ def _serve(control: socket.socket, child_main: ChildMain) -> int:
     """Fork on request and report ends until the main process goes."""
     die_with_parent()
     set_name(b"fastq-zygote")
+    _read_nothing()
     # Children have it too from their first moment on: a start that hangs can be looked into.
-    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2, all_threads=True, chain=False)
+    faulthandler.register(DUMP_SIGNAL, file=sys.__stderr__ or 2, all_threads=True, chain=False)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTTIN, signal.SIGTTOU):
         signal.signal(signum, _ignore)
     poll = select.poll()
@@ -179,13 +180,36 @@ def _serve(control: socket.socket, child_main: ChildMain) -> int:
         for fd, _ in poll.poll():
             if fd == control.fileno():
                 if not _fork_one(control, poll, pids, child_main):
+                    for pid in pids.values():
+                        _kill_group(pid)
                     return 0
             else:
                 poll.unregister(fd)
                 os.close(fd)
                 pid = pids.pop(fd)
+                ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+                if ended is not None and ended.si_code != os.CLD_EXITED:
+                    # Killed: it could not end what it had started. Not waited for yet, its number is nobody else's.
+                    _kill_group(pid)
                 _, status = os.waitpid(pid, 0)
                 control.send(_RECORD.pack(_EXITED, 0, pid, status))
+
+
+def _read_nothing() -> None:
+    """Put /dev/null where standard input was: what a task asks of a person is answered at once, with nothing."""
+    if sys.stdin is None:
+        return  # closed from the start: descriptor 0 may be anything
+    null = os.open(os.devnull, os.O_RDONLY)
+    if null != 0:
+        os.dup2(null, 0)
+        os.close(null)
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  for the life of the process
+
+
+def _kill_group(pid: int) -> None:
+    """Kill what a child has left behind."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _fork_one(control: socket.socket, poll: select.poll, pids: dict[int, int], child_main: ChildMain) -> bool:
@@ -216,6 +240,7 @@ def _fork_one(control: socket.socket, poll: select.poll, pids: dict[int, int], c
         code = 70
         try:
             die_with_parent()
+            os.setpgid(0, 0)  # a group, not a session: a leader of one could not call setpgrp itself, as projects do
             control.close()
             for fd in pids:
                 os.close(fd)

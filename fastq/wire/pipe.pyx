@@ -231,6 +231,10 @@ cdef class ChildPipe:
         """Return the next call to run, None when the main process has gone or wants this child to end."""
         cdef uint32_t size, seq
         cdef Call call
+        if self.is_terminated:
+            # The main process waits for the end of this process, whether or not the task gave way.
+            self.stopped = True
+            return None
         while True:
             while self.end - self.start < 4:
                 if self.stopped:

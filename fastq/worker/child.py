@@ -34,7 +34,7 @@ from fastq.errors import (
     SoftTimeLimitExceeded,
 )
 from fastq.interfaces import Meta, ResultStore, Unwatch
-from fastq.pool.process import set_name
+from fastq.pool.process import DUMP_SIGNAL, LIMIT_SIGNAL, Timer, set_name
 from fastq.request import Request, pop_request, push_request
 from fastq.results import open_store
 from fastq.states import FAILURE, REJECTED, RETRY, STARTED, SUCCESS
@@ -42,11 +42,11 @@ from fastq.steps.retry import on_exception
 from fastq.task import ExceptionInfo, Task
 from fastq.wire.message import Call, Message
 from fastq.wire.pipe import OUTCOME_NAMES, ChildPipe
+from fastq.worker.birth import MemoryLimit, Signals, wait_for_threads
 from fastq.worker.messages import TaskLog, retry_reason
 from fastq.worker.titles import set_title
 
 _SUCCESS, _FAILURE, _RETRY, _IGNORED, _REJECTED, _REQUEUE, _MALFORMED, _RETURNED, _UNKNOWN = range(len(OUTCOME_NAMES))
-_RECYCLE = 1  # FLAG_RECYCLE
 
 #: Chosen: characters of a decoder's words that a refused message's sender is told.
 MAX_DETAIL = 500
@@ -256,18 +256,20 @@ class Runner:
     def __init__(self, app: FastQ, options: ChildOptions) -> None:
         self._pipe: ChildPipe
         self._hostname = options.hostname
-        self._max_memory_kib = options.max_memory_kib
+        self._memory = MemoryLimit(options.max_memory_kib, logging.getLogger("fastq.worker").warning)
         self._accept = accepted(app.conf.accept_content)
         self._extended = app.conf.result_extended
         self._plans = {name: Plan(task, options.track_started) for name, task in app.tasks.items()}
         self._log = TaskLog(logger)
         self._logs_info = logger.isEnabledFor(logging.INFO)
-        self._soft_armed = False
+        self._timer: Timer
+        self._limited: Call | None = None  # the call that runs under a soft time limit
 
     def serve(self, pipe: ChildPipe) -> None:
         """Run calls until the pipe ends."""
         self._pipe = pipe
-        signal.signal(signal.SIGALRM, self.on_alarm)
+        signal.signal(LIMIT_SIGNAL, self._on_limit)
+        self._timer = Timer(LIMIT_SIGNAL)
         pipe.ready()
         run, take = self.run, pipe.next
         while (call := take()) is not None:
@@ -323,15 +325,16 @@ class Runner:
                     except RemoteProtocolError:  # headers that nobody has read until now, and that cannot be read
                         shown = "", ""
                     self._log.succeeded(call.name, call.id, self._runtime(call), text, *shown)
-            self._pipe.finish(
-                call, _SUCCESS, meta, report, recycle_flag(self._max_memory_kib) if self._max_memory_kib else 0
-            )
+            self._pipe.finish(call, _SUCCESS, meta, report, self._memory.flag() if self._memory.limit_kib else 0)
         finally:
             pop_request()
 
     # --- outcomes other than success
 
     def _raised(self, plan: Plan, call: Call, request: Request, error: BaseException) -> None:
+        if self._pipe.is_terminated:
+            # Whatever the task has made of the SystemExit: the main process records that it was revoked.
+            raise SystemExit(-signal.SIGTERM) from error
         if plan.task.autoretry is not None:
             try:
                 error = on_exception(plan.task, error) or error
@@ -341,7 +344,7 @@ class Runner:
             self._retried(plan, call, request, error)
         elif isinstance(error, Ignore):
             self._log.ignored(call.name, call.id)
-            self._pipe.finish(call, _IGNORED, None, None, recycle_flag(self._max_memory_kib))
+            self._pipe.finish(call, _IGNORED, None, None, self._memory.flag())
         elif isinstance(error, Reject):
             self._rejected(call, request, error)
         else:
@@ -361,17 +364,17 @@ class Runner:
         self._log.retry(call.name, call.id, retry_reason(delay, why, call.retries + 1, most))
         meta = self._meta(call, request, RETRY, reason, text) if call.wants_result else None
         report = _report(call, exception=_bounded_repr(reason), traceback=text)
-        self._pipe.finish(call, _RETRY, meta, report, recycle_flag(self._max_memory_kib))
+        self._pipe.finish(call, _RETRY, meta, report, self._memory.flag())
 
     def _rejected(self, call: Call, request: Request, error: Reject) -> None:
         self._log.rejected(call.name, call.id, str(error.reason))
         if error.requeue:
-            self._pipe.finish(call, _REQUEUE, None, _report(call, requeue=True), recycle_flag(self._max_memory_kib))
+            self._pipe.finish(call, _REQUEUE, None, _report(call, requeue=True), self._memory.flag())
             return
         meta = self._meta(call, request, REJECTED, str(error.reason)) if call.wants_result else None
         # For the dead letters, then for monitors.
         text = "\n".join([" ".join(str(error.reason).split())[:MAX_DETAIL], _report(call, requeue=False) or ""])
-        self._pipe.finish(call, _REJECTED, meta, text, recycle_flag(self._max_memory_kib))
+        self._pipe.finish(call, _REJECTED, meta, text, self._memory.flag())
 
     def _failed(self, plan: Plan, call: Call, request: Request, error: BaseException) -> None:
         text = _format(error)
@@ -388,7 +391,7 @@ class Runner:
             self._log.failed(call.name, call.id, _bounded_repr(error), text)
         meta = self._meta(call, request, FAILURE, error, text) if call.wants_result else None
         report = _report(call, exception=_bounded_repr(error), traceback=text)
-        self._pipe.finish(call, _FAILURE, meta, report, recycle_flag(self._max_memory_kib))
+        self._pipe.finish(call, _FAILURE, meta, report, self._memory.flag())
 
     def _unknown(self, call: Call) -> None:
         self._log.unregistered(call.name, call.id)
@@ -399,18 +402,19 @@ class Runner:
 
     def _run_limited(self, plan: Plan, call: Call, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Run with a timer that raises SoftTimeLimitExceeded in the task."""
-        self._soft_armed = True
-        signal.setitimer(signal.ITIMER_REAL, call.soft_time_limit)
+        self._limited = call
+        self._timer.set(call.soft_time_limit)
         try:
             return plan.function(*args, **kwargs)
         finally:
-            self._soft_armed = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._limited = None
+            self._timer.set(0)
 
-    def on_alarm(self, signum: int, frame: object) -> None:
-        """Handle SIGALRM: only a task that runs under a soft limit is interrupted."""
-        if self._soft_armed:
-            self._soft_armed = False
+    def _on_limit(self, signum: int, frame: object) -> None:
+        call = self._limited
+        # The time is looked at because a signal for the call before may be late.
+        if call is not None and time.monotonic() - call.started_s >= call.soft_time_limit:
+            self._limited = None
             raise SoftTimeLimitExceeded()
 
     def _handler(self, handler: Callable[..., Any], *args: Any) -> None:
@@ -468,15 +472,6 @@ def _format(error: BaseException) -> str:
 # --- the process ------------------------------------------------------------------------------------------------------
 
 
-def recycle_flag(max_memory_kib: int) -> int:
-    """Return what tells the main process that this child has grown beyond its limit (0: none) and wants replacing."""
-    if not max_memory_kib:
-        return 0
-    from psutil import Process  # only those who set a limit pay for it
-
-    return _RECYCLE if Process().memory_info().rss > max_memory_kib * 1024 else 0
-
-
 class ChildMain:
     """What the zygote calls in each child it forks. All that children share is prepared here, before the fork."""
 
@@ -491,7 +486,9 @@ class ChildMain:
         pipe = ChildPipe(sock, shared)
         os.close(shared)
         set_name(b"fastq-child")
-        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__ or 2, all_threads=True, chain=False)
+        Signals(pipe)
+        for signum in (DUMP_SIGNAL, signal.SIGUSR1):
+            faulthandler.register(signum, file=sys.__stderr__ or 2, all_threads=True, chain=False)
         number = slot + 1 if slot >= 0 else os.getpid()
         set_title(self._options.program, self._options.hostname, f"ForkPoolWorker-{number}")
         if self._options.setup is not None:
@@ -499,7 +496,12 @@ class ChildMain:
         app.publisher = publisher = PipePublisher(pipe)
         if app.stores_results:
             app.store = PipeStore(pipe, lambda: open_store(app.conf.result_backend or "", app.conf, publisher))
-        self._runner.serve(pipe)
+        code = EX_RECYCLE
+        try:
+            self._runner.serve(pipe)
+            wait_for_threads()
+        except SystemExit as exit_:  # the call was terminated
+            code = exit_.code if isinstance(exit_.code, int) else 1
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        return EX_RECYCLE
+        return code & 0xFF

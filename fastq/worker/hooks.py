@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -270,7 +271,8 @@ class Hooks:
     def terminate(self, child: Child, signum: int) -> None:
         """The call that a child runs was revoked: send its process the signal, and make sure that it ends."""
         assert self.pool is not None
-        self.pool.terminate(child, signum)
+        # A child ignores INT, so that the programs it starts do; the call is to end all the same.
+        self.pool.terminate(child, signal.SIGTERM if signum == signal.SIGINT else signum)
         self._loop.call_later(TERMINATE_S, self.pool.kill_child, child)
 
     def child_lost(self, pid: int, reason: str) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, Final, TextIO
 
+from fastq.pool.process import DUMP_SIGNAL
 from fastq.request import current
 from fastq.settings import Settings
 from fastq.worker.exitcodes import CannotCreate
@@ -138,13 +139,15 @@ class ChildLogging:
         if isinstance(self.handler.formatter, Formatter):
             self.handler.formatter.process_name = name
         if "multiprocessing" in sys.modules:
-            # Handlers that task code sets up take the process name from there.
-            sys.modules["multiprocessing"].current_process().name = name
+            # Handlers that task code sets up take the process name from there; the rest is what a pool's child has.
+            process = sys.modules["multiprocessing"].current_process()
+            process.name, process.index, process._identity = name, index - 1, (index,)
         if "%i" in self.logfile.lower():
             self._open_own_file(index)
         if self.logfile:
             # A child that is stuck writes its stacks where the operator looks, not where standard error went.
-            faulthandler.register(signal.SIGUSR1, file=log_stream(), all_threads=True, chain=False)
+            for signum in (DUMP_SIGNAL, signal.SIGUSR1):
+                faulthandler.register(signum, file=log_stream(), all_threads=True, chain=False)
         if self.redirect_level:
             redirect_stdouts(logging.getLevelName(self.redirect_level))
 

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Final, Literal
 
 from fastq.errors import SettingsError
+from fastq.pool.process import DUMP_SIGNAL
 from fastq.worker.daemon import START_DIRECTORY
 from fastq.worker.log import log_stream
 
@@ -101,7 +102,7 @@ class _Handler:
 def dump_stacks(children: Iterable[int]) -> None:
     """Write the stacks of all threads of this process to the log, and have each child write its own.
 
-    Children have registered ``faulthandler`` for USR1, which works even while they are stuck in C.
+    Children have registered ``faulthandler`` for that, which works even while they are stuck in C.
     """
     log = log_stream()
     pids = list(children)
@@ -109,7 +110,7 @@ def dump_stacks(children: Iterable[int]) -> None:
     faulthandler.dump_traceback(log, all_threads=True)
     for pid in pids:
         try:
-            os.kill(pid, signal.SIGUSR1)
+            os.kill(pid, DUMP_SIGNAL)
         except ProcessLookupError:
             continue  # it ended in the meantime
 

@@ -1,0 +1,94 @@
+"""What a forked child makes of itself before it takes calls, and what it leaves running at its end. No calls.
+
+A signal that reaches a child through its group, as systemd sends TERM to everybody, is the main process's affair; one
+that a program gets which a task has started is that program's own.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from fastq.wire.pipe import ChildPipe
+
+#: End the call that was revoked with `terminate`, and do nothing otherwise.
+_LEFT_TO_MAIN: Final = (signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR2)
+#: Programs that tasks start inherit that: they live through the Ctrl-C of a warm stop, and as a child's group is not
+#: the terminal's, they would stand still for ever where they read from or write to it.
+_IGNORED: Final = (signal.SIGINT, signal.SIGTTIN, signal.SIGTTOU)
+
+#: Time for threads that flush what they hold (QueueListener, statsd, spans): as much as Celery's children have.
+_THREADS_S: Final = 1.0
+
+RECYCLE: Final = 1  # FLAG_RECYCLE
+
+
+class Signals:
+    """The handlers of a child. What a task forks has the defaults again."""
+
+    def __init__(self, pipe: ChildPipe) -> None:
+        self._pipe = pipe
+        self._pid = os.getpid()
+        self._handlers: dict[int, Callable[[int, object], None]] = dict.fromkeys(_LEFT_TO_MAIN, self._on_signal)
+        os.register_at_fork(after_in_child=self._restore)
+        self.install()
+
+    def install(self) -> None:
+        """Set all handlers, over those of the user's code too: without ours, systemd's TERM would end the call."""
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        for signum in _IGNORED:
+            signal.signal(signum, signal.SIG_IGN)
+
+    def handle(self, signum: int, handler: Callable[[int, object], None]) -> None:
+        """Set one more handler that is this process's alone."""
+        self._handlers[signum] = handler
+        signal.signal(signum, handler)
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        """End the process if the main process has revoked the call that runs; else leave it to the main process."""
+        if os.getpid() != self._pid:  # it came between the fork and `_restore`
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+        elif self._pipe.is_terminated:
+            raise SystemExit(-signum)
+
+    def _restore(self) -> None:
+        for signum, handler in self._handlers.items():
+            if signal.getsignal(signum) == handler:  # not one that the task has put there
+                signal.signal(signum, signal.SIG_DFL)
+
+
+class MemoryLimit:
+    """Looks at this process's peak after each call; ``warn`` is told, once, when it is beyond the limit (0: none)."""
+
+    def __init__(self, limit_kib: int, warn: Callable[[str], None]) -> None:
+        self.limit_kib = limit_kib
+        self._warn = warn
+        self._is_beyond = False
+
+    def flag(self) -> int:
+        """Return what tells the main process that this child wants replacing, or 0."""
+        if not self.limit_kib:
+            return 0
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if peak_kib <= self.limit_kib:
+            return 0
+        if not self._is_beyond:
+            self._is_beyond = True
+            # billiard's words: log readers look for them.
+            self._warn(f"child process exiting after exceeding memory limit ({peak_kib}KiB / {self.limit_kib}KiB)")
+        return RECYCLE
+
+
+def wait_for_threads() -> None:
+    """Return when this is the only thread, after a second at the latest."""
+    deadline = time.monotonic() + _THREADS_S
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            thread.join(max(0.0, deadline - time.monotonic()))

@@ -1,0 +1,156 @@
+"""What user code finds in a child: the same in a FastQ application, in a Celery one, and under Celery itself."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+from celery.result import AsyncResult
+
+from tests.celery.conftest import stages
+from tests.celery.stage import CeleryStage, Servers, opened
+
+APPS = {"celery": "tests.celery.apps.children", "fastq": "tests.celery.apps.children_fastq"}
+LIMIT_KIB = 250 << 10
+KINDS = [
+    *[
+        pytest.param((*param.values[0], "celery"), id=param.id, marks=param.marks)
+        for param in stages(("redis", "redis"))
+    ],
+    pytest.param(("fastq", "redis", "redis", "fastq"), id="fastq_application", marks=pytest.mark.redis),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
+    runner, _, _, application = request.param
+    return runner, application
+
+
+@pytest.fixture(scope="module")
+def stage(kind: tuple[str, str], servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CeleryStage]:
+    runner, application = kind
+    with opened(servers, tmp_path_factory, runner, "redis", "redis") as stage:  # type: ignore[arg-type]
+        stage.start_worker("-c", "1", "--max-memory-per-child", str(LIMIT_KIB), app=APPS[application])
+        yield stage
+
+
+def send(stage: CeleryStage, name: str, *args: Any, **options: Any) -> AsyncResult:
+    return stage.client.send_task(name, args, **options)
+
+
+def ask(stage: CeleryStage, name: str, *args: Any, **options: Any) -> Any:
+    return stage.get(send(stage, name, *args, **options))
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_a_child_has_a_number_and_a_group(stage: CeleryStage, kind: tuple[str, str]) -> None:
+    runner, application = kind
+    found = ask(stage, "identity")
+    assert (found["name"], found["index"], found["identity"]) == ("ForkPoolWorker-1", 0, [1])
+    assert found["daemon"] is (application == "celery")
+    assert found["leads"] is (runner == "fastq")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_ends_what_a_task_has_forked(stage: CeleryStage, signum: int) -> None:
+    assert ask(stage, "fork_and_signal", int(signum)) < 3
+
+
+def test_programs_live_through_ctrl_c_and_end_at_term(stage: CeleryStage) -> None:
+    assert ask(stage, "program_after", "INT") == "lives\n"
+    assert ask(stage, "program_after", "TERM") == ""
+
+
+def test_there_is_nothing_to_read(stage: CeleryStage) -> None:
+    assert ask(stage, "read_stdin") == ["", "/dev/null"]
+
+
+def test_the_soft_limit_comes_to_a_task_that_uses_the_alarm(stage: CeleryStage) -> None:
+    limited = stage.error(send(stage, "sleep_with_alarm_used", soft_time_limit=1))
+    assert type(limited).__name__ == "SoftTimeLimitExceeded"
+    ask(stage, "leave_handler", soft_time_limit=60)
+    # The application's handler is not the limit's, and its timer runs on.
+    limited = stage.error(send(stage, "sleep", 20, soft_time_limit=1))
+    assert type(limited).__name__ == "SoftTimeLimitExceeded"
+    assert ask(stage, "timer_left") > 200
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT"])
+def test_a_terminated_call_cleans_up_and_is_no_error(stage: CeleryStage, kind: tuple[str, str], name: str) -> None:
+    if kind[0] == "celery" and name == "INT":
+        pytest.skip("Celery's children ignore it, and so the call runs on")
+    call = send(stage, "hold_and_clean_up", name)
+    stage.wait_for_notes("holding", mark=name)
+    began = time.monotonic()
+    stage.client.control.revoke(call.id, terminate=True, signal=f"SIG{name}")
+    stage.wait_for_notes("cleaned up", mark=name)
+    assert stage.notes("interrupted", mark=name)[0]["by"] == "SystemExit"
+    assert type(stage.error(call)).__name__ in ("TaskRevokedError", "TaskRevoked")
+    ask(stage, "identity")  # another child
+    assert time.monotonic() - began < 4
+    stage.worker.wait_for_log(rf"Terminating {call.id}")
+    assert "exited with" not in stage.worker.log()
+    assert "ERROR/MainProcess" not in stage.worker.log()
+
+
+def test_a_call_that_swallows_the_end_is_over_all_the_same(stage: CeleryStage, kind: tuple[str, str]) -> None:
+    if kind[0] == "celery":
+        pytest.skip("Celery takes the value")
+    call = send(stage, "swallow", "swallowed")
+    stage.wait_for_notes("holding", mark="swallowed")
+    began = time.monotonic()
+    stage.client.control.revoke(call.id, terminate=True, signal="SIGTERM")
+    assert type(stage.error(call)).__name__ in ("TaskRevokedError", "TaskRevoked")
+    assert time.monotonic() - began < 4
+
+
+def test_usr1_is_the_soft_limit_of_celery_s_tasks(stage: CeleryStage, kind: tuple[str, str]) -> None:
+    if kind[1] == "fastq":
+        pytest.skip("there it asks for stacks")
+    call = send(stage, "hold_and_clean_up", "usr1")
+    stage.wait_for_notes("holding", mark="usr1")
+    stage.client.control.revoke(call.id, terminate=True, signal="SIGUSR1")
+    stage.wait_for_notes("cleaned up", mark="usr1")
+    assert stage.notes("interrupted", mark="usr1")[0]["by"] == "SoftTimeLimitExceeded"
+    ask(stage, "identity")
+
+
+def test_what_a_killed_child_has_started_dies_with_it(stage: CeleryStage, kind: tuple[str, str]) -> None:
+    if kind[0] == "celery":
+        pytest.skip("Celery leaves it running")
+    call = send(stage, "start_and_hold", "limit", time_limit=1)
+    program = stage.wait_for_notes("started", mark="limit")[0]["program"]
+    stage.error(call)
+    stage.until(lambda: has_ended(program), "the program has ended")
+
+
+def test_a_child_beyond_its_memory_says_so_and_the_next_one_has_its_number(
+    stage: CeleryStage, kind: tuple[str, str]
+) -> None:
+    first = ask(stage, "identity")
+    assert ask(stage, "allocate", 300) == first["pid"]
+    if kind[0] == "fastq":  # Celery says it only with MP_LOG
+        stage.worker.wait_for_log(
+            rf"WARNING.*child process exiting after exceeding memory limit \(\d+KiB / {LIMIT_KIB}KiB\)"
+        )
+    second = ask(stage, "identity")
+    assert second["pid"] != first["pid"]
+    if kind[0] == "celery":
+        assert second["index"] == 0
+
+
+def test_threads_have_a_second_to_flush_at_a_warm_stop(stage: CeleryStage) -> None:
+    ask(stage, "leave_thread", "stop")
+    assert stage.worker.stop() == 0
+    assert stage.notes("flushed", mark="stop")
