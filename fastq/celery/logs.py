@@ -11,10 +11,11 @@ import os
 from dataclasses import dataclass
 
 import celery
+from celery._state import get_current_task
 
 from fastq.pool.process import DUMP_SIGNAL
 from fastq.worker import messages
-from fastq.worker.log import log_stream
+from fastq.worker.log import TaskFields, log_stream
 from fastq.worker.options import WorkerOptions
 
 #: Logging has one level less than the option.
@@ -85,6 +86,12 @@ class ChildLogging:
         if "%i" in self.logfile.lower():
             self.app.log.already_setup = False
             self.app.log.setup(int(os.environ["CELERY_LOG_LEVEL"]), self.logfile, hostname=self.hostname)
+        TaskFields(f"ForkPoolWorker-{number}", _running_task).add_to_all()
         if self.logfile:
             # A child that is stuck writes its stacks where the operator looks, not where standard error went.
             faulthandler.register(DUMP_SIGNAL, file=log_stream(), all_threads=True, chain=False)
+
+
+def _running_task() -> tuple[str, str] | None:
+    task = get_current_task()
+    return (task.name, task.request.id) if task is not None and task.request.id else None

@@ -231,7 +231,7 @@ cdef class ChildPipe:
         """Return the next call to run, None when the main process has gone or wants this child to end."""
         cdef uint32_t size, seq
         cdef Call call
-        if self.is_terminated:
+        if self.running != 0 and load32(&self.shared.terminated) == self.running:
             # The main process waits for the end of this process, whether or not the task gave way.
             self.stopped = True
             return None

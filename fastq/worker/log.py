@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, Final, TextIO
 
@@ -30,6 +30,9 @@ REDIRECTED_LOGGER: Final = "fastq.redirected"
 
 #: A printed line that is longer than this many characters is logged before its end.
 _MAX_LINE: Final = 8192
+
+#: Outside of a task Celery writes question marks.
+_NO_TASK: Final = ("???", "???")
 
 _COLORS: Final = {"DEBUG": "\033[34m", "WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[35m"}
 _RESET: Final = "\033[0m"
@@ -118,17 +121,50 @@ class Formatter(logging.Formatter):
         return f"{color}{text}{_RESET}" if color else text
 
     def _format_task(self, record: logging.LogRecord) -> str:
-        request = current()
-        # Outside of a task Celery writes question marks.
-        record.task_name, record.task_id = (request.task, request.id) if request else ("???", "???")
+        record.task_name, record.task_id = _running_task() or _NO_TASK
         return self._task.format(record)
+
+
+class TaskFields(logging.Filter):
+    """Gives a child's records its name and, while a task runs, that task's name and id: for handlers of the user's own.
+
+    ``running`` returns name and id. A filter of handlers, as a record factory would take the names from ``extra``.
+    """
+
+    def __init__(self, process_name: str, running: Callable[[], tuple[str, str] | None]) -> None:
+        super().__init__()
+        self._process_name = process_name
+        self._running = running
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Add the fields that the record does not have; let it pass."""
+        record.processName = self._process_name
+        task = self._running()
+        if task is None and record.name.startswith(TASK_LOGGERS):
+            task = _NO_TASK
+        if task is not None:
+            record.__dict__.setdefault("task_name", task[0])
+            record.__dict__.setdefault("task_id", task[1])
+        return True
+
+    def add_to_all(self) -> None:
+        """Put this filter into every handler that a logger has now."""
+        loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
+        handlers = {handler for logger in loggers for handler in getattr(logger, "handlers", ())}
+        for handler in handlers:
+            handler.addFilter(self)
+
+
+def _running_task() -> tuple[str, str] | None:
+    request = current()
+    return (request.task or "", request.id or "") if request else None
 
 
 @dataclass(frozen=True, slots=True)
 class ChildLogging:
     """What a freshly forked child does to the logging that its parent set up. Call it with the child's number."""
 
-    handler: logging.StreamHandler[Any]
+    handler: logging.StreamHandler[Any] | None  # None: the program has handlers of its own
     logfile: str = ""
     hostname: str = ""
     redirect_level: str = "WARNING"  # empty: the streams stay as they are
@@ -136,14 +172,15 @@ class ChildLogging:
     def __call__(self, index: int) -> None:
         """Name the process ForkPoolWorker-<index>, open its own log file if the name asks so, redirect its streams."""
         name = f"ForkPoolWorker-{index}"
-        if isinstance(self.handler.formatter, Formatter):
+        if self.handler is not None and isinstance(self.handler.formatter, Formatter):
             self.handler.formatter.process_name = name
         if "multiprocessing" in sys.modules:
             # Handlers that task code sets up take the process name from there; the rest is what a pool's child has.
             process = sys.modules["multiprocessing"].current_process()
             process.name, process.index, process._identity = name, index - 1, (index,)
-        if "%i" in self.logfile.lower():
-            self._open_own_file(index)
+        if self.handler is not None and "%i" in self.logfile.lower():
+            self._open_own_file(self.handler, index)
+        TaskFields(name, _running_task).add_to_all()
         if self.logfile:
             # A child that is stuck writes its stacks where the operator looks, not where standard error went.
             for signum in (DUMP_SIGNAL, signal.SIGUSR1):
@@ -151,12 +188,12 @@ class ChildLogging:
         if self.redirect_level:
             redirect_stdouts(logging.getLevelName(self.redirect_level))
 
-    def _open_own_file(self, index: int) -> None:
+    def _open_own_file(self, handler: logging.Handler, index: int) -> None:
         own = open_handler(self.logfile, self.hostname, index)
-        own.setFormatter(self.handler.formatter)
+        own.setFormatter(handler.formatter)
         root = logging.getLogger()
-        if self.handler in root.handlers:
-            root.removeHandler(self.handler)
+        if handler in root.handlers:
+            root.removeHandler(handler)
             root.addHandler(own)
 
 

@@ -55,10 +55,9 @@ class Worker:
     def _child_options(self) -> ChildOptions:
         options, settings = self.options, self.program.settings
         handler = next((each for each in logging.getLogger().handlers if isinstance(each, logging.StreamHandler)), None)
-        setup = None
-        if handler is not None:
-            level = settings.worker_redirect_stdouts_level if settings.worker_redirect_stdouts else ""
-            setup = ChildLogging(handler, options.logfile, options.hostname, level)
+        redirects = handler is not None and settings.worker_redirect_stdouts
+        level = settings.worker_redirect_stdouts_level if redirects else ""
+        setup = ChildLogging(handler, options.logfile, options.hostname, level)
         return ChildOptions(
             options.hostname,
             options.max_memory_per_child or 0,

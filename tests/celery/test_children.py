@@ -154,3 +154,17 @@ def test_threads_have_a_second_to_flush_at_a_warm_stop(stage: CeleryStage) -> No
     ask(stage, "leave_thread", "stop")
     assert stage.worker.stop() == 0
     assert stage.notes("flushed", mark="stop")
+
+
+def test_records_reach_the_user_s_own_handlers_with_task_and_process(stage: CeleryStage, kind: tuple[str, str]) -> None:
+    if kind[0] == "celery":
+        pytest.skip("Celery adds the task when its own formatter writes the record")
+    stage.worker.kill9()  # the one of the other tests
+    settings = {"worker_hijack_root_logger": False}
+    own = {"OWN_HANDLERS": "1"}  # they get the ready line, too
+    stage.start_worker("-c", "1", app=APPS[kind[1]], settings=settings, env=own, await_ready=False)
+    logger = "celery.task" if kind[1] == "celery" else "fastq.task.mine"
+    call = send(stage, "log", logger)
+    stage.get(call)
+    (record,) = stage.wait_for_notes("record", logger=logger)
+    assert (record["process"], record["task"]) == ("ForkPoolWorker-1", ["log", call.id])

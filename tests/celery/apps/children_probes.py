@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -119,10 +120,27 @@ def leave_thread(mark: str) -> int:
     return os.getpid()
 
 
+def log(logger: str) -> None:
+    logging.getLogger(logger).warning("said in a task")
+
+
+class Journal(logging.Handler):
+    """A handler of the user's own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        task = [getattr(record, field, None) for field in ("task_name", "task_id")]
+        note("record", logger=record.name, process=record.processName, task=task, text=record.getMessage())
+
+
+if os.environ.get("OWN_HANDLERS"):
+    for each in (None, "celery.task"):  # Celery's task loggers do not propagate
+        logging.getLogger(each).addHandler(Journal())
+
+
 PROBES: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         identity, fork_and_signal, program_after, read_stdin, sleep_with_alarm_used, leave_handler, timer_left, sleep,
-        hold_and_clean_up, swallow, start_and_hold, allocate, leave_thread,
+        log, hold_and_clean_up, swallow, start_and_hold, allocate, leave_thread,
     )
 }  # fmt: skip
