@@ -43,7 +43,7 @@ from fastq.pool.process import DUMP_SIGNAL, LIMIT_SIGNAL, Timer, set_name
 from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, STARTED, SUCCESS
 from fastq.wire.message import Call
 from fastq.wire.pipe import OUTCOME_NAMES, ChildPipe
-from fastq.worker.birth import MemoryLimit, Signals, wait_for_threads
+from fastq.worker.birth import MemoryLimit, Signals, wait_for_threads, write_stacks_to
 from fastq.worker.child import EX_RECYCLE, ChildOptions, Malformed
 from fastq.worker.titles import set_title
 
@@ -476,7 +476,7 @@ class CeleryChildMain:
     def __call__(self, sock: int, shared: int, slot: int) -> int:
         """Run calls until the main process says stop or goes away; returns the exit code."""
         pipe = ChildPipe(sock, shared)
-        os.close(shared)
+        write_stacks_to(shared)
         set_name(b"fastq-child")
         faulthandler.register(DUMP_SIGNAL, file=sys.__stderr__ or 2, all_threads=True, chain=False)
         handlers = Signals(pipe)

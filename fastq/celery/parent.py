@@ -32,7 +32,7 @@ from fastq.states import READY_STATES, STARTED
 from fastq.wire.message import scan
 from fastq.worker.child import MAX_DETAIL
 from fastq.worker.events import Events
-from fastq.worker.hooks import DUMP_S, Hooks, refusal
+from fastq.worker.hooks import Hooks, refusal
 from fastq.worker.revoked import Revoked
 
 logger = logging.getLogger("celery.worker.consumer")
@@ -144,9 +144,7 @@ class CeleryHooks(Hooks):
 
     def hard_limit(self, child: Child, name: str, task_id: str, limit: float) -> None:
         """A call ran past its hard limit: have the child write its stacks, then kill it. Celery's code logs it."""
-        assert self.pool is not None
-        self.pool.dump_stack(child)
-        self._loop.call_later(DUMP_S, self.pool.kill_child, child)
+        self.kill_with_stacks(child, name, task_id)
 
     def mark_revoked(self, ids: Sequence[str]) -> None:
         """Store REVOKED for tasks, in the recorder's thread."""

@@ -3,6 +3,7 @@ def set_name(name: bytes) -> None: ...
 
 LIMIT_SIGNAL: int
 DUMP_SIGNAL: int
+STACKS_SIGNAL: int
 
 class Timer:
     def __init__(self, signum: int) -> None: ...

@@ -29,8 +29,10 @@ def set_name(name: bytes) -> None:
 
 #: Raises the soft time limit in a child. Nobody's but ours: SIGALRM and its timer belong to the tasks.
 LIMIT_SIGNAL = signal.SIGRTMAX - 1
-#: Has a child write the stacks of its threads. In a Celery application USR1 is the task's soft time limit.
+#: Has a child write the stacks of its threads to the log's file. In a Celery application USR1 is the task's soft time limit.
 DUMP_SIGNAL = signal.SIGRTMAX - 2
+#: Has it write them to the memory that it shares with the main process, which logs them.
+STACKS_SIGNAL = signal.SIGRTMAX - 3
 
 
 cdef class Timer:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from fastq._child import Child
 from fastq._core import Core
-from fastq.pool.process import DUMP_SIGNAL
+from fastq.pool.process import DUMP_SIGNAL, STACKS_SIGNAL
 from fastq.pool.zygote import Exited, Failed, Zygote
 from fastq.wire.pipe import SHARED_SIZE, RingReader
 
@@ -228,8 +228,13 @@ class Pool:
         self.kill_child(child)
 
     def dump_stack(self, child: Child) -> None:
-        """Have the child write the stacks of its threads to the log."""
-        self.terminate(child, DUMP_SIGNAL)
+        """Have the child write the stacks of its threads, for ``stacks``."""
+        self.terminate(child, STACKS_SIGNAL)
+
+    def stacks(self, child: Child) -> str:
+        """Return the stacks that the child has written; "" when it has not, or has ended."""
+        member = self._by_child.get(child)
+        return member.reader.stacks() if member is not None and member.reader is not None else ""
 
     def terminate(self, child: Child, signum: int) -> None:
         """Send one child a signal of the user's choice."""

@@ -125,6 +125,7 @@ cdef extern from *:
 
 cdef class RingReader:
     """The main process's end of the shared memory."""
+    cdef int fd
     cdef Shared *shared
     cdef uint8_t *ring
     cdef uint8_t *scratch

@@ -13,8 +13,11 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memmove
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
+from posix.unistd cimport close
 
 from fastq.wire.message cimport Head, Message, read_text, scan_head
+
+import os
 
 from fastq.errors import EncodeError, LocalProtocolError
 
@@ -32,6 +35,7 @@ SHARED_SIZE = SHARED_BYTES
 cdef enum:
     MAX_PROPS = 131072 - 20     # what is left of the usual largest AMQP frame
     NO_LIMIT = 0xFFFFFFFF
+    MAX_STACKS = 65536          # faulthandler stops at 100 threads of 100 frames
     BELL_AFTER = 64             # records that may wait for the doorbell; the acks' bound of the reliability rules
     BELL_AFTER_NS = 1000000     # and for how long while calls follow each other
 
@@ -50,10 +54,15 @@ cdef Shared *map_shared(int fd) except NULL:
 
 
 cdef class RingReader:
-    """The main process's end of a child's shared memory. ``fd`` is a memory file of SHARED_SIZE bytes; it may be closed after."""
+    """The main process's end of a child's shared memory. ``fd`` is a memory file of SHARED_SIZE bytes; it may be closed after.
+
+    Behind that size the child writes its stacks when it is asked to.
+    """
 
     def __cinit__(self, int fd):
+        self.fd = -1
         self.shared = map_shared(fd)
+        self.fd = os.dup(fd)
         self.ring = <uint8_t *> self.shared + PAGE_BYTES
         self.scratch = NULL
         store32(&self.shared.limit, NO_LIMIT)
@@ -61,7 +70,13 @@ cdef class RingReader:
     def __dealloc__(self):
         if self.shared != NULL:
             munmap(self.shared, SHARED_BYTES)
+        if self.fd >= 0:
+            close(self.fd)
         free(self.scratch)
+
+    def stacks(self) -> str:
+        """Return the stacks that the child has written, up to a bound; "" when there are none."""
+        return os.pread(self.fd, MAX_STACKS, SHARED_BYTES).decode("utf-8", "replace")
 
     cdef int copy_out(self, void *target, uint64_t at, Py_ssize_t size) noexcept:
         cdef Py_ssize_t place = at & (RING_BYTES - 1)

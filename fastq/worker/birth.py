@@ -6,6 +6,7 @@ that a program gets which a task has started is that program's own.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import resource
 import signal
@@ -14,7 +15,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from fastq.wire.pipe import ChildPipe
+from fastq.pool.process import STACKS_SIGNAL
+from fastq.wire.pipe import SHARED_SIZE, ChildPipe
 
 #: End the call that was revoked with `terminate`, and do nothing otherwise.
 _LEFT_TO_MAIN: Final = (signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR2)
@@ -62,6 +64,13 @@ class Signals:
         for signum, handler in self._handlers.items():
             if signal.getsignal(signum) == handler:  # not one that the task has put there
                 signal.signal(signum, signal.SIG_DFL)
+
+
+def write_stacks_to(shared: int) -> None:
+    """Have the stacks of all threads written behind the shared memory when the main process asks for them."""
+    os.set_inheritable(shared, False)
+    os.lseek(shared, SHARED_SIZE, os.SEEK_SET)
+    faulthandler.register(STACKS_SIGNAL, file=shared, all_threads=True, chain=False)
 
 
 class MemoryLimit:

@@ -42,7 +42,7 @@ from fastq.steps.retry import on_exception
 from fastq.task import ExceptionInfo, Task
 from fastq.wire.message import Call, Message
 from fastq.wire.pipe import OUTCOME_NAMES, ChildPipe
-from fastq.worker.birth import MemoryLimit, Signals, wait_for_threads
+from fastq.worker.birth import MemoryLimit, Signals, wait_for_threads, write_stacks_to
 from fastq.worker.messages import TaskLog, retry_reason
 from fastq.worker.titles import set_title
 
@@ -484,7 +484,7 @@ class ChildMain:
         """Run calls until the main process says stop or goes away; returns the exit code."""
         app = self._app
         pipe = ChildPipe(sock, shared)
-        os.close(shared)
+        write_stacks_to(shared)
         set_name(b"fastq-child")
         Signals(pipe)
         for signum in (DUMP_SIGNAL, signal.SIGUSR1):

@@ -263,10 +263,20 @@ class Hooks:
 
     def hard_limit(self, child: Child, name: str, task_id: str, limit: float) -> None:
         """A call ran past its hard limit: have the child write its stacks, then kill it."""
-        assert self.pool is not None
         self._log.hard_limit(name, task_id, limit)
+        self.kill_with_stacks(child, name, task_id)
+
+    def kill_with_stacks(self, child: Child, name: str, task_id: str) -> None:
+        """Log where a child is, and kill it."""
+        assert self.pool is not None
         self.pool.dump_stack(child)
-        self._loop.call_later(DUMP_S, self.pool.kill_child, child)
+        self._loop.call_later(DUMP_S, self._kill_dumped, child, name, task_id)
+
+    def _kill_dumped(self, child: Child, name: str, task_id: str) -> None:
+        assert self.pool is not None
+        if stacks := self.pool.stacks(child):
+            logger.warning("Stacks of the process that task %s[%s] did not leave in time:\n%s", name, task_id, stacks)
+        self.pool.kill_child(child)
 
     def terminate(self, child: Child, signum: int) -> None:
         """The call that a child runs was revoked: send its process the signal, and make sure that it ends."""

@@ -133,6 +133,8 @@ def test_what_a_killed_child_has_started_dies_with_it(stage: CeleryStage, kind: 
     program = stage.wait_for_notes("started", mark="limit")[0]["program"]
     stage.error(call)
     stage.until(lambda: has_ended(program), "the program has ended")
+    # Where it was, in one record.
+    stage.worker.wait_for_log(rf"WARNING/MainProcess\] Stacks .*{call.id}\] [^\[]*in start_and_hold")
 
 
 def test_a_child_beyond_its_memory_says_so_and_the_next_one_has_its_number(
