@@ -141,7 +141,7 @@ class RecordingHooks:
         self.loop = loop
         self.pool: Pool
         self.events: list[tuple[Any, ...]] = []
-        self.lost: list[tuple[int, str]] = []
+        self.lost: list[tuple[str, str]] = []
         self.converted: tuple[bytes, bytes] | None = None
         self.records_elsewhere = False
         self.unrecorded: list[Delivery] = []
@@ -250,7 +250,7 @@ def run_loop(
             zygote,
             concurrency,
             keeps_spare,
-            lambda pid, reason: hooks.lost.append((pid, reason)),
+            lambda title, reason: hooks.lost.append((title, reason)),
             lambda text: hooks.events.append(("fatal", text)),
             **(pool_options or {}),
         )

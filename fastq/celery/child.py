@@ -481,7 +481,7 @@ class CeleryChildMain:
         faulthandler.register(DUMP_SIGNAL, file=sys.__stderr__ or 2, all_threads=True, chain=False)
         handlers = Signals(pipe)
         handlers.handle(signal.SIGUSR1, self._runner.on_soft_limit)
-        self._begin(slot + 1 if slot >= 0 else os.getpid())
+        self._begin(slot + 1)
         handlers.install()
         code = EX_RECYCLE
         try:

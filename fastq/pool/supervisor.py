@@ -84,7 +84,7 @@ class Slot:
 class Pool:
     """Keeps ``concurrency`` slots filled.
 
-    ``on_lost(pid, reason)`` is told of a death nobody asked for, ``on_fatal(text)`` when no child can be had any more.
+    ``on_lost(title, reason)`` is told of a death nobody asked for, ``on_fatal(text)`` when no child can be had.
     ``keeps_spare``: one more child than slots waits for its turn. ``overlaps``: a replacement may start while the child
     that it replaces still lives. A child that is not ready after ``start_timeout_s`` is killed (None: never).
     """
@@ -94,7 +94,7 @@ class Pool:
     zygote: Zygote
     concurrency: int
     keeps_spare: bool
-    on_lost: Callable[[int, str], None]
+    on_lost: Callable[[str, str], None]
     on_fatal: Callable[[str], None]
     overlaps: bool = True
     start_timeout_s: float | None = None
@@ -272,14 +272,16 @@ class Pool:
         for member in ready[len(needing) + kept :]:
             self.spares.remove(member)
             self._dismiss(member)
-        for _ in range(len(needing) - len(placed) + kept - len(self.spares)):
+        if len(placed) == len(needing):
+            self._complete.set()
+        # The first children have the first numbers: the spare is ordered when they are ready.
+        ordered = kept if self._complete.is_set() else 0
+        for _ in range(len(needing) - len(placed) + ordered - len(self.spares)):
             if self._pause is not None or self._is_giving_up or len(self._requests) >= MAX_ASKED:
                 break  # it goes on when the pause is over, or with the zygote's next report
             if len(self._members) + len(self._requests) - len(self._dropped) >= 2 * len(self.slots) + kept:
                 break  # children that take long to end do not pile up
             self._spawn()
-        if len(placed) == len(needing):
-            self._complete.set()
         for _, member in placed:
             assert member.child is not None
             member.child.activate()
@@ -501,9 +503,9 @@ class Pool:
         if member.sock is not None:
             member.sock.close()
         if child is not None and child.terminated_by:
-            logger.info("Process %r pid:%d was terminated (%s)", member.name, report.pid, report.reason)
+            logger.info("%s was terminated (%s)", member.title, report.reason)
         elif member.is_ready and not is_expected:
-            self.on_lost(report.pid, report.reason)
+            self.on_lost(member.title, report.reason)
 
 
 def _lives(member: Member) -> bool:

@@ -489,7 +489,7 @@ class ChildMain:
         Signals(pipe)
         for signum in (DUMP_SIGNAL, signal.SIGUSR1):
             faulthandler.register(signum, file=sys.__stderr__ or 2, all_threads=True, chain=False)
-        number = slot + 1 if slot >= 0 else os.getpid()
+        number = slot + 1
         set_title(self._options.program, self._options.hostname, f"ForkPoolWorker-{number}")
         if self._options.setup is not None:
             self._options.setup(number)

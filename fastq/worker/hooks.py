@@ -285,9 +285,9 @@ class Hooks:
         self.pool.terminate(child, signal.SIGTERM if signum == signal.SIGINT else signum)
         self._loop.call_later(TERMINATE_S, self.pool.kill_child, child)
 
-    def child_lost(self, pid: int, reason: str) -> None:
+    def child_lost(self, title: str, reason: str) -> None:
         """A child ended that nobody had asked to."""
-        logger.error("Process %r pid:%d exited with %r", "ForkPoolWorker", pid, reason)
+        logger.error("%s exited with %r", title, reason)
 
 
 def refusal(reason: str, detail: str) -> str:
