@@ -28,7 +28,10 @@ class Node(nodes.Node):  # type: ignore[misc]  # Celery is not typed
 class Parser(nodes.MultiParser):  # type: ignore[misc]  # Celery is not typed
     """Makes nodes of that kind."""
 
-    Node = Node
+    def _node_from_options(self, *arguments: Any) -> Node:
+        # An attribute for the class of its nodes has only Celery 5.7; before, the name in its module is all there is.
+        made = super()._node_from_options(*arguments)
+        return Node(made.name, made.cmd, made.append, made.options, made.extra_args)
 
 
 class Multi(multi.MultiTool):  # type: ignore[misc]  # Celery is not typed
