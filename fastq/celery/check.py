@@ -165,12 +165,6 @@ def _risks(app: celery.Celery, tasks: list[Any]) -> Iterator[Finding]:
 def _time_risks(app: celery.Celery, tasks: list[Any]) -> Iterator[tuple[str, str]]:
     conf = app.conf
     limits = {task.name: float(task.time_limit or conf.task_time_limit or 0) for task in tasks}
-    unlimited = [name for name, limit in limits.items() if not limit]
-    if unlimited:
-        yield (
-            "task_time_limit",
-            f"{_some(unlimited)} may run for ever and keep a child busy; set task_time_limit or time_limit of the task",
-        )
     timeout = float((conf.broker_transport_options or {}).get("visibility_timeout", _VISIBILITY_TIMEOUT_S))
     late = {task.name: limits[task.name] for task in tasks if task.acks_late}
     slow = [name for name, limit in late.items() if limit > timeout]

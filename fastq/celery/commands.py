@@ -6,6 +6,7 @@ They run in this process, by Celery's command line, with its exit codes. Nodes t
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,13 @@ from celery.apps import multi as nodes
 from celery.bin import multi
 from celery.bin.celery import celery as group
 
+from fastq.errors import FastqError
+
 _MULTI = "multi"
+
+
+class CommandFailed(FastqError):
+    """One of Celery's own commands ended by an error of the application or of a library; its traceback was shown."""
 
 
 class Node(nodes.Node):  # type: ignore[misc]  # Celery is not typed
@@ -52,6 +59,10 @@ def run(app: celery.Celery | None, name: str, arguments: Sequence[str], before: 
         group.main([*before, name, *arguments], prog_name="fastq", auto_envvar_prefix="CELERY")
     except SystemExit as error:
         return _code(error.code)
+    except Exception as error:
+        # Celery's command ran the application's code and that of libraries: none of it is ours.
+        traceback.print_exc()
+        raise CommandFailed(f"Celery's command {name!r} failed: {type(error).__name__}: {error}") from error
     finally:
         group.params[0].default = default
     return 0

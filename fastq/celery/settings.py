@@ -67,6 +67,13 @@ _NUMBERS = {"task_default_priority": "int", "task_queue_max_priority": "int"}
 _DELIVERY_MODES = {"transient": 1, "persistent": 2, "1": 1, "2": 2}
 
 
+def default_app() -> celery.Celery:
+    """Return Celery's default application; its configuration has been read, and what fails in it was raised."""
+    app: celery.Celery = celery.current_app._get_current_object()
+    app.conf.finalize()
+    return app
+
+
 def settings_of_app(app: celery.Celery, queues: Sequence[str] = ()) -> Settings:
     """Return the settings of a worker for a Celery application; they are not frozen yet.
 

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -67,25 +68,40 @@ class Globals:
 
     def require_app(self) -> None:
         """Raise Misuse when no application was named."""
-        if not self.app and self.application is None:
+        if not self.app and self.application is None and not self._has_default_app():
             raise Misuse("no application given. Name it before the command: fastq -A <module>[:attribute] ...")
 
-    def load_any_app(self) -> Application:
+    def _has_default_app(self) -> bool:
+        """Return whether the options describe Celery's default application: its configuration, loader or broker."""
+        return bool(self.broker or self.config or self.loader) and find_spec("celery") is not None
+
+    def load_any_app(self, runs: bool = False) -> Application:
         """Import the application and lay the given URLs and configuration over its own.
 
-        Without -A, a broker URL alone makes an application that knows no tasks: enough to send, purge and ask.
+        Without -A, a broker URL alone makes an application that knows no tasks: enough to send, purge and ask. With a
+        configuration, or when it ``runs``, as a worker or a beat, it is Celery's default application, as there.
         """
         if not self.broker:
             self.require_app()
         from fastq.app import FastQ
-        from fastq.cli.loader import find_any_app, import_module, is_celery
+        from fastq.cli.loader import default_celery_app, find_any_app, import_module, is_celery
 
         self._tell_celery()
         if self.application is not None:
             return self.application
-        app = find_any_app(self.app) if self.app else FastQ("fastq")
+        own_name = sys.argv[0]
+        if find_spec("celery") is not None:
+            # Projects decide by it whether they are imported by a worker.
+            sys.argv[0] = os.path.join(os.path.dirname(own_name), "celery")
+        if self.app:
+            app = find_any_app(self.app)
+        elif self.config or self.loader or (runs and self._has_default_app()):
+            app = default_celery_app(self.config)
+        else:
+            app = FastQ("fastq")
         if is_celery(app):
             return app
+        sys.argv[0] = own_name
         if self.loader:
             raise Misuse("option --loader is for Celery applications; remove it")
         if self.config:
@@ -131,7 +147,7 @@ class Globals:
         """Return the application as a worker runs it."""
         from fastq.app import FastQ
 
-        app = self.load_any_app()
+        app = self.load_any_app(runs=True)
         if isinstance(app, FastQ):
             from fastq.worker.program import FastQProgram
 
@@ -194,7 +210,7 @@ class Delegated(click.Command):
         if self.name in APPLESS and not settings.app:
             return settings.application  # Celery's command line can do without
         settings.require_app()
-        app = settings.load_any_app()
+        app = settings.load_any_app(runs=True)
         if not is_celery(app):
             raise Misuse(f"command {self.name!r} is not carried by this version of fastq; it has {', '.join(COMMANDS)}")
         return app

@@ -10,7 +10,7 @@ import click
 from fastq.amqp.url import mask_url
 from fastq.celery.report import NOTE, RISK, Finding, Report, TaskPath
 from fastq.cli import Globals
-from fastq.cli.loader import find_any_app, is_celery, load_tasks
+from fastq.cli.loader import is_celery, load_tasks
 from fastq.cli.options import misplaced_globals
 from fastq.cli.unread import declared_queues, unread_queues
 from fastq.transport.options import unknown_options
@@ -30,7 +30,7 @@ def command(settings: Globals, /, as_json: bool) -> int:
     Exit code 1: something that the application sets will not happen. Risks and notes do not count.
     """
     settings.require_app()
-    app: Any = find_any_app(settings.app)
+    app: Any = settings.load_any_app(runs=True)
     report = report_on_celery(app) if is_celery(app) else report_on_fastq(app)
     click.echo(json.dumps(report.as_json(), indent=2) if as_json else "\n".join(report.lines()))
     return EX_OK if report.is_ok else EX_FAILURE

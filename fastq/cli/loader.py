@@ -54,6 +54,20 @@ def find_any_app(spec: str) -> Application:
     return app
 
 
+def default_celery_app(config: str) -> Any:
+    """Return the application that Celery has without being given one. Raises Failure when it cannot be configured."""
+    from fastq.celery.settings import default_app
+
+    add_working_directory()
+    try:
+        if config:
+            importlib.import_module(config)  # Celery goes on without one that is not there
+        return default_app()
+    except (Exception, SystemExit) as error:
+        named = f"module {config!r} does not import (--config {config})" if config else "celeryconfig does not import"
+        raise _import_failure(named, error) from error
+
+
 def is_celery(found: object) -> bool:
     """Return whether it is a Celery application; one that is, has imported Celery."""
     base = sys.modules.get("celery.app.base")

@@ -20,8 +20,6 @@ from fastq.cli.check import command
 from fastq.cli.errors import run_guarded
 from fastq.errors import SettingsError
 
-QUIET = {"task_time_limit": 60}
-
 
 @pytest.fixture(autouse=True, scope="module")
 def no_tasks_of_others(no_task_leaks: None) -> None:
@@ -37,9 +35,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def app_with(**conf: Any) -> celery.Celery:
-    """Return an application with one task that has a time limit."""
+    """Return an application with one task."""
     app = celery.Celery("proj", broker="amqp://localhost//", set_as_current=False)
-    app.conf.update(QUIET | conf)
+    app.conf.update(conf)
 
     @app.task(name="proj.add", shared=False)
     def add(x: int, y: int) -> int:
@@ -198,7 +196,6 @@ REMOTE = "amqp://u:pw@rabbit.example.com//"
 @pytest.mark.parametrize(
     ("conf", "name"),
     [
-        ({"task_time_limit": None}, "task_time_limit"),
         ({"task_acks_late": True}, "task_reject_on_worker_lost"),
         ({"accept_content": ["json", "pickle"]}, "accept_content"),
         ({"accept_content": ["application/x-python-serialize"]}, "accept_content"),
@@ -264,14 +261,16 @@ def test_a_note_is_made_of_what_may_be_meant(conf: dict[str, Any], name: str) ->
 
 
 def test_a_long_list_of_tasks_is_cut() -> None:
-    app = app_with(task_time_limit=None)
+    app = app_with(task_acks_late=True)
 
     def other() -> None:
         pass
 
     for number in range(4):
         app.task(name=f"proj.t{number}", shared=False)(other)
-    assert found(app, "risk")["task_time_limit"].startswith("proj.add, proj.t0, proj.t1 and 2 more may run for ever")
+    assert found(app, "risk")["task_reject_on_worker_lost"].startswith(
+        "proj.add, proj.t0, proj.t1 and 2 more: acks_late"
+    )
 
 
 # --- the command
@@ -279,7 +278,6 @@ def test_a_long_list_of_tasks_is_cut() -> None:
 CELERY_PROJECT = """
 from celery import Celery
 app = Celery("proj", broker="amqp://localhost//", {more})
-app.conf.task_time_limit = 60
 @app.task
 def add(x, y):
     return x + y

@@ -22,7 +22,7 @@ from tests.workers import ROOT, Program, WorkerProcess
 pytestmark = pytest.mark.redis
 
 SOURCE = """
-import os
+import os, sys
 from celery import Celery
 from kombu import Queue
 
@@ -38,6 +38,12 @@ app.conf.update(
 @app.task(name="post")
 def post(x):
     return x
+
+imported_by = sys.argv[0]
+
+@app.task(name="programs")
+def programs():
+    return [os.path.basename(imported_by), os.path.basename(sys.argv[0])]
 
 @app.task(name="fail")
 def fail():
@@ -97,6 +103,9 @@ def test_results_are_read_as_the_application_reads_them(
     for program in ("celery", "fastq"):
         assert run("-A", "tasks", "result", task_id, program=program).stdout == "word\n"
     assert run("-A", "tasks", "result", task_id, "-t", "post").stdout == "word\n"
+    # Projects decide by the program's name whether a worker imports them.
+    done = run("-A", "tasks", "call", "programs", "--wait", "20")
+    assert done.stdout.split("\n", 1)[1].split() == ["['celery',", "'celery']"], done.stderr
     failed = run("-A", "tasks", "call", "fail", "--wait", "20")
     assert failed.returncode == 1
     assert "ended as FAILURE: KeyError('no such thing')" in failed.stderr
@@ -149,6 +158,29 @@ def test_the_report_is_celery_s_with_our_versions_in_it(run: Run) -> None:
 def lines(done: subprocess.CompletedProcess[str]) -> list[str]:
     """Return what was printed, without addresses and the program's name; sets come in any order."""
     return sorted(re.sub(r"0x[0-9a-f]+|Usage: .*?(?=beat|flower)", "*", done.stdout).splitlines())
+
+
+def test_a_fault_of_the_project_in_one_of_those_is_not_called_ours(run: Run) -> None:
+    done = run("-A", "tasks", "beat", "--scheduler", "tasks:too_old", "--pidfile=", "-s", "unused")
+    assert done.returncode == 1
+    assert "Traceback (most recent call last)" in done.stderr
+    assert re.search(r"^Error: Celery's command 'beat' failed: AttributeError: .*too_old", done.stderr, re.M)
+    assert "internal error" not in done.stderr
+
+
+def test_without_an_application_a_configuration_makes_celery_s_default_one(run: Run, tmp_path: Path, url: str) -> None:
+    (tmp_path / "conf.py").write_text(f"broker_url = {url!r}\nimports = ['own']\n", encoding="utf-8")
+    (tmp_path / "own.py").write_text(
+        "from celery import shared_task\n@shared_task(name='mine')\ndef mine(): pass\n", encoding="utf-8"
+    )
+    done = run("--config", "conf", "check")
+    assert (done.returncode, "fast        mine" in done.stdout, url in done.stdout) == (0, True, True), done.stderr
+    away = run("-b", "redis://127.0.0.1:1/0", "worker", "--", "broker_connection_retry_on_startup=0")
+    assert (away.returncode, "celery@" in away.stdout) == (75, True), away.stderr
+    (tmp_path / "broken.py").write_text("1 / 0\n", encoding="utf-8")
+    for name, error in (("broken", "ZeroDivisionError"), ("nowhere", "ModuleNotFoundError")):
+        done = run("--config", name, "worker")
+        assert (done.returncode, error in done.stderr, "Traceback" in done.stderr) == (1, True, False), done.stderr
 
 
 def test_a_name_that_nobody_knows_is_a_usage_error(run: Run) -> None:
