@@ -60,7 +60,7 @@ def celery_options(options: WorkerOptions) -> dict[str, Any]:
         **given,
         "loglevel": logging.getLevelName("CRITICAL" if options.loglevel == "FATAL" else options.loglevel),
         **{name: list(given[name]) or None for name in ("queues", "exclude_queues", "include")},
-        **{name: given[name] or None for name in ("logfile", "pidfile", "statedb")},
+        **{name: given[name] or None for name in ("logfile", "pidfile", "schedule_filename", "scheduler", "statedb")},
         "no_color": True if options.color is False else None,
         "pool_cls": "prefork",
         **options.user,

@@ -20,6 +20,7 @@ from celery.utils.time import rate
 from kombu.utils.encoding import safe_repr
 
 from fastq.celery import logs
+from fastq.celery.beat import Beat
 from fastq.celery.carried import warnings_of
 from fastq.celery.consumer import Worker
 from fastq.celery.hookpoints import REQUEST, STRATEGY, has_own
@@ -61,6 +62,7 @@ class CeleryProgram:
         self._instance: Worker | None = None
         self._steps = Steps(self._ask_stop)
         self._hooks: CeleryHooks | None = None
+        self._beat: Beat | None = None
 
     @property
     def title(self) -> str:
@@ -220,6 +222,10 @@ class CeleryProgram:
 
         if not self._has_own_logging:
             logs.redirect(self.app)
+        if self._options.beat:
+            # Now: next come the zygote and the loop, and this process forks no more.
+            self._beat = Beat(self.app, self._options.schedule_filename, self._options.scheduler)
+            self._beat.start()
         options = replace(options, setup=logs.ChildLogging(self.app, self._logfile, self._hostname))
         return CeleryChildMain(self.app, options, self.results)
 
@@ -246,6 +252,8 @@ class CeleryProgram:
             signals.worker_ready.send(sender=instance.consumer)
         elif what == "stopping":
             self._steps.quiet()
+            if self._beat is not None:
+                self._beat.ask_stop()
             how = details["how"]
             signals.worker_shutting_down.send(
                 sender=self._hostname,
@@ -255,6 +263,8 @@ class CeleryProgram:
             )
         elif what == "stopped":
             self._steps.stop()
+            if self._beat is not None:
+                self._beat.stop()
             self.app.loader.shutdown_worker()
             signals.worker_shutdown.send(sender=instance)
 

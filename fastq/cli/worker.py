@@ -21,7 +21,7 @@ from fastq.amqp.topology import Topology
 from fastq.amqp.url import mask_url
 from fastq.cli import Globals
 from fastq.cli.errors import Misuse, one_line, run_guarded
-from fastq.cli.options import misplaced_globals, name_list, plural, refused
+from fastq.cli.options import misplaced_globals, name_list, plural
 from fastq.cli.unread import declared_queues, unread_queues
 from fastq.errors import FastqError
 from fastq.transport.bus import BUSES, has_bus
@@ -37,7 +37,7 @@ from fastq.worker.daemon import (
     warn_root,
 )
 from fastq.worker.log import LEVELS, open_handler
-from fastq.worker.options import WorkerOptions, available_cpus, expand_path
+from fastq.worker.options import NODE_NAME, WorkerOptions, available_cpus, expand_path
 from fastq.worker.pidfile import Pidfile
 
 if TYPE_CHECKING:
@@ -154,9 +154,9 @@ class WorkerCommand(click.Command):
 @click.option("--uid", default="", help="Become this user once the files are open.")
 @click.option("--gid", default="", help="Become this group once the files are open.")
 @click.option("--umask", default="", metavar="OCTAL", help="File mode mask.")
-@refused("-B", "--beat", takes_value=False)
-@refused("-s", "--schedule-filename", "--schedule")
-@refused("--scheduler")
+@click.option("-B", "--beat", is_flag=True, help="Celery: send periodic tasks too, from a process beside the worker.")
+@click.option("-s", "--schedule-filename", "--schedule", default="", help="Celery: file of the schedule.")
+@click.option("--scheduler", default="", help="Celery: class of the scheduler.")
 @click.option("--disable-prefetch", is_flag=True, default=None, help="Redis: take a message when a child is free.")
 @click.option("--pool-start-method", callback=_start_method, expose_value=False, hidden=True)
 @click.option("--executable", callback=_executable, expose_value=False, hidden=True)
@@ -261,6 +261,8 @@ class Start:
         from fastq.cli.loader import import_module, load_tasks
 
         program = self.settings.load_program()
+        if program.node == NODE_NAME:
+            _refuse_beat(self.options)
         self.options, overrides = program.adopt(self.options, self.overrides)
         unknown = next((word for word in overrides if word.startswith("-")), None)
         if unknown is not None:
@@ -269,6 +271,16 @@ class Start:
             import_module(name, f"-I {name}")
         load_tasks(lambda: program.load(self.options, overrides))
         return program
+
+
+def _refuse_beat(options: WorkerOptions) -> None:
+    given = (("-B", options.beat), ("-s", options.schedule_filename), ("--scheduler", options.scheduler))
+    for name, value in given:
+        if value:
+            raise Misuse(
+                f"option {name} is not carried by this version of fastq; remove it: "
+                "FastQ applications have no periodic tasks yet"
+            )
 
 
 def show_banner(program: Program, options: WorkerOptions) -> None:

@@ -15,9 +15,9 @@ cdef extern from "sys/prctl.h" nogil:
 import signal
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process the moment its parent dies, however that happens."""
-    if prctl(PR_SET_PDEATHSIG, <unsigned long> <int> signal.SIGKILL, 0, 0, 0) < 0:
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal the moment its parent dies, however that happens."""
+    if prctl(PR_SET_PDEATHSIG, <unsigned long> <int> number, 0, 0, 0) < 0:
         PyErr_SetFromErrno(OSError)
 
 

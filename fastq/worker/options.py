@@ -51,6 +51,9 @@ class WorkerOptions:
     without_gossip: bool = False
     without_heartbeat: bool = False
     reliable: bool | None = None
+    beat: bool = False  # send periodic tasks too, in a process beside
+    schedule_filename: str = ""
+    scheduler: str = ""
     color: bool | None = field(default=None, compare=False)  # None: as the terminal and NO_COLOR say
     quiet: bool = field(default=False, compare=False)
     given_name: str = field(default="", compare=False)  # the node name as it was given; empty: the default one

@@ -221,7 +221,7 @@ def test_a_setting_after_the_options_that_cannot_be_read_is_refused(
 
 @pytest.mark.parametrize(
     "options",
-    [["-B"], ["-s", "beat.db"], ["--scheduler=x:Y"], ["-P", "solo"], ["-Pthreads"], ["-P", "gevent"],
+    [["-P", "solo"], ["-Pthreads"], ["-P", "gevent"],
      ["-P", "eventlet"], ["--pool=custom"], ["--pool-start-method=spawn"], ["--executable=/other/python"]],
     ids=" ".join,
 )  # fmt: skip
