@@ -123,6 +123,7 @@ class Settings:
     worker_concurrency: int | None = None
     worker_prefetch_multiplier: int = 4
     worker_disable_prefetch: bool = False  # Redis only: take a message only when a child is free
+    worker_soft_shutdown_timeout: float = 0.0  # seconds that running tasks have to end before a cold stop
     worker_max_tasks_per_child: int | None = None
     worker_max_memory_per_child: int | None = None  # KiB of resident memory
     worker_hijack_root_logger: bool = True

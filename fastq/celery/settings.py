@@ -97,6 +97,8 @@ def _values(app: celery.Celery) -> Iterator[tuple[str, Any]]:
     for name in _PLAIN:
         yield name, _typed(name, conf.get(name))
     yield "broker_heartbeat", _typed("broker_heartbeat", conf.broker_heartbeat) or 0.0
+    soft_s = conf.get("worker_soft_shutdown_timeout")  # since Celery 5.5
+    yield "worker_soft_shutdown_timeout", _typed("worker_soft_shutdown_timeout", soft_s) or 0.0
     yield "broker_connection_timeout", _typed("broker_connection_timeout", conf.broker_connection_timeout) or 4.0
     yield (
         "broker_connection_max_retries",

@@ -318,8 +318,15 @@ class Life:
             self.program.tell("stopping", how="warm", signum=self._signum)
 
         def cold() -> None:
-            say(messages.COLD_SHUTDOWN)
-            self._stop.ask("cold")
+            soft_s = self.settings.worker_soft_shutdown_timeout
+            if soft_s > 0 and self._stop.how != "cold" and not self.core.is_idle:
+                # Asked once more, it is cold at once.
+                self.core.hold()
+                logger.warning(messages.SOFT_SHUTDOWN, soft_s)
+                self._stop.ask_soft(soft_s)
+            else:
+                say(messages.COLD_SHUTDOWN)
+                self._stop.ask("cold")
             self.program.tell("stopping", how="cold", signum=self._signum)
 
         def again() -> None:
@@ -363,7 +370,8 @@ class Life:
         if self._stop.how == "warm" and not self.core.only_stores:
             grace = "" if self.options.grace_s is None else f", for at most {self.options.grace_s:g} s"
             say(f"worker: waiting for running tasks to end: {self.core.running}{grace}")
-        is_idle = self._stop.how != "warm" or await self._until_idle(self.options.grace_s)
+        limit_s = self.options.grace_s if self._stop.how == "warm" else self.settings.worker_soft_shutdown_timeout
+        is_idle = self._stop.cold.is_set() or await self._until_idle(limit_s)
         if not is_idle and self.core.only_stores:
             logger.warning(
                 "%s tasks have run, but their results could not be stored within %s s; what is not acknowledged yet "
@@ -373,8 +381,8 @@ class Life:
             )
         elif not is_idle:
             why = "the worker stops at once"
-            if self._stop.how == "warm":
-                why = f"running tasks did not end within {self.options.grace_s:g} s"
+            if self._stop.how == "warm" or not self._stop.cold.is_set():
+                why = f"running tasks did not end within {limit_s:g} s"
             logger.warning("%s; they are given back: %s", why, self._running_names())
         if not self.core.only_stores:
             self.pool.kill()
@@ -477,6 +485,12 @@ class Stop:
         self._asked.set()
         if how == "cold":
             self.cold.set()
+
+    def ask_soft(self, limit_s: float) -> None:
+        """Ask for a cold stop that lets running calls end for so many seconds."""
+        self.how = "cold"
+        self._asked.set()
+        self.loop.call_later(limit_s, self.cold.set)
 
     def fail(self, error: Exception) -> None:
         """Stop at once because of an error, which ``check`` raises at the end."""

@@ -33,6 +33,7 @@ CANNOT_CONNECT: Final = "consumer: Cannot connect to %s: %s\nTrying again in %.2
 
 WARM_SHUTDOWN: Final = "worker: Warm shutdown (MainProcess)"
 COLD_SHUTDOWN: Final = "worker: Cold shutdown (MainProcess)"
+SOFT_SHUTDOWN: Final = "Initiating Soft Shutdown, terminating in %s seconds"
 RESTART: Final = "Restarting worker (%s)"
 
 #: Celery cuts the return value in the log line at this many characters.

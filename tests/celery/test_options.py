@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -231,6 +232,31 @@ def test_what_is_not_carried_says_so_in_one_line(
     done = run("-A", "tasks", "worker", *options)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "is not carried by this version of fastq" in done.stderr
+
+
+def test_a_cold_stop_lets_tasks_end_for_the_time_of_a_soft_shutdown(
+    url: str, start_worker: START, tmp_path: Path
+) -> None:
+    def holding(soft_s: str) -> WorkerProcess:
+        worker = start_worker(
+            *ALONE, "-c1", "--", f"soft_shutdown_timeout={soft_s}", source=SOURCE.format(url=url), program="fastq"
+        )
+        with celery.Celery("client", broker=url, set_as_current=False) as client:
+            client.send_task("hold", [str(tmp_path / soft_s)])
+        worker.wait_for_log("holding")
+        worker.signal(signal.SIGQUIT)
+        worker.wait_for_log(f"Initiating Soft Shutdown, terminating in {soft_s} seconds")
+        return worker
+
+    patient = holding("60.0")
+    (tmp_path / "60.0").touch()
+    assert patient.wait(10) == 1
+    assert "Task hold" in patient.wait_for_log(r"Task hold\[\S+\] succeeded")[0]
+    assert holding("0.5").wait(10) == 1
+    asked_twice = holding("90.0")
+    asked_twice.signal(signal.SIGQUIT)
+    assert asked_twice.wait(10) == 1
+    asked_twice.wait_for_no_leftovers()
 
 
 def test_an_unknown_option_is_a_usage_error(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
