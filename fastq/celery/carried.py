@@ -7,6 +7,7 @@ for the few that are read without a default.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -248,7 +249,8 @@ CARRIED: Mapping[str, Entry] = (
         "worker_timer": Entry(How.MEANINGLESS, "the event loop has timers of its own"),
         "worker_timer_precision": Entry(How.MEANINGLESS, "timers fire when they are due"),
     }
-    | _prefixed("worker", How.MISSING, "executable gid logfile pidfile uid umask", _OPTION)
+    | _prefixed("worker", How.NATIVE, "gid logfile pidfile uid umask", _OPTION)
+    | {"worker_executable": Entry(How.NATIVE, "the Python that runs the worker", _one_of(None, "", sys.executable))}
 )
 
 #: What a setting that Celery reads without a default of its own has when nobody sets it.

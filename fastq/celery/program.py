@@ -151,6 +151,21 @@ class CeleryProgram:
         self.app.finalize()
         register_serializers(self.app)
 
+    def complete(self, options: WorkerOptions) -> WorkerOptions:
+        """Return the options with ``worker_logfile`` and ``worker_pidfile`` where the command line names none."""
+        conf = self.app.conf
+        files = {name: getattr(options, name) or conf.get(f"worker_{name}") or "" for name in ("logfile", "pidfile")}
+        self._options = self._options.changed(**files)
+        return options.changed(**files)
+
+    @property
+    def process_settings(self) -> Mapping[str, str]:
+        """Return ``worker_uid``, ``worker_gid`` and ``worker_umask``."""
+        found = {name: self.app.conf.get(f"worker_{name}") for name in ("uid", "gid", "umask")}
+        if isinstance(found["umask"], int):
+            found["umask"] = f"{found['umask']:o}"
+        return {name: "" if value is None else str(value) for name, value in found.items()}
+
     def begin(self, options: WorkerOptions) -> None:
         """Send ``celeryd_init`` and ``worker_init``."""
         app = self.app

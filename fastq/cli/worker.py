@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -185,7 +186,7 @@ def command(
     if umask:
         set_umask(umask)
     asked = WorkerOptions(**options, grace_s=grace, color=settings.color, quiet=settings.quiet)
-    start = Start(settings, asked, uid, gid, overrides)
+    start = Start(settings, asked, uid, gid, overrides, umask)
     if not detach or is_detached():
         return start.run()
     start.daemon = detach_process()
@@ -204,15 +205,18 @@ class Start:
     uid: str = ""
     gid: str = ""
     overrides: tuple[str, ...] = ()
+    umask: str = ""
     daemon: Daemon | None = None
 
     def run(self) -> int:
         """Open the files, drop privileges, load the application, and run the worker until it ends."""
         early = self._load_program() if self._needs_node() else None
         handler = open_handler(self.options.logfile, self.options.hostname)
-        with Pidfile(expand_path(self.options.pidfile, self.options.hostname)):
+        with Pidfile(expand_path(self.options.pidfile, self.options.hostname)), ExitStack() as closing:
             drop_privileges(self.uid, self.gid, handler.stream)
             program = early or self._load_program()
+            handler, pidfile = self._follow_settings(program, handler)
+            closing.enter_context(pidfile)
             program.begin(self.options.resolved(program.settings))
             full = self.options.resolved(program.settings)
             program.setup_logging(handler, full)
@@ -228,6 +232,21 @@ class Start:
             if self.daemon is not None:
                 self.daemon.started()
             return self._work(program, full)
+
+    def _follow_settings(
+        self, program: Program, handler: logging.StreamHandler[Any]
+    ) -> tuple[logging.StreamHandler[Any], Pidfile]:
+        """Do what the command line has left to the settings; what they say is known only once they are imported."""
+        given, said = self.options, program.process_settings
+        self.options = program.complete(given)
+        if said["umask"] and not self.umask:
+            set_umask(said["umask"])
+        if self.options.logfile != given.logfile:
+            handler = open_handler(self.options.logfile, self.options.hostname)
+        pidfile = "" if self.options.pidfile == given.pidfile else self.options.pidfile
+        if not self.uid and not self.gid:
+            drop_privileges(said["uid"], said["gid"], handler.stream)
+        return handler, Pidfile(expand_path(pidfile, self.options.hostname))
 
     def _work(self, program: Program, options: WorkerOptions) -> int:
         # Imported only now: it brings the event loop, which a start that fails has no use for.

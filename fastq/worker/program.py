@@ -79,6 +79,13 @@ class Program(Protocol):
     def load(self, options: WorkerOptions, overrides: Sequence[str]) -> None:
         """Import the application's task modules; ``overrides`` are settings as ``name=value`` that win."""
 
+    def complete(self, options: WorkerOptions) -> WorkerOptions:
+        """Return the options with the files that the settings name where the command line names none."""
+
+    @property
+    def process_settings(self) -> Mapping[str, str]:
+        """Return "uid", "gid" and "umask" as the settings want them for the process; what they leave open is empty."""
+
     def begin(self, options: WorkerOptions) -> None:
         """Tell the application that a worker starts; it may still change its settings. Logging is not set up yet."""
 
@@ -171,6 +178,15 @@ class FastQProgram:
             self.app.conf.worker_disable_prefetch = options.disable_prefetch
         self.app.load_tasks()
         self.app.finalize()
+
+    def complete(self, options: WorkerOptions) -> WorkerOptions:
+        """Return the options: these settings name no files."""
+        return options
+
+    @property
+    def process_settings(self) -> Mapping[str, str]:
+        """Return nothing: the command line alone says it."""
+        return {"uid": "", "gid": "", "umask": ""}
 
     def begin(self, options: WorkerOptions) -> None:
         """Nobody waits to be told."""

@@ -234,6 +234,22 @@ def test_what_is_not_carried_says_so_in_one_line(
     assert "is not carried by this version of fastq" in done.stderr
 
 
+def test_files_and_mask_that_the_settings_name_count_where_no_option_does(
+    url: str, start_worker: START, program: Program, tmp_path: Path
+) -> None:
+    conf = (
+        f"app.conf.update(worker_pidfile='{tmp_path}/%n.pid', worker_logfile='{tmp_path}/%n.log', worker_umask='027')"
+    )
+    worker = start_worker(*ALONE, "-c1", source=SOURCE.format(url=url) + conf, program=program, await_ready=False)
+    log = tmp_path / "celery.log"
+    wait_until(lambda: log.exists() and "ready." in log.read_text(), 20, lambda: AssertionError(worker.log()))
+    assert int((tmp_path / "celery.pid").read_text()) == worker.pid
+    if program == "fastq":  # Celery itself minds the mask only when it is detached
+        assert log.stat().st_mode & 0o777 == 0o640
+    assert worker.stop() == 0
+    assert not (tmp_path / "celery.pid").exists()
+
+
 def test_a_cold_stop_lets_tasks_end_for_the_time_of_a_soft_shutdown(
     url: str, start_worker: START, tmp_path: Path
 ) -> None:
