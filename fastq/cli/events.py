@@ -1,7 +1,7 @@
-"""``fastq events --dump``: print the events of all workers, Celery's included, as they come. Needs no application.
+"""``fastq events``: print the events of all workers, Celery's included: a short line a task, or with ``--dump`` all.
 
-The lines are those of ``celery events --dump``. Monitors that need Celery's objects (cameras, the curses screen) are
-Celery's own to run: they read fastq's events too.
+Needs no application. The lines of ``--dump`` are those of ``celery events --dump``. With a Celery application screen
+and cameras are Celery's own, as they need Celery's objects: they read fastq's events too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import click
 
 from fastq.cli import Globals
 from fastq.cli.errors import Misuse
-from fastq.cli.options import misplaced_globals, refused
+from fastq.cli.loader import is_celery
+from fastq.cli.options import misplaced_globals
 from fastq.codecs.json import decode_event
 from fastq.errors import ConnectionLost
 from fastq.worker.exitcodes import EX_OK
@@ -29,7 +30,7 @@ _NAMED_TASKS: Final = 4096  # as many as Celery's dump remembers
 _FIRST_PAUSE_S: Final = 0.5
 _LAST_PAUSE_S: Final = 10.0
 _WORDS: Final = {"worker-offline": "shutdown", "worker-online": "started", "worker-heartbeat": "heartbeat"}
-_OTHERWISE: Final = "use --dump, or Celery's own, which shows fastq's workers too: celery -A <module> events"
+_ENDS: Final = frozenset({"task-succeeded", "task-failed", "task-retried", "task-revoked", "task-rejected"})
 
 Event = dict[str, Any]
 
@@ -37,26 +38,43 @@ Event = dict[str, Any]
 @click.command("events")
 @click.option("-d", "--dump", is_flag=True, help="Print every event as it comes.")
 @click.option("-n", "--limit", type=click.IntRange(min=1), default=None, help="End after so many events.")
-@refused("-c", "--camera", why=_OTHERWISE + " --camera ...")
-@refused("-F", "--frequency", "--freq", why=_OTHERWISE + " --camera ...")
-@refused("-r", "--maxrate", why=_OTHERWISE + " --camera ...")
-@refused("--detach", takes_value=False, why=_OTHERWISE + " --detach ...")
+@click.option("-c", "--camera", default="", help="Celery applications: class that is shown snapshots.")
+@click.option("-F", "--frequency", "--freq", default="", help="Celery applications: seconds between snapshots.")
+@click.option("-r", "--maxrate", default="", help="Celery applications: most snapshots in a time, such as 10/m.")
+@click.option("--detach", is_flag=True, hidden=True)
 @misplaced_globals
 @click.pass_obj
-def command(settings: Globals, /, dump: bool, limit: int | None) -> int:
-    """Print the events that workers send; Ctrl-C ends it. Tasks tell of themselves when started with -E."""
-    if not dump:
-        raise Misuse(f"the screen of `events` is not carried by this version of fastq; {_OTHERWISE}")
+def command(
+    settings: Globals, /, dump: bool, limit: int | None, camera: str, frequency: str, maxrate: str, detach: bool
+) -> int:
+    """Print a line for each task that ends, or all events; Ctrl-C ends it. Workers tell of tasks when started with -E.
+
+    With a Celery application and without --dump it is Celery's screen.
+    """
+    given = (("--camera", camera), ("--frequency", frequency), ("--maxrate", maxrate))
+    words = [f"{option}={value}" for option, value in given if value] + (["--detach"] if detach else [])
+    if words or not (dump or limit):
+        app = settings.load_any_app() if settings.app or settings.application is not None else None
+        if is_celery(app):
+            from fastq.celery.commands import run as run_celery
+
+            return run_celery(app, "events", [*words, *(["--dump"] if dump else [])], settings.words())
+        if words:
+            option = words[0].partition("=")[0]
+            raise Misuse(
+                f"option {option} of `events` needs a Celery application: celery -A <module> events {option} ..."
+            )
     from fastq.transport.bus import open_blocking_bus
 
     app = settings.load_app()
     app.finalize()
     bus = open_blocking_bus(str(app.conf.broker_url), app.conf)
-    dumper = Dumper(click.echo)
-    click.echo("-> evdump: starting capture...")
+    printer = Dumper(click.echo) if dump else Summary(click.echo)
+    if dump:
+        click.echo("-> evdump: starting capture...")
     try:
         for event in islice(capture(bus), limit):
-            dumper.show(event)
+            printer.show(event)
     finally:
         bus.close()
     return EX_OK
@@ -120,6 +138,33 @@ class Dumper:
             if len(self._tasks) > _NAMED_TASKS:
                 self._tasks.popitem(last=False)
         return self._tasks.get(task_id, "")
+
+
+class Summary:
+    """Writes one short line for each task that has ended."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._names: OrderedDict[str, str] = OrderedDict()
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        """Write a line if the event is a task's end."""
+        kind, task_id = event["type"].lower(), str(event.get("uuid", "?"))
+        if event.get("name"):
+            self._names[task_id] = str(event["name"])
+            if len(self._names) > _NAMED_TASKS:
+                self._names.popitem(last=False)
+        if kind not in _ENDS:
+            return
+        moment = datetime.fromtimestamp(_seconds(event.get("timestamp", 0))).astimezone()
+        runtime = event.get("runtime")
+        more = _duration(runtime) if isinstance(runtime, (int, float)) else str(event.get("exception", ""))
+        words = (kind.removeprefix("task-"), f"{self._names.get(task_id, '?')}[{task_id}]", event.get("hostname", "?"))
+        self._write(" ".join([f"{moment:%H:%M:%S}", *map(str, words), more.partition("\n")[0]]).rstrip())
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 def _seconds(value: object) -> float:

@@ -334,7 +334,28 @@ def test_the_dump_goes_on_after_the_broker_was_away(run_tool: Any, open_stage: O
     assert process.poll() is None
 
 
-@pytest.mark.parametrize("option", [["--camera", "mod.Camera"], ["-F", "2"], ["-r", "10/m"], ["--detach"], []])
+def test_without_dump_there_is_a_short_line_for_each_task_that_ends(stage: CeleryStage, run_tool: Any) -> None:
+    process, read = run_tool("fastq", "-b", stage.broker_url, "events")
+    with Herald(stage.broker_url, heartbeat_s=0.2) as herald:
+
+        def tell_until_heard() -> bool:
+            herald.do(tell_everything)
+            return "succeeded" in read()
+
+        wait_until(tell_until_heard, 20, lambda: TimeoutError(read()))
+    line = next(line for line in read().splitlines() if " succeeded " in line)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d succeeded \S+\[\S+\] fastq@herald [\d.]+ m?s", line), line
+    assert "heartbeat" not in read()
+    assert process.poll() is None
+
+
+def test_the_screen_and_cameras_of_a_celery_application_are_celery_s(run_tool: Any) -> None:
+    done = run_tool("fastq", "-A", "tests.celery.proj", "events", "--camera", "no.such.Camera")
+    assert done[0].wait(30) == 69  # Celery's code for it
+    assert "evcam: Taking snapshots with no.such.Camera" in done[1]()
+
+
+@pytest.mark.parametrize("option", [["--camera", "mod.Camera"], ["-F", "2"], ["-r", "10/m"], ["--detach"]])
 def test_what_needs_celery_s_objects_names_celery_s_own_command(run_tool: Any, option: list[str]) -> None:
     process, read = run_tool("fastq", "-b", "amqp://127.0.0.1:1//", "events", *option)
     assert process.wait(20) == 2

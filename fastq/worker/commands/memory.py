@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections import deque
-from typing import Final, NoReturn
+from typing import Final
 
 from fastq.worker.commands.command import Command, WorkerView
 
@@ -30,9 +31,19 @@ def memdump(view: WorkerView, samples: int = 10, **_: object) -> str:
     return "\n".join([*head, f"- rss (end): {resident()}.", ""])
 
 
-def objgraph(view: WorkerView, num: int = 200, max_depth: int = 10, type: str = "Request") -> NoReturn:
+def objgraph(view: WorkerView, num: int = 200, max_depth: int = 10, type: str = "Request") -> dict[str, str]:
     """Create graph of uncollected objects (memory-leak debugging)."""
-    raise NotImplementedError("fastq draws no object graphs: use memsample and memdump, or a memory profiler")
+    try:
+        import objgraph as drawing
+    except ImportError:
+        raise ImportError("Requires the objgraph library") from None  # Celery's words
+    with tempfile.NamedTemporaryFile(prefix="cobjg", suffix=".png", delete=False) as file:
+        objects = drawing.by_type(type)[:num]
+        known = set(map(id, objects))
+        drawing.show_backrefs(
+            objects, max_depth=max_depth, highlight=lambda each: id(each) in known, filename=file.name
+        )
+        return {"filename": file.name}
 
 
 def resident() -> str:
