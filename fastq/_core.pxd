@@ -31,7 +31,7 @@ cdef class Core(Keeper):
     cdef object loop
     cdef object timer
     cdef double timer_at
-    cdef bint on_hold                       # nothing more is handed to children: the worker is about to stop
+    cdef bint on_hold                       # nothing is handed to children: the worker is about to stop, or not yet ready
     cdef readonly bint stopping
     cdef readonly bint reliable
     cdef readonly int max_deliveries
@@ -60,6 +60,7 @@ cdef class Core(Keeper):
     cdef int refuse(self, Delivery delivery, str reason, str detail) except -1
     cdef int fail(self, Delivery delivery, str kind, object detail, int verdict) except -1
     cdef int admit(self, Delivery delivery) except -1
+    cdef int go_on(self, Delivery delivery) except -1
     cdef int on_own_call(self, Delivery delivery) except -1
     cdef int hand(self, Delivery delivery) except -1
     cdef int give_back_handed(self) except -1

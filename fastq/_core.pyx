@@ -261,8 +261,14 @@ cdef class Core(Keeper):
         delivery.options = task
         if delivery.head.delivery_count:
             delivery.deliveries = <int> delivery.head.delivery_count + 1
-        if self.wants_received:
-            self.hooks.received(task.name, delivery_id(delivery), delivery)
+        if self.wants_received and self.hooks.received(task.name, delivery_id(delivery), delivery):
+            self.handed.add(delivery)
+            return 0
+        return self.go_on(delivery)
+
+    cdef int go_on(self, Delivery delivery) except -1:
+        """Decide about the message of a known task that was announced to those who want to know."""
+        cdef TaskOptions task = <TaskOptions> delivery.options
         if self.stopping:
             return self.settle(delivery, RETURN)
         if self.reliable and delivery.deliveries > self.max_deliveries:
@@ -270,6 +276,13 @@ cdef class Core(Keeper):
         if task.handed_over:
             return self.hand(delivery)
         return self.admit(delivery)
+
+    def proceed(self, Delivery delivery) -> None:
+        """Go on with a delivery of which ``received`` has said True; no harm when it was given back meanwhile."""
+        if delivery in self.handed:
+            self.handed.remove(delivery)
+            self.go_on(delivery)
+            self.on_batch()
 
     cdef int on_own_call(self, Delivery delivery) except -1:
         """A call that the main process has made: it waits for nothing but a child."""
@@ -960,6 +973,11 @@ cdef class Core(Keeper):
         self.on_hold = True
         for child in self.children:
             self.take_back(<Child> child)
+
+    def resume(self) -> None:
+        """Undo ``hold``."""
+        self.on_hold = False
+        self.on_batch()
 
     def quiet(self) -> None:
         """Start nothing more: give back what waits and what children have not started. What runs goes on."""

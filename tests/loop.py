@@ -145,9 +145,14 @@ class RecordingHooks:
         self.converted: tuple[bytes, bytes] | None = None
         self.records_elsewhere = False
         self.unrecorded: list[Delivery] = []
+        self.keeps = False
+        self.kept: list[Delivery] = []
 
-    def received(self, name: str, task_id: str, delivery: Delivery) -> None:
+    def received(self, name: str, task_id: str, delivery: Delivery) -> bool:
         self.events.append(("received", name))
+        if self.keeps:
+            self.kept.append(delivery)
+        return self.keeps
 
     def started(self, task_id: str, pid: int) -> None:
         self.events.append(("started", task_id))

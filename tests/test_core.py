@@ -251,7 +251,7 @@ def test_unknown_tasks_and_endless_redeliveries_go_to_the_dead_letters() -> None
     run_loop(body)
 
 
-def test_hold_starts_nothing_more_and_quiet_gives_it_back() -> None:
+def test_hold_starts_nothing_more_until_resume_and_quiet_gives_it_back() -> None:
     async def body(t: Running) -> None:
         first = t.broker.put("sleep", 0.3)
         rest = [t.broker.put("noop") for _ in range(10)]
@@ -262,6 +262,12 @@ def test_hold_starts_nothing_more_and_quiet_gives_it_back() -> None:
         await asyncio.sleep(0.1)
         assert [tag for tag, _ in t.broker.settled] == [first]
         assert not t.core.is_idle
+        t.core.resume()
+        await t.broker.until(lambda: t.core.is_idle)
+        assert {t.broker.verdict(tag) for tag in rest} == {ACK}
+        t.core.hold()
+        rest = [t.broker.put("noop")]
+        await asyncio.sleep(0.1)
         t.core.quiet()
         await t.broker.until(lambda: t.core.is_idle)
         assert {t.broker.verdict(tag) for tag in rest} == {RETURN}

@@ -12,7 +12,7 @@ from typing import Any
 from fastq.link import BatchSource
 from fastq.wire.ids import new_id
 from fastq.wire.message import Message, encode_task
-from tests.loop import ACK, REJECT, Running, run_loop
+from tests.loop import ACK, REJECT, RETURN, Running, run_loop
 
 
 def put(t: Running, task: str, *args: Any, **options: Any) -> tuple[int, str]:
@@ -175,6 +175,25 @@ def test_starts_and_ends_are_reported_while_somebody_wants_to_know() -> None:
         assert [event[0] for event in t.hooks.events] == ["received", "started", "finished"]
         assert t.hooks.events[1] == ("started", task_id)
         assert t.hooks.events[2][1:3] == ("pid", "SUCCESS")
+
+    run_loop(body)
+
+
+def test_a_delivery_waits_for_those_who_were_told_of_it() -> None:
+    async def body(t: Running) -> None:
+        t.core.wants_received = t.hooks.keeps = True
+        (first, _), (second, _) = put(t, "pid"), put(t, "pid")
+        await asyncio.sleep(0.1)
+        assert len(t.hooks.kept) == 2
+        t.core.proceed(t.hooks.kept[0])
+        t.core.proceed(t.hooks.kept[0])
+        await t.broker.until(lambda: t.broker.verdict(first) == ACK)
+        assert t.core.done == 1
+        t.core.quiet()
+        # The other one is given back, though nobody has answered.
+        assert t.broker.verdict(second) == RETURN
+        t.core.proceed(t.hooks.kept[1])
+        assert t.core.done == 1
 
     run_loop(body)
 

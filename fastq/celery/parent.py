@@ -1,7 +1,8 @@
 """The main process of a worker that runs a Celery application: its signals, and failures recorded by Celery's own code.
 
-That code may block on a result store, so it runs in one thread of its own, in the order of what happened. So does the
-code of tasks that have a strategy or a request class of their own.
+That code may block on a result store, so it runs in one thread of its own, in the order of what happened. So do the
+receivers of signals and the code of tasks that have a strategy or a request class of their own: no event loop runs in
+that thread, so they may start one, and nothing of theirs stops ours.
 """
 
 from __future__ import annotations
@@ -53,21 +54,23 @@ class CeleryHooks(Hooks):
         self.consumer = worker.consumer
         self.consumer.event_dispatcher = Eventer(loop, lambda: self.events)
         self._on_running = on_running
-        self._recorder = Recorder(self._on_exit)
+        #: Where users' code runs.
+        self.recorder = Recorder(self._on_exit)
+        self._beats = False  # whether receivers of heartbeat_sent are yet to be called
         self._strategies: Strategies
         worker.pool = Pool(lambda *args, **options: self._strategies.apply(*args, **options), lambda: self.pool, app)
 
     def attach(self, core: Core) -> None:
         """Belong to this message loop."""
         core.reads_foreign = True
-        self._strategies = Strategies(self._loop, self._app, self.consumer, self._recorder, core)
+        self._strategies = Strategies(self._loop, self._app, self.consumer, self.recorder, core)
         super().attach(core)
 
     def watch(self, revoked: Revoked, events: Events | None) -> None:
         """Take part in remote control: the pool is there, and the steps may start."""
         super().watch(revoked, events)
         if events is not None and signals.heartbeat_sent.receivers:
-            events.on_beat = partial(signals.heartbeat_sent.send, sender=Heart(self.consumer, events.heartbeat_s))
+            events.on_beat = partial(self._tell_beat, Heart(self.consumer, events.heartbeat_s))
         self._on_running()
 
     def refresh(self) -> None:
@@ -80,24 +83,31 @@ class CeleryHooks(Hooks):
         """Return whether each delivery is to be reported; receivers of ``task_received`` want it too."""
         return super().wants_received or bool(signals.task_received.receivers)
 
-    def received(self, name: str, task_id: str, delivery: Delivery) -> None:
-        """Tell the log, the monitors and the receivers of ``task_received``. A task's own strategy does so itself."""
+    def _tell_beat(self, heart: Heart) -> None:
+        # Receivers that are slower than the heart are told once for what they have missed.
+        if not self._beats:
+            self._beats = True
+            self.recorder.put(partial(self._send_beat, heart))
+
+    def _send_beat(self, heart: Heart) -> None:
+        self._beats = False
+        signals.heartbeat_sent.send(sender=heart)
+
+    def received(self, name: str, task_id: str, delivery: Delivery) -> bool:
+        """Tell the log, the monitors and the receivers of ``task_received``. A task's own strategy does so itself.
+
+        Receivers have their say before the task begins, as under Celery: the delivery waits for them.
+        """
         assert self.core is not None
         options = self.core.tasks[name.encode()]
         if options.handed_over:
             self.look_for_stamps(task_id, delivery)
-            return
+            return False
         super().received(name, task_id, delivery)
-        if signals.task_received.receivers:
-            try:
-                if options.handed_in_turn:
-                    request = self._strategies.request_of(delivery)
-                else:
-                    request = request_of(self._app, delivery.describe(), self._hostname)
-            except Exception as error:  # the child will find the same fault with it, and count it
-                logger.debug("no request can be made of %s: %r", task_id, error)
-                return
-            signals.task_received.send(sender=self.consumer, request=request)
+        if not signals.task_received.receivers:
+            return False
+        self.recorder.put(partial(self._tell_received, task_id, delivery, options.handed_in_turn))
+        return True
 
     def refused(self, reason: str, queue: bytes, props: bytes, body: bytes) -> None:
         """Tell the log and the receivers of ``task_rejected``."""
@@ -108,7 +118,8 @@ class CeleryHooks(Hooks):
                 message = message_of(self._app, found | {"redelivered": False})
             except Exception:  # properties that cannot even be read
                 message = None
-            signals.task_rejected.send(sender=self.consumer, message=message, exc=InvalidTaskError(reason))
+            error = InvalidTaskError(reason)
+            self.recorder.put(partial(signals.task_rejected.send, sender=self.consumer, message=message, exc=error))
 
     def foreign(self, props: bytes, body: bytes) -> tuple[bytes, bytes] | None:
         """Return a message of protocol 1 in today's form."""
@@ -121,7 +132,7 @@ class CeleryHooks(Hooks):
         if delivery.is_own:
             self._strategies.failed(kind, delivery, detail)
             return None
-        self._recorder.put(lambda: self._record(kind, name, task_id, detail, delivery))
+        self.recorder.put(lambda: self._record(kind, name, task_id, detail, delivery))
         return None
 
     def handed(self, delivery: Delivery) -> None:
@@ -140,7 +151,7 @@ class CeleryHooks(Hooks):
         else:
             found = delivery.describe()
             name, task_id = (message_of(self._app, found).headers[key] for key in ("task", "id"))
-            self._recorder.put(lambda: self._record("rejected", name, task_id, report, delivery))
+            self.recorder.put(lambda: self._record("rejected", name, task_id, report, delivery))
 
     def hard_limit(self, child: Child, name: str, task_id: str, limit: float) -> None:
         """A call ran past its hard limit: have the child write its stacks, then kill it. Celery's code logs it."""
@@ -149,7 +160,7 @@ class CeleryHooks(Hooks):
     def mark_revoked(self, ids: Sequence[str]) -> None:
         """Store REVOKED for tasks, in the recorder's thread."""
         for task_id in ids:
-            self._recorder.put(partial(self._mark_revoked, task_id))
+            self.recorder.put(partial(self._mark_revoked, task_id))
 
     def _mark_revoked(self, task_id: str) -> None:
         try:
@@ -161,14 +172,30 @@ class CeleryHooks(Hooks):
 
     def close(self) -> None:
         """Let the recorder finish what it has."""
-        self._recorder.close()
+        self.recorder.close()
 
     def _on_exit(self, error: SystemExit) -> None:
-        logger.warning("A task's strategy or request asks the worker to stop: %r", error)
+        logger.warning("The application's code in the main process asks the worker to stop: %r", error)
         worker = self.consumer.controller
         (worker.terminate if isinstance(error, WorkerTerminate) else worker.stop)()
 
     # --- in the recorder's thread
+
+    def _tell_received(self, task_id: str, delivery: Delivery, has_own_request: bool) -> None:
+        assert self.core is not None
+        try:
+            if has_own_request:
+                request = self._strategies.request_of(delivery)
+            else:
+                request = request_of(self._app, delivery.describe(), self._hostname)
+        except Exception as error:  # the child will find the same fault with it, and count it
+            logger.debug("no request can be made of %s: %r", task_id, error)
+            request = None
+        try:
+            if request is not None:
+                signals.task_received.send(sender=self.consumer, request=request)
+        finally:
+            self._loop.call_soon_threadsafe(self.core.proceed, delivery)
 
     def _record(self, kind: str, name: str, task_id: str, detail: Any, delivery: Delivery) -> None:
         verdicts: list[int] = []

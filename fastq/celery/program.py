@@ -36,9 +36,13 @@ from fastq.worker.report import software
 
 if TYPE_CHECKING:
     import asyncio
+    from concurrent.futures import Future
+
+    from celery.utils.dispatch import Signal
 
     from fastq._child import TaskOptions
     from fastq.celery.parent import CeleryHooks
+    from fastq.celery.threads import Recorder
     from fastq.worker.hooks import Hooks
     from fastq.worker.options import WorkerOptions
 
@@ -256,32 +260,44 @@ class CeleryProgram:
         assert self._instance is not None
         (self._instance.stop if how == "warm" else self._instance.terminate)()
 
-    def tell(self, what: str, **details: Any) -> None:
-        """Send the signal that belongs to an event in the worker's life."""
-        instance = self._instance
-        if instance is None:
-            return
-        if what == "ready":
-            instance.stop_soon = details["life"].stop_soon
+    def tell(self, what: str, **details: Any) -> Future[None] | None:
+        """Send the signal that belongs to an event in the worker's life; its receivers run in the recorder's thread."""
+        instance, hooks = self._instance, self._hooks
+        if instance is None or hooks is None:
+            return None
+        if what == "connected":
             self._steps.connected()
-            signals.worker_ready.send(sender=instance.consumer)
+        elif what == "ready":
+            instance.stop_soon = details["life"].stop_soon
+            return _send(hooks.recorder, signals.worker_ready, sender=instance.consumer)
         elif what == "stopping":
             self._steps.quiet()
             if self._beat is not None:
                 self._beat.ask_stop()
             how = details["how"]
-            signals.worker_shutting_down.send(
+            return _send(
+                hooks.recorder,
+                signals.worker_shutting_down,
                 sender=self._hostname,
                 sig=signal.Signals(details["signum"]).name,
                 how=how.capitalize(),
                 exitcode=int(how == "cold"),
             )
         elif what == "stopped":
-            self._steps.stop()
-            if self._beat is not None:
-                self._beat.stop()
-            self.app.loader.shutdown_worker()
-            signals.worker_shutdown.send(sender=instance)
+            return hooks.recorder.promise(self._end)
+        return None
+
+    def _end(self) -> None:
+        self._steps.stop()
+        if self._beat is not None:
+            self._beat.stop()
+        self.app.loader.shutdown_worker()
+        signals.worker_shutdown.send(sender=self._instance)
+
+
+def _send(recorder: Recorder, told: Signal, **arguments: Any) -> Future[None] | None:
+    """Send a signal from the recorder's thread; None when nobody listens."""
+    return recorder.promise(partial(told.send, **arguments)) if told.receivers else None
 
 
 def bug_report(app: celery.Celery) -> str:

@@ -1,7 +1,7 @@
 """Threads of the main process in which Celery's code and users' code runs, so that nothing of theirs stops the loop.
 
-``Recorder`` does what it is given, in order. ``HubThread`` runs kombu's event loop for users' steps. Neither is started
-before somebody needs it.
+``Recorder`` does what it is given, in order: users' receivers of signals, strategies, and Celery's records of failures.
+``HubThread`` runs kombu's event loop for users' steps. Neither is started before somebody needs it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +41,7 @@ class Recorder:
         self._on_exit = on_exit
         self._work: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._ends_at: float | None = None
 
     def put(self, work: Callable[[], Any]) -> None:
         """Have it done soon; an error is logged."""
@@ -48,11 +50,33 @@ class Recorder:
             self._thread.start()
         self._work.put(work)
 
+    def promise(self, work: Callable[[], Any]) -> Future[None]:
+        """Have it done soon; the future is done when it is, whatever came of it."""
+        done: Future[None] = Future()
+
+        def fulfil() -> None:
+            is_awaited = done.set_running_or_notify_cancel()
+            try:
+                work()
+            finally:
+                if is_awaited:
+                    done.set_result(None)
+
+        self.put(fulfil)
+        return done
+
+    def end(self) -> float:
+        """Return the seconds that are left for what was given; counted from the first time that this is called."""
+        now = time.monotonic()
+        if self._ends_at is None:
+            self._ends_at = now + JOIN_S
+        return max(0.0, self._ends_at - now)
+
     def close(self) -> None:
         """Wait until all is done that was given; what waits for its time is dropped."""
         if self._thread is not None:
             self._work.put(None)
-            self._thread.join(JOIN_S)
+            self._thread.join(self.end())
 
     def _wake(self) -> None:
         if self._thread is not threading.current_thread():

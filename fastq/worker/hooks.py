@@ -104,8 +104,11 @@ class Hooks:
 
     # --- messages
 
-    def received(self, name: str, task_id: str, delivery: Delivery) -> None:
-        """A task message was admitted (called only when somebody wants to know)."""
+    def received(self, name: str, task_id: str, delivery: Delivery) -> bool:
+        """A task message was admitted (called only when somebody wants to know).
+
+        Return True to keep it waiting until ``core.proceed`` is called.
+        """
         if self._logs_received:
             headers = readable_properties(delivery.describe()["props"]).get("headers") or {}
             self._log.received(name, task_id, *(str(headers.get(key) or "") for key in ("argsrepr", "kwargsrepr")))
@@ -114,6 +117,7 @@ class Hooks:
         if self._sends is not None and not (self._revoked and task_id in self._revoked):
             found = delivery.describe()
             self._sends.received(found["props"], found["body"], name, task_id)
+        return False
 
     def look_for_stamps(self, task_id: str, delivery: Delivery) -> None:
         """Revoke a message if one of its stamps is revoked."""

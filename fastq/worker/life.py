@@ -31,6 +31,7 @@ from fastq.transport import open_consumer
 from fastq.worker import messages
 from fastq.worker.exitcodes import EX_FAILURE, EX_OK
 from fastq.worker.hooks import Guard, Hooks
+from fastq.worker.logthread import LogThread
 from fastq.worker.options import WorkerOptions
 from fastq.worker.program import Program
 from fastq.worker.remote import Remote
@@ -47,6 +48,7 @@ RESTART_RETRY_S = 2.0  # reliability goals, scenario 9: consuming again within 2
 CANCEL_S = 5.0
 COLD_S = 2.0
 STORE_WAIT_S = 2.0  # chosen: a worker that stops waits so long for a result store that is away
+HANDLERS_S = 10.0  # chosen: what users' code has for its last work
 UNBOUNDED_WINDOW = 4096  # what "no prefetch limit" means for brokers that are asked for messages
 MAX_WINDOW = 1024
 MAX_SCHEDULED = 100_000  # reliability rules, section 6.2: beyond this the broker keeps what waits for its time
@@ -75,6 +77,8 @@ class Life:
         self._was_connected = False
         self._owns_process = False
         self._has_said_ready = False
+        self._welcoming: asyncio.Task[None] | None = None
+        self._thread: LogThread | None = None
         self._queues: Sequence[str] = options.queues
         self._added: list[QueueSpec] = []
         self._consumer: Consumer | None = None
@@ -90,10 +94,15 @@ class Life:
         gc.set_threshold(50_000, 20, 20)
         self._owns_process = handle_signals
         loop = uvloop.new_event_loop()
+        if handle_signals:  # else the process is not ours, nor its logging
+            self._thread = LogThread()
+            self._thread.take_over()
         try:
             return loop.run_until_complete(self._main(loop, self._zygote, on_ready, handle_signals))
         finally:
             loop.close()
+            if self._thread is not None:
+                self._thread.close()
             if self._stop.restarts:
                 restart()
 
@@ -136,7 +145,7 @@ class Life:
                 if serving.done():
                     serving.result()
             await self._shut_down(serving)
-            self.program.tell("stopped")
+            await self._end_program()
             return EX_FAILURE if self._stop.how == "cold" else EX_OK
         finally:
             await remote.close()
@@ -148,6 +157,7 @@ class Life:
     async def _serve(self, on_ready: Callable[[], None] | None) -> None:
         """Stay connected: connect, consume, and start again when the connection is lost."""
         attempt, flaps, lost_at = 0, 0, time.monotonic()
+        self.core.hold()
         while True:
             try:
                 await self._connect()
@@ -161,13 +171,13 @@ class Life:
             attempt, connected_at = 0, time.monotonic()
             self._was_connected = True
             logger.info(messages.CONNECTED, mask_url(self._broker))
-            self._say_ready()
             if self._owns_process:
                 set_title(self.program.process_title, self.options.hostname, "MainProcess", active())
-            self.program.tell("ready", life=self)
-            if on_ready is not None:
-                on_ready()
-                on_ready = None
+            self.program.tell("connected")
+            if self._welcoming is None:
+                self._welcoming = asyncio.ensure_future(self._welcome(on_ready))
+            elif self._welcoming.done():
+                self._say_ready()
             consumer = self._consumer
             assert consumer is not None
             adapting = asyncio.ensure_future(self._adapt(consumer))
@@ -193,6 +203,28 @@ class Life:
             # Whoever has started it by hand waits for this line, and the log does not show it.
             print(messages.READY % ready, flush=True)
         self._has_said_ready = True
+
+    async def _welcome(self, on_ready: Callable[[], None] | None) -> None:
+        """Tell the program, once, that the worker is ready; tasks begin when its handlers have had their say."""
+        told = self.program.tell("ready", life=self)
+        if told is not None:
+            await asyncio.wrap_future(told)
+            if self._thread is not None:
+                self._thread.take_over()  # logging handlers that were added just now
+        if not self._stop.asked:
+            self.core.resume()
+        self._say_ready()
+        if on_ready is not None:
+            on_ready()
+
+    async def _end_program(self) -> None:
+        """Tell the program that all has ended, and wait within bounds for its handlers."""
+        told = self.program.tell("stopped")
+        if told is None:
+            return
+        done, _ = await asyncio.wait([asyncio.wrap_future(told)], timeout=HANDLERS_S)
+        if not done:
+            logger.warning("handlers of the worker's end are not done after %g s; it ends without them", HANDLERS_S)
 
     async def _connect(self) -> None:
         settings, options = self.settings, self.options
@@ -356,6 +388,8 @@ class Life:
 
     async def _shut_down(self, serving: asyncio.Task[None] | None) -> None:
         """Receive nothing more, let running calls end (warm) or give them back (cold), settle, disconnect."""
+        if self._welcoming is not None:
+            self._welcoming.cancel()
         if serving is not None:
             # Before Python 3.12 a cancellation may be lost where it meets the end of a wait.
             while not serving.done():

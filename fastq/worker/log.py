@@ -93,8 +93,10 @@ def wants_color(stream: IO[str], environ: Mapping[str, str] = os.environ) -> boo
 
 def log_stream() -> TextIO:
     """Return the stream that records are written to: the log file, or standard error."""
-    handlers = (each for each in logging.getLogger().handlers if isinstance(each, logging.StreamHandler))
-    return next((each.stream for each in handlers), None) or sys.__stderr__ or sys.stderr
+    # Those that have a thread of their own stand behind another one.
+    handlers = (handler for each in logging.getLogger().handlers for handler in getattr(each, "handlers", (each,)))
+    streams = (each.stream for each in handlers if isinstance(each, logging.StreamHandler))
+    return next(streams, None) or sys.__stderr__ or sys.stderr
 
 
 class Formatter(logging.Formatter):

@@ -20,6 +20,7 @@ from fastq.worker.report import configuration, report_text
 
 if TYPE_CHECKING:
     import asyncio
+    from concurrent.futures import Future
 
     from fastq._child import TaskOptions
     from fastq.worker.hooks import Hooks
@@ -104,8 +105,12 @@ class Program(Protocol):
     def hooks(self, loop: asyncio.AbstractEventLoop) -> Hooks:
         """Return what the message loop asks and reports to."""
 
-    def tell(self, what: str, **details: Any) -> None:
-        """Tell the application of an event in the worker's life: "ready", "stopping", "stopped", …."""
+    def tell(self, what: str, **details: Any) -> Future[None] | None:
+        """Tell the application of an event in the worker's life; return what is done when its handlers are.
+
+        "connected" comes with each connection to the broker, "ready" with the first one, before any task runs; then
+        "stopping" and "stopped". None: nobody was told.
+        """
 
 
 class FastQProgram:
@@ -230,5 +235,5 @@ class FastQProgram:
 
         return Hooks(loop)
 
-    def tell(self, what: str, **details: Any) -> None:
+    def tell(self, what: str, **details: Any) -> Future[None] | None:
         """Nobody listens in the main process."""
