@@ -66,6 +66,7 @@ cdef class Child:
                         double soft_time_limit) except -1
     cdef int flush(self) except -1
     cdef Delivery running(self)
+    cdef Delivery call_of(self, uint32_t seq)
     cdef uint32_t outstanding(self) noexcept
 
 

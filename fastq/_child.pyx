@@ -173,7 +173,10 @@ cdef class Child:
 
     cdef Delivery running(self):
         """The call it has started and not answered, None when there is none."""
-        cdef uint32_t seq = load32(&self.reader.shared.started)
+        return self.call_of(load32(&self.reader.shared.started))
+
+    cdef Delivery call_of(self, uint32_t seq):
+        """The call of this number, None when it is not one that the child has."""
         if seq < self.first or seq >= self.next:
             return None
         return <Delivery> self.sent[seq & (SENT_SLOTS - 1)]

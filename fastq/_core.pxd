@@ -81,6 +81,7 @@ cdef class Core(Keeper):
     cdef int on_publish(self, Child child, const uint8_t *record, Py_ssize_t size) except -1
     cdef int on_state(self, Child child, const uint8_t *record, Py_ssize_t size) except -1
     cdef int save(self, Delivery delivery, str state, bytes meta, bint final) except -1
+    cdef int reply(self, Delivery delivery, bytes props, bytes meta, bint final) except -1
     cdef int publish(self, Message message, Delivery owner) except -1
     cdef int conclude(self, Delivery delivery) except -1
     cdef int settle(self, Delivery delivery, int verdict) except -1

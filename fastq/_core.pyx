@@ -22,6 +22,7 @@ import os
 from heapq import heappop, heappush
 
 from fastq.errors import EncodeError, LocalProtocolError
+from fastq.states import READY_STATES
 from fastq.wire.message import PROBLEMS
 
 cdef enum:
@@ -728,7 +729,8 @@ cdef class Core(Keeper):
         props = PyBytes_FromStringAndSize(text, record.props_size)
         body = PyBytes_FromStringAndSize(text + record.props_size, record.body_size)
         scan_head(<const uint8_t *> PyBytes_AS_STRING(props), record.props_size, &head)
-        owner = child.running()
+        # Not the one that runs now: the child may be further on.
+        owner = child.call_of(record.seq)
         message = Message(
             exchange, routing_key, props, body,
             read_text(PyBytes_AS_STRING(props) + head.id.offset, head.id.length),
@@ -741,7 +743,7 @@ cdef class Core(Keeper):
         """An intermediate state to store."""
         cdef StateRecord record
         cdef const char *text = <const char *> p + sizeof(StateRecord)
-        cdef Delivery owner = child.running()
+        cdef Delivery owner
         if size < <Py_ssize_t> sizeof(StateRecord):
             raise LocalProtocolError("state record is cut short")
         memcpy(&record, p, sizeof(StateRecord))
@@ -750,13 +752,15 @@ cdef class Core(Keeper):
         task_id = read_text(text, record.id_size)
         state = PyUnicode_DecodeUTF8(text + record.id_size, record.state_size, b"replace")
         meta = PyBytes_FromStringAndSize(text + record.id_size + record.state_size, record.meta_size)
+        owner = child.call_of(record.seq)
         if self.store is not None:
             reply_to = "" if owner is None else self.reply_to(owner)
             if not self.store.dead:
                 # Confirmed, unless by the broker itself, so that a store that takes nothing is not handed ever more.
                 self.store.keep_result(None, task_id, state, meta, reply_to, self.store not in self.sources)
-        elif owner is not None:
-            self.save(owner, state, meta, False)
+        elif owner is not None and self.rpc_results and owner.head.reply_to.length:
+            # Celery's code in a child may have recorded the end itself.
+            self.reply(owner, encode_result_properties(text, record.id_size), meta, state in READY_STATES)
         return 0
 
     cdef str reply_to(self, Delivery delivery):
@@ -779,13 +783,17 @@ cdef class Core(Keeper):
             return 0
         if self.rpc_results and delivery.head.reply_to.length:
             props = encode_result_properties(PyBytes_AS_STRING(delivery.props) + delivery.head.id.offset, delivery.head.id.length)
-            if final:
-                delivery.pending += 1
-            return self.publish(Message("", self.reply_to(delivery), props, meta), delivery if final else None)
+            return self.reply(delivery, props, meta, final)
         if self.rpc_results and final and self.answers_all:
             delivery.pending += 1
             self.hooks.unaddressed(delivery_id(delivery), meta, delivery)
         return 0
+
+    cdef int reply(self, Delivery delivery, bytes props, bytes meta, bint final) except -1:
+        """Send a state to who called. All that a call replies takes this way, so that it arrives in order."""
+        if final:
+            delivery.pending += 1
+        return self.publish(Message("", self.reply_to(delivery), props, meta), delivery if final else None)
 
     cdef int publish(self, Message message, Delivery owner) except -1:
         if self.outlet is None:

@@ -199,6 +199,21 @@ def test_a_refused_follow_up_sends_the_delivery_back() -> None:
     run_loop(body)
 
 
+def test_a_follow_up_belongs_to_the_call_that_sent_it_when_the_child_is_further_on_already() -> None:
+    async def body(t: Running) -> None:
+        known = [t.broker.put(task) for task in ("publish", "noop") * 20]
+        await t.broker.until(lambda: len(t.broker.settled) == len(known))
+        t.broker.confirms = False
+        sender, others = t.broker.put("publish"), [t.broker.put("noop") for _ in range(5)]
+        # Both are written to the child in this turn, and it has ended both when the loop looks next.
+        t.loop.call_soon(t.loop.call_soon, time.sleep, 0.1)
+        await t.broker.until(lambda: len(t.broker.settled) == len(known) + 6)
+        assert t.broker.verdict(sender) == REQUEUE
+        assert {t.broker.verdict(tag) for tag in others} == {ACK}
+
+    run_loop(body)
+
+
 def test_a_state_is_stored_while_the_call_runs() -> None:
     async def body(t: Running) -> None:
         tag = t.broker.put("state")

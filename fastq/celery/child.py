@@ -37,6 +37,7 @@ from celery.utils.saferepr import saferepr
 from fastq.celery._request import faster, request_fields, to_context
 from fastq.celery.bodies import Bodies
 from fastq.celery.hookpoints import is_genuine, touched
+from fastq.celery.replies import divert
 from fastq.codecs.json import encode as encode_json
 from fastq.errors import EncodeError
 from fastq.pool.process import DUMP_SIGNAL, LIMIT_SIGNAL, Timer, set_name
@@ -95,6 +96,7 @@ class CeleryRunner:
         self._plans: dict[str, Plan] = {}
         self._running = faster(_state._task_stack)
         self._timer: Timer
+        self._request: dict[str, Any] = {}  # of the call that runs
         self._limited_call: Call | None = None  # the call that runs under a soft time limit
         self._is_late = False  # the call of the main process that runs has passed its soft time limit
         self._logs_info = False
@@ -108,6 +110,8 @@ class CeleryRunner:
     def serve(self, pipe: ChildPipe) -> None:
         """Run calls until the pipe ends."""
         self._pipe = pipe
+        if self._replies:
+            divert(pipe, lambda: self._request)
         self._logs_info = logger.isEnabledFor(logging.INFO)
         signal.signal(LIMIT_SIGNAL, self._on_limit)
         self._timer = Timer(LIMIT_SIGNAL)
@@ -130,7 +134,7 @@ class CeleryRunner:
         except Malformed as error:
             self._pipe.finish(call, _MALFORMED, None, error.report)
             return
-        request = request_fields(call, args, kwargs, embed, self._hostname, self._is_amqp)
+        request = self._request = request_fields(call, args, kwargs, embed, self._hostname, self._is_amqp)
         try:
             self._choose(plan, call, args, kwargs, request, embed)
         except MemoryError:
@@ -312,6 +316,7 @@ class CeleryRunner:
     def _apply(self, call: Call) -> None:
         """Call a function for the main process, as Celery's pool does, and tell it what came of it."""
         self._is_late = False
+        self._request = {}
         try:
             function, args, kwargs = pickle.loads(call.body)  # noqa: S301  the main process has written it
             if function is trace.fast_trace_task:
