@@ -29,7 +29,7 @@ from fastq.celery.requests import message_of, modern_form, request_of
 from fastq.celery.strategies import Strategies
 from fastq.celery.threads import Recorder
 from fastq.link import Delivery
-from fastq.states import READY_STATES, STARTED
+from fastq.states import PENDING, RECEIVED, REJECTED, RETRY
 from fastq.wire.message import scan
 from fastq.worker.child import MAX_DETAIL
 from fastq.worker.events import Events
@@ -37,6 +37,9 @@ from fastq.worker.hooks import Hooks, refusal
 from fastq.worker.revoked import Revoked
 
 logger = logging.getLogger("celery.worker.consumer")
+
+#: States of a task that no worker has begun, or that is to be begun again.
+_NOT_BEGUN = frozenset({PENDING, RECEIVED, RETRY, REJECTED})
 
 _ACK, _REJECT, _REQUEUE = range(3)  # fastq.link's verdicts
 
@@ -159,13 +162,18 @@ class CeleryHooks(Hooks):
 
     def mark_revoked(self, ids: Sequence[str]) -> None:
         """Store REVOKED for tasks, in the recorder's thread."""
+        assert self.core is not None
+        # A task may have a store of its own; which task an id is of is known of those that wait here.
+        names = {row["id"]: row["name"] for row in (*self.core.reserved(), *self.core.scheduled())}
         for task_id in ids:
-            self.recorder.put(partial(self._mark_revoked, task_id))
+            self.recorder.put(partial(self._mark_revoked, task_id, names.get(task_id)))
 
-    def _mark_revoked(self, task_id: str) -> None:
+    def _mark_revoked(self, task_id: str, name: str | None) -> None:
         try:
-            backend = self._app.backend
-            if backend.get_state(task_id) not in READY_STATES | {STARTED}:
+            task = self._app.tasks.get(name)
+            backend = self._app.backend if task is None else task.backend
+            # Any other state, one of the task's own too, is that of a worker which has begun it, or its end.
+            if backend.get_state(task_id) in _NOT_BEGUN:
                 backend.mark_as_revoked(task_id, reason="revoked", store_result=True)
         except Exception as error:  # a store that has no states (rpc, none), or that is away
             logger.debug("task %s could not be marked as revoked: %r", task_id, error)

@@ -29,7 +29,9 @@ def revoke(
     view.revocations.update(ids)
     publish(view)
     if not terminate:
-        view.mark_revoked(ids)
+        # What runs here goes on.
+        running = {row["id"] for row in view.core.active()}
+        view.mark_revoked([each for each in ids if each not in running])
         logger.info("Tasks flagged as revoked: %s", ", ".join(ids))
         return ok(f"tasks {_as_set(ids)} flagged as revoked")
     terminated = view.core.terminate(set(ids), signum)
