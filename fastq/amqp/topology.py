@@ -166,6 +166,11 @@ class Topology:
             return self._spec(name, {}, self._type)
         return self._spec(name, {"exchange_type": self._missing_exchange_type}, self._missing_type)
 
+    def spec_of(self, options: Mapping[str, Any]) -> QueueSpec:
+        """Return how to declare a queue that is described as an entry of ``task_queues`` is."""
+        [(name, others)] = named_options([options])
+        return self._spec(name, others, self._type)
+
     @property
     def has_quorum_queues(self) -> bool:
         """Whether one of the queues that the settings name is a quorum queue, or each that they do not name."""

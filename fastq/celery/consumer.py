@@ -22,6 +22,9 @@ from celery.exceptions import TaskRevokedError
 from celery.worker import consumer as celery_consumer
 from kombu.common import ignore_errors
 
+from fastq.celery.inside import Inside, TaskConsumer
+from fastq.worker.commands.worker import stats
+
 if TYPE_CHECKING:
     from fastq.celery.threads import HubThread
     from fastq.worker.options import WorkerOptions
@@ -55,6 +58,8 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]  # Celery is not typed
         self.blueprint = bootsteps.Blueprint(name="Worker")
         #: Asks for a warm stop; from the moment on at which the worker is ready.
         self.stop_soon: Callable[[], None] | None = None
+        #: The running worker; from its first connection on.
+        self.inside: Inside | None = None
         self._thread = thread
         self.consumer = Consumer(self)
 
@@ -67,6 +72,11 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]  # Celery is not typed
     def timer(self) -> Any:
         """Return the timer of the steps' thread."""
         return self._thread.hub.timer
+
+    def stats(self) -> dict[str, Any]:
+        """Return what ``inspect stats`` shows; {} before the worker is connected."""
+        found: dict[str, Any] = {} if self.inside is None else self.inside.ask(stats)
+        return found
 
     def start(self) -> None:
         """Nothing to do: it runs."""
@@ -86,7 +96,7 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]  # Celery is not typed
 class Consumer(celery_consumer.Consumer):  # type: ignore[misc]
     """The consumer, as signals, steps of the consumer and strategies get it. Its connection is for users alone."""
 
-    heart = gossip = pidbox_node = task_consumer = mingle = None
+    heart = gossip = pidbox_node = mingle = None
     restart_count = 0
     event_dispatcher: Any = None
     qos: Any = None
@@ -104,6 +114,7 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]
         self.task_buckets: Any = defaultdict(lambda: None)
         self.on_task_message: set[Callable[[Any], None]] = set()
         self.on_task_request = self._execute
+        self.strategies: dict[str, Any] = _Strategies(self)
         self.conninfo = self.app.connection_for_read()
         self.connection_errors = self.conninfo.connection_errors
         self.channel_errors = self.conninfo.channel_errors
@@ -112,6 +123,16 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]
         self._maximum_prefetch_restored = True
         self._pending_operations: deque[Any] = deque()
         self._connection: Any = None
+
+    @property
+    def task_consumer(self) -> TaskConsumer | None:
+        """Return what receives tasks; None before the first connection."""
+        inside = self.controller.inside
+        return None if inside is None else TaskConsumer(self.app, inside)
+
+    def update_strategies(self) -> None:
+        """Have strategies made anew, each when it is needed."""
+        self.strategies.clear()
 
     @property
     def pool(self) -> Any:
@@ -156,7 +177,7 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]
         other.__class__ = _StrategyConsumer
         other.own_timer = timer
         other.strategies = _Strategies(other)
-        other.qos = Qos(on_park)
+        other.qos = self.qos = Qos(on_park, self.controller)
         other.on_task_request = other._execute
         other._pending_operations = deque()
         other.reset_rate_limits()
@@ -181,6 +202,9 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]
 class _StrategyConsumer(Consumer):
     own_timer: Any = None
     hub = None  # callbacks of acknowledgements are called at once, as without an event loop
+
+    def update_strategies(self) -> None:
+        """Nothing to do: what has a strategy keeps it."""
 
     @property
     def timer(self) -> Any:
@@ -207,8 +231,15 @@ class _Strategies(dict[str, Any]):
 class Qos:
     """The prefetch window as strategies see it: they say how many messages only wait for their time."""
 
-    def __init__(self, on_park: Callable[[int], None]) -> None:
+    def __init__(self, on_park: Callable[[int], None], controller: Worker) -> None:
         self._on_park = on_park
+        self._controller = controller
+
+    @property
+    def value(self) -> int:
+        """How many messages may be here; 0: any number."""
+        inside = self._controller.inside
+        return 0 if inside is None else int(inside.look(lambda view: view.core.prefetch, 0))
 
     def increment_eventually(self, n: int = 1) -> None:
         """Let that many messages more be here."""

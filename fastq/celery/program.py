@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import celery
 from celery import signals
 from celery.app import trace
+from celery.utils.collections import AttributeDict
 from celery.utils.nodenames import worker_direct
 from celery.utils.serialization import jsonify
 from celery.utils.time import rate
@@ -24,6 +24,7 @@ from fastq.celery.beat import Beat
 from fastq.celery.carried import warnings_of
 from fastq.celery.consumer import Worker
 from fastq.celery.hookpoints import REQUEST, STRATEGY, has_own
+from fastq.celery.inside import Inside, show_state
 from fastq.celery.options import as_celery_means, celery_options, overrides_of, read_user_options
 from fastq.celery.serializers import register_serializers
 from fastq.celery.settings import own_store, settings_of_app
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from fastq._child import TaskOptions
     from fastq.celery.parent import CeleryHooks
     from fastq.celery.threads import Recorder
+    from fastq.worker.commands.command import WorkerView
     from fastq.worker.hooks import Hooks
     from fastq.worker.options import WorkerOptions
 
@@ -100,9 +102,14 @@ class CeleryProgram:
             if command.__module__ != "celery.worker.control"
         }
 
-    def _run_command(self, command: Callable[..., Any], view: Any, **arguments: Any) -> Any:
+    def _run_command(self, command: Callable[..., Any], view: WorkerView, **arguments: Any) -> Any:
+        return command(self._state, **arguments)
+
+    @cached_property
+    def _state(self) -> AttributeDict:
+        """What commands get first; one for the worker's life, as they may keep things in it."""
         consumer = self._instance.consumer if self._instance is not None else None
-        return command(SimpleNamespace(app=self.app, hostname=view.hostname, consumer=consumer, tset=set), **arguments)
+        return AttributeDict(app=self.app, hostname=self._hostname, consumer=consumer, tset=set)
 
     @property
     def registry(self) -> Mapping[str, Any]:
@@ -266,6 +273,9 @@ class CeleryProgram:
         if instance is None or hooks is None:
             return None
         if what == "connected":
+            if instance.inside is None:
+                instance.inside = Inside(details["loop"], details["view"])
+                show_state(instance.inside, self.app, self._hostname)
             self._steps.connected()
         elif what == "ready":
             instance.stop_soon = details["life"].stop_soon

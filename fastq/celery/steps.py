@@ -48,7 +48,8 @@ class Steps:
     def start(self) -> None:
         """Start the worker's steps: the pool is there."""
         self._worker.blueprint.state = bootsteps.RUN
-        if self._worker.steps or self._consumer.steps or self.thread.has_hub:
+        self.thread.allow()
+        if self._worker.steps or self._consumer.steps:
             self.thread.start()
             self.thread.call(partial(self._start, self._worker))
 

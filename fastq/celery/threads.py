@@ -133,20 +133,29 @@ class HubThread:
         self._thread: threading.Thread | None = None
         self._bells = (-1, -1)
         self._ending = False
-
-    @cached_property
-    def hub(self) -> Any:
-        """Return the event loop; it runs from ``start`` on."""
-        return Hub(_WakingTimer(self._ring))
+        self._is_allowed = False
 
     @property
-    def has_hub(self) -> bool:
-        """Return whether anybody has asked for the event loop."""
-        return "hub" in vars(self)
+    def hub(self) -> Any:
+        """Return the event loop; it runs from ``allow`` on, when it was asked for."""
+        hub = self._hub
+        if self._is_allowed:
+            self.start()
+        return hub
+
+    @cached_property
+    def _hub(self) -> Any:
+        return Hub(_WakingTimer(self._ring))
+
+    def allow(self) -> None:
+        """Run the event loop if anybody has asked for it, and as soon as somebody does."""
+        self._is_allowed = True
+        if "_hub" in vars(self):
+            self.start()
 
     def start(self) -> None:
         """Run the event loop."""
-        if self._thread is None:
+        if self._thread is None and not self._ending:
             self._bells = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
             self._thread = threading.Thread(target=self._run, name="fastq-steps", daemon=True)
             self._thread.start()
@@ -164,7 +173,7 @@ class HubThread:
         self._thread.join(JOIN_S)
         if not self._thread.is_alive():
             self._thread = None
-            self.hub.close()
+            self._hub.close()
             for bell in self._bells:
                 os.close(bell)
 
@@ -195,13 +204,13 @@ class HubThread:
                 self._listen()
 
     def _listen(self) -> None:
-        self.hub.add_reader(self._bells[0], self._answer)
+        self._hub.add_reader(self._bells[0], self._answer)
 
     def _carry_on(self) -> None:
         while not self._ending:
             try:
                 work = self._work.get_nowait()
             except queue.Empty:
-                self.hub.run_once()
+                self._hub.run_once()
             else:
                 work()

@@ -77,6 +77,7 @@ class Life:
         self._was_connected = False
         self._owns_process = False
         self._has_said_ready = False
+        self._remote: Remote | None = None
         self._welcoming: asyncio.Task[None] | None = None
         self._thread: LogThread | None = None
         self._queues: Sequence[str] = options.queues
@@ -133,7 +134,7 @@ class Life:
         )
         uninstall = install(loop, self._actions(), self._note_signal) if handle_signals else lambda: None
         serving: asyncio.Task[None] | None = None
-        remote = Remote(
+        remote = self._remote = Remote(
             loop, self.program, options, self.core, self.pool, lambda: self._consumer, self._stop_by_command
         )
         try:
@@ -173,7 +174,7 @@ class Life:
             logger.info(messages.CONNECTED, mask_url(self._broker))
             if self._owns_process:
                 set_title(self.program.process_title, self.options.hostname, "MainProcess", active())
-            self.program.tell("connected")
+            self.program.tell("connected", view=self._remote, loop=self._stop.loop)
             if self._welcoming is None:
                 self._welcoming = asyncio.ensure_future(self._welcome(on_ready))
             elif self._welcoming.done():
