@@ -22,6 +22,7 @@ cdef class Core(Keeper):
     cdef readonly Py_ssize_t waiting
     cdef list etas                          # heap of (due, order, delivery)
     cdef uint64_t eta_order
+    cdef public Py_ssize_t max_etas         # messages that wait here for their time, as long as there is another place
     cdef set handed                         # deliveries that the hooks have taken and not judged
     cdef TaskOptions own_task               # of calls that the main process makes, and no message asked for
     cdef public Py_ssize_t parked           # how many of those that the hooks have wait for their time

@@ -29,7 +29,6 @@ cdef enum:
     NO_LIMIT = 0xFFFFFFFF
     MAX_ADVANCE_BYTES = 1 << 20
     STATE_COUNT = 9
-    MAX_ETAS = 1000     # messages that wait here for their time, as long as there is another place: about a megabyte
 
 # A child is given calls in advance for as long as they will probably take less than this together: long enough to hide the
 # hand-over (measured about 0.1 ms with both sides asleep), short enough that nothing waits noticeably behind them.
@@ -84,6 +83,7 @@ cdef class Core(Keeper):
         self.refused = {}
         self.outcomes = [0] * STATE_COUNT
         self.run_ns = -1
+        self.max_etas = 1000    # about a megabyte
 
     # --- parts
 
@@ -208,6 +208,10 @@ cdef class Core(Keeper):
         cdef TaskOptions task = <TaskOptions> delivery.options
         if delivery.state == SETTLED:
             return 0    # given back already, as the worker is stopping
+        if child.terminated_by and delivery.source.dead and not delivery.settled:
+            # The broker gives it to somebody else, and who revoked it has told all workers.
+            self.hooks.cancelled(delivery_task(delivery), delivery_id(delivery), delivery)
+            return self.move(delivery, SETTLED)
         if child.terminated_by:
             return self.fail(delivery, "terminated", child.terminated_by, ACK)
         if child.killed_for:
@@ -320,7 +324,7 @@ cdef class Core(Keeper):
         if self.revoked_ids is not None and self.is_revoked(delivery):
             return self.fail(delivery, "revoked", None, ACK)
         if delivery.head.eta and delivery.head.eta > read_clock():
-            if len(self.etas) >= MAX_ETAS and delivery.source.postpone is not None and self.postpone(delivery):
+            if len(self.etas) >= self.max_etas and delivery.source.postpone is not None and self.postpone(delivery):
                 return 0
             return self.wait_until(delivery, delivery.head.eta)
         if delivery.head.retries > 0 and self.runs_already(delivery):
@@ -376,7 +380,7 @@ cdef class Core(Keeper):
         cdef list kept = []
         for entry in sorted(self.etas, key=_due_first):
             delivery = <Delivery> entry[2]
-            if len(kept) < MAX_ETAS or delivery.source.postpone is None or not self.postpone(delivery):
+            if len(kept) < self.max_etas or delivery.source.postpone is None or not self.postpone(delivery):
                 kept.append(entry)
         self.etas = kept
         self.on_batch()
@@ -1097,6 +1101,17 @@ cdef class Core(Keeper):
     def only_stores(self) -> bool:
         """Whether nothing is to run any more, and what is left only waits to be stored."""
         return self.unsettled() == self.ledger[FINISHED]
+
+    def cancel_lost(self, int signum) -> None:
+        """End the running calls whose connection is gone before they were acknowledged: they run again elsewhere."""
+        cdef Child child
+        cdef Delivery running
+        for each in list(self.children):
+            child = <Child> each
+            running = child.running()
+            if running is not None and running.source.dead and not running.settled and not child.terminated_by:
+                child.terminate_for(signum)
+                self.hooks.terminate(child, signum)
 
     @property
     def is_idle(self) -> bool:

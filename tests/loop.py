@@ -194,6 +194,9 @@ class RecordingHooks:
     def unconfirmed(self, name: str, task_id: str) -> None:
         self.events.append(("unconfirmed", name))
 
+    def cancelled(self, name: str, task_id: str, delivery: Delivery) -> None:
+        self.events.append(("cancelled", task_id))
+
     def result_lost(self, name: str, task_id: str) -> None:
         self.events.append(("result_lost", task_id))
 

@@ -161,6 +161,14 @@ class RabbitMQ:
         )
         return int(value)
 
+    def ready_messages(self, vhost: str, queue: str) -> int:
+        """Return how many messages of the queue nobody has in hand."""
+        value = self.evaluate(
+            f'case rabbit_amqqueue:lookup(rabbit_misc:r(<<"{vhost}">>, queue, <<"{queue}">>)) of '
+            "{ok, Q} -> proplists:get_value(messages_ready, rabbit_amqqueue:info(Q, [messages_ready])); _ -> -1 end"
+        )
+        return int(value)
+
     def close_connections(self, reason: str = "closed by the test") -> None:
         """Close every client connection from the server's side, as an operator can."""
         # One that ends by itself meanwhile is no error.

@@ -165,3 +165,25 @@ def test_a_worker_that_starts_later_runs_what_others_have_postponed(stage: Stage
     stage.start_worker("-c", "1")
     stage.wait_for(numbers, 20)
     assert stage.ledger.started() == dict.fromkeys(numbers, 1)
+
+
+def test_a_worker_asks_for_no_more_than_its_limit_of_what_waits(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    stage = open_stage("amqp", request, tmp_path)
+    try:
+        # Near, so that nothing is postponed: with no limit a worker takes in all of them at once.
+        stage.send(2000, eta=time.time() + 9.5)
+        stage.start_worker("-c", "1", worker_eta_task_limit=100)
+        rabbitmq = stage.rabbitmq
+        assert rabbitmq is not None
+        seen: list[tuple[float, int]] = []
+
+        def is_settled() -> bool:
+            seen.append((time.monotonic(), 2000 - rabbitmq.ready_messages(stage.vhost, QUEUE)))
+            return all(taken == seen[-1][1] > 0 for at, taken in seen if at > time.monotonic() - 1) and (
+                time.monotonic() - seen[0][0] > 1
+            )
+
+        until(is_settled, 8, "the worker takes in no more")
+        assert 100 <= seen[-1][1] <= 250
+    finally:
+        stage.close()

@@ -228,14 +228,12 @@ CARRIED: Mapping[str, Entry] = (
         "worker_agent": Entry(How.MISSING, "there is no agent"),
         "worker_autoscaler": Entry(How.MISSING, "--autoscale always uses fastq's own rule"),
         "worker_consumer": Entry(How.MISSING, "the consumer is fastq's own"),
-        "worker_cancel_long_running_tasks_on_connection_loss": Entry(
-            How.MISSING, "running tasks go on when the broker is lost; the message runs again where it was not acked"
-        ),
+        "worker_cancel_long_running_tasks_on_connection_loss": Entry(How.NATIVE),
         "worker_soft_shutdown_timeout": Entry(How.NATIVE),
         "worker_enable_soft_shutdown_on_idle": Entry(
             How.MEANINGLESS, "what waits for its time is given back at once: with nothing running there is no wait"
         ),
-        "worker_eta_task_limit": Entry(How.MISSING, "how many messages wait for their ETA here has fastq's own bound"),
+        "worker_eta_task_limit": Entry(How.NATIVE, "and what it receives beside that"),
         "worker_detect_quorum_queues": Entry(How.MEANINGLESS, "the prefetch limit is never global, so any queue works"),
         "worker_disable_prefetch": Entry(How.NATIVE, "only with Redis, as in Celery"),
         "worker_enable_prefetch_count_reduction": Entry(

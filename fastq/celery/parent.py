@@ -160,6 +160,15 @@ class CeleryHooks(Hooks):
         """A call ran past its hard limit: have the child write its stacks, then kill it. Celery's code logs it."""
         self.kill_with_stacks(child, name, task_id)
 
+    def cancelled(self, name: str, task_id: str, delivery: Delivery) -> None:
+        """Say so, and have Celery's code record a retry, as a worker of Celery's does."""
+        super().cancelled(name, task_id, delivery)
+        self.recorder.put(partial(self._announce_cancelled, delivery))
+
+    def _announce_cancelled(self, delivery: Delivery) -> None:
+        request = request_of(self._app, delivery.describe(), self._hostname, self.consumer.event_dispatcher)
+        request._announce_cancelled()
+
     def mark_revoked(self, ids: Sequence[str]) -> None:
         """Store REVOKED for tasks, in the recorder's thread."""
         assert self.core is not None

@@ -56,7 +56,7 @@ _PLAIN = (
         "worker_max_tasks_per_child",
         "worker_max_memory_per_child",
     ),
-    *("worker_state_db", "worker_pool_restarts"),
+    *("worker_state_db", "worker_pool_restarts", "worker_cancel_long_running_tasks_on_connection_loss"),
     *("worker_hijack_root_logger", "worker_log_color", "worker_log_format", "worker_task_log_format"),
     *("worker_log_datefmt", "worker_task_log_datefmt", "worker_redirect_stdouts", "worker_redirect_stdouts_level"),
 )
@@ -97,6 +97,7 @@ def _values(app: celery.Celery) -> Iterator[tuple[str, Any]]:
     for name in _PLAIN:
         yield name, _typed(name, conf.get(name))
     yield "broker_heartbeat", _typed("broker_heartbeat", conf.broker_heartbeat) or 0.0
+    yield "worker_eta_task_limit", _typed("worker_eta_task_limit", conf.get("worker_eta_task_limit"), "int") or None
     soft_s = conf.get("worker_soft_shutdown_timeout")  # since Celery 5.5
     yield "worker_soft_shutdown_timeout", _typed("worker_soft_shutdown_timeout", soft_s) or 0.0
     yield "broker_connection_timeout", _typed("broker_connection_timeout", conf.broker_connection_timeout) or 4.0

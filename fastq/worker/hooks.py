@@ -242,6 +242,10 @@ class Hooks:
                 task_id,
             )
 
+    def cancelled(self, name: str, task_id: str, delivery: Delivery) -> None:
+        """A call was ended because its connection is gone: the broker gives it out again."""
+        logger.warning("Task %s[%s] was ended, as the connection that brought it is gone; it runs again", name, task_id)
+
     # --- children
 
     def child_ready(self, child: Child) -> None:

@@ -190,6 +190,8 @@ class Life:
             lost_at = time.monotonic()
             logger.warning(messages.CONNECTION_LOST, reason)
             await self._disconnect()
+            if self.settings.worker_cancel_long_running_tasks_on_connection_loss:
+                self.core.cancel_lost(signal.SIGTERM)
             # A connection that ends as soon as it stands is not made again in a tight loop.
             flaps = flaps + 1 if lost_at - connected_at < FLAP_S else 0
             if flaps > 1:
@@ -304,6 +306,7 @@ class Life:
         """Widen the window while tasks are short or waiting ETA tasks fill it; narrow it when tasks are long."""
         core = self.core
         base = current = self._window()
+        most = self.settings.worker_eta_task_limit or MAX_SCHEDULED
         pause_s, grown_at = ADAPT_EVERY_S, -HOLD_WINDOW_S
         counted = parked = shelved = 0  # as they were when the window was set: those do not fill it
         received = received_at_first = core.received
@@ -324,7 +327,7 @@ class Life:
                 wanted = max(base, min(MAX_WINDOW, int(per_child * self._slots)))
             parked, shelved = min(parked, core.parked), min(shelved, unsaved)
             filled = core.scheduled_since(counted) + core.parked - parked + unsaved - shelved
-            grown = (filled >= current // 2 > 0 or is_full) and scheduled < MAX_SCHEDULED
+            grown = (filled >= current // 2 > 0 or is_full) and scheduled < most
             if grown:
                 # As many again as came, and looked at soon, so that a flood of them is through before it is due.
                 wanted += min(scheduled, MAX_WINDOW)
@@ -475,6 +478,7 @@ class Life:
             soft_time_limit=options.soft_time_limit or 0,
             rpc_results=self._backend.startswith("rpc:"),
         )
+        core.max_etas = min(core.max_etas, settings.worker_eta_task_limit or core.max_etas)
         hooks.attach(core)
         if self.program.answers_all and core.rpc_results:
             core.answers_all = True

@@ -1,0 +1,30 @@
+"""What becomes of running calls when the broker's connection is lost, by the setting that ends them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from tests.celery.conftest import OpenStage, stages
+
+
+@pytest.mark.parametrize("kind", stages(("amqp", "redis")))
+def test_a_late_call_whose_connection_is_lost_is_ended_and_runs_again(open_stage: OpenStage, kind: Any) -> None:
+    stage = open_stage(*kind, worker_cancel_long_running_tasks_on_connection_loss=True)
+    stage.start_worker("-c", "2")
+    # With 1 the second run returns at once; the first would last half a minute.
+    late = stage.client.send_task("proj.acks.late", ("hang", 1))
+    early = stage.client.send_task("proj.acks.early", ("hang", 1))
+    for result in (late, early):
+        stage.wait_for_notes("run", id=result.id)
+    began = time.monotonic()
+    assert stage.rabbitmq is not None
+    stage.rabbitmq.close_connections()
+    assert stage.get(late) == "lived"
+    assert time.monotonic() - began < 20
+    assert len(stage.notes("run", id=late.id)) == 2
+    # What was acknowledged goes on: nobody would run it again.
+    assert len(stage.notes("run", id=early.id)) == 1
+    assert not early.ready()
