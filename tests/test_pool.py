@@ -203,7 +203,7 @@ def test_a_fork_that_hangs_in_c_is_told_and_ends_a_worker_without_children(caplo
     async def body(at: Running) -> None:
         os.kill(at.pool.zygote.pid, signal.SIGSTOP)
         at.pool.grow()
-        await until(lambda: "has not done so for 0.25 s" in caplog.text, "warning")
+        await until(lambda: "has not done so for 0." in caplog.text, "warning")
         await run(at, 1)
         assert not [event for event in at.hooks.events if event[0] == "fatal"]
         os.kill(at.pool.pids[0], signal.SIGKILL)
