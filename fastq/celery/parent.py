@@ -20,6 +20,7 @@ from billiard.exceptions import WorkerLostError
 from celery import signals
 from celery.app.task import Context
 from celery.exceptions import InvalidTaskError, NotRegistered, WorkerTerminate
+from kombu import serialization
 from kombu.exceptions import ContentDisallowed
 
 from fastq._child import Child
@@ -31,6 +32,7 @@ from fastq.celery.threads import Recorder
 from fastq.link import Delivery
 from fastq.states import PENDING, RECEIVED, REJECTED, RETRY
 from fastq.wire.message import scan
+from fastq.wire.properties import readable_properties
 from fastq.worker.child import MAX_DETAIL
 from fastq.worker.events import Events
 from fastq.worker.hooks import Hooks, refusal
@@ -115,6 +117,10 @@ class CeleryHooks(Hooks):
     def refused(self, reason: str, queue: bytes, props: bytes, body: bytes) -> None:
         """Tell the log and the receivers of ``task_rejected``."""
         super().refused(reason, queue, props, body)
+        if reason == "content-type":
+            content_type = readable_properties(props).get("content_type")
+            name = serialization.registry.type_to_name.get(content_type, content_type)
+            logger.error("Refusing to deserialize disabled content of type %s (%s)", name, content_type)
         if signals.task_rejected.receivers:
             found = {"props": props, "body": body, "exchange": "", "routing_key": queue.decode("utf-8", "replace")}
             try:
