@@ -14,7 +14,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, cast, overload
 
 from fastq import result as results
@@ -537,6 +536,8 @@ def _task_of(module: str, token: str, app_name: str | None, name: str) -> Task[.
     known = [app for app in list(_apps) if name in app.tasks and app_name == app.main]
     found = next((app for app in known if app._token == token), known[0] if known else None)
     if found is None:
+        from pickle import UnpicklingError  # large, and loaded already where something is unpickled
+
         raise UnpicklingError(f"no application here has the task {name!r}; import the one that it belongs to first")
     return found.tasks[name]
 

@@ -8,7 +8,6 @@ follow-ups from here. Calls come from the same pipe as those of a FastQ applicat
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import itertools
 import logging
 import os
@@ -40,7 +39,7 @@ from fastq.celery.hookpoints import is_genuine, touched
 from fastq.celery.replies import divert
 from fastq.codecs.json import encode as encode_json
 from fastq.errors import EncodeError
-from fastq.pool.process import DUMP_SIGNAL, LIMIT_SIGNAL, Timer, set_name
+from fastq.pool.process import LIMIT_SIGNAL, Timer, set_name
 from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, STARTED, SUCCESS
 from fastq.wire.message import Call
 from fastq.wire.pipe import OUTCOME_NAMES, ChildPipe
@@ -483,7 +482,6 @@ class CeleryChildMain:
         pipe = ChildPipe(sock, shared)
         write_stacks_to(shared)
         set_name(b"fastq-child")
-        faulthandler.register(DUMP_SIGNAL, file=sys.__stderr__ or 2, all_threads=True, chain=False)
         handlers = Signals(pipe)
         handlers.handle(signal.SIGUSR1, self._runner.on_soft_limit)
         self._begin(slot + 1)

@@ -170,7 +170,8 @@ def _serve(control: socket.socket, child_main: ChildMain) -> int:
     set_name(b"fastq-zygote")
     _read_nothing()
     # Children have it too from their first moment on: a start that hangs can be looked into.
-    faulthandler.register(DUMP_SIGNAL, file=sys.__stderr__ or 2, all_threads=True, chain=False)
+    for signum in (DUMP_SIGNAL, signal.SIGUSR1):
+        faulthandler.register(signum, file=sys.__stderr__ or 2, all_threads=True, chain=False)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTTIN, signal.SIGTTOU):
         signal.signal(signum, _ignore)
     poll = select.poll()

@@ -6,7 +6,6 @@ here; a received message's content type stands among its headers as ``content_ty
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 from fastq.errors import SettingsError
 
 if TYPE_CHECKING:
+    import asyncio
+
     from fastq.settings import Settings
 
 _AMQP: Final = "fastq.transport.amqp_bus"
@@ -76,6 +77,8 @@ class LosableBus:
     """What every worker's side has in common: it ends once, for one reason, and counts what was dropped."""
 
     def __init__(self) -> None:
+        import asyncio  # a worker imports this module before it forks, and children have no use for a loop
+
         self.lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         self.dropped = 0
 

@@ -6,7 +6,6 @@ nothing here (pools of connections, polling) is known all the same, as it does n
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -53,5 +52,7 @@ def unknown_options(settings: Settings) -> list[tuple[str, str]]:
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
+    import difflib  # only needed on the way to a warning
+
     nearest = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ", and does nothing"

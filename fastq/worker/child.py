@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import os
 import signal
@@ -34,7 +33,7 @@ from fastq.errors import (
     SoftTimeLimitExceeded,
 )
 from fastq.interfaces import Meta, ResultStore, Unwatch
-from fastq.pool.process import DUMP_SIGNAL, LIMIT_SIGNAL, Timer, set_name
+from fastq.pool.process import LIMIT_SIGNAL, Timer, set_name
 from fastq.request import Request, pop_request, push_request
 from fastq.results import open_store
 from fastq.states import FAILURE, REJECTED, RETRY, STARTED, SUCCESS
@@ -487,8 +486,6 @@ class ChildMain:
         write_stacks_to(shared)
         set_name(b"fastq-child")
         Signals(pipe)
-        for signum in (DUMP_SIGNAL, signal.SIGUSR1):
-            faulthandler.register(signum, file=sys.__stderr__ or 2, all_threads=True, chain=False)
         number = slot + 1
         set_title(self._options.program, self._options.hostname, f"ForkPoolWorker-{number}")
         if self._options.setup is not None:

@@ -7,13 +7,10 @@ What only formats and writes to a stream stays where it is: ours, and the standa
 from __future__ import annotations
 
 import logging
-import logging.handlers
 import queue
 import threading
 from collections.abc import Iterator
 from typing import Final
-
-from fastq.worker.logfile import LogFile
 
 logger = logging.getLogger("fastq.worker")
 
@@ -23,11 +20,12 @@ JOIN_S: Final = 5.0
 #: Records that wait at most; beyond that new ones are dropped, and counted. Chosen: a few MiB.
 HELD_RECORDS: Final = 10_000
 
+#: The standard library's, by name: logging.handlers is large, and most workers can do without it.
 _PLAIN: Final = frozenset(
     (
-        *(logging.StreamHandler, logging.FileHandler, logging.NullHandler, LogFile),
-        *(logging.handlers.WatchedFileHandler, logging.handlers.RotatingFileHandler),
-        logging.handlers.TimedRotatingFileHandler,
+        *("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler"),
+        *("logging.handlers.WatchedFileHandler", "logging.handlers.RotatingFileHandler"),
+        "logging.handlers.TimedRotatingFileHandler",
     )
 )
 _TRUSTED: Final = ("logging", "celery", "fastq")  # packages whose formatters neither wait nor start a loop
@@ -103,9 +101,10 @@ class Forwarder(logging.Handler):
 
 def is_own(handler: logging.Handler) -> bool:
     """Return whether code of users' may run in the handler."""
-    if type(handler) is Forwarder:
+    kind = type(handler)
+    if kind.__module__.startswith("fastq."):
         return False
-    if type(handler) not in _PLAIN or handler.filters:
+    if f"{kind.__module__}.{kind.__qualname__}" not in _PLAIN or handler.filters:
         return True
     formatter = handler.formatter
     return formatter is not None and type(formatter).__module__.partition(".")[0] not in _TRUSTED

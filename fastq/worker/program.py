@@ -16,7 +16,6 @@ from fastq.pool.zygote import ChildMain
 from fastq.settings import Settings
 from fastq.worker import child
 from fastq.worker.options import NODE_NAME
-from fastq.worker.report import configuration, report_text
 
 if TYPE_CHECKING:
     import asyncio
@@ -135,10 +134,14 @@ class FastQProgram:
 
     def configuration(self, with_defaults: bool) -> dict[str, Any]:
         """Return the settings without secrets."""
+        from fastq.worker.report import configuration  # few workers are ever asked
+
         return configuration(self.settings, with_defaults)
 
     def report(self) -> str:
         """Return versions, platform and settings."""
+        from fastq.worker.report import report_text
+
         return report_text(self.settings)
 
     @property

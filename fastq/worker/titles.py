@@ -10,6 +10,11 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
+try:
+    import setproctitle
+except ImportError:
+    setproctitle = None  # type: ignore[assignment]  # looked for once, before the first fork
+
 #: Celery's variable that turns titles off.
 _OFF: Final = "NOSETPS"
 
@@ -18,11 +23,8 @@ def set_title(program: str, hostname: str, process: str, info: str = "") -> None
     """Show this process as one of the node's: ``program`` is the first word, ``process`` the name that records bear."""
     if _OFF in os.environ:
         return
-    try:
-        import setproctitle
-    except ImportError:
-        return
-    setproctitle.setproctitle(f"[{program}: {hostname}:{process}]{f' {info}' if info else ''}")
+    if setproctitle is not None:
+        setproctitle.setproctitle(f"[{program}: {hostname}:{process}]{f' {info}' if info else ''}")
 
 
 def active(words: Sequence[str] = ()) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import tempfile
 from collections import deque
 from typing import Final
 
@@ -37,6 +36,8 @@ def objgraph(view: WorkerView, num: int = 200, max_depth: int = 10, type: str = 
         import objgraph as drawing
     except ImportError:
         raise ImportError("Requires the objgraph library") from None  # Celery's words
+    import tempfile  # brings much with it
+
     with tempfile.NamedTemporaryFile(prefix="cobjg", suffix=".png", delete=False) as file:
         objects = drawing.by_type(type)[:num]
         known = set(map(id, objects))
