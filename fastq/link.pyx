@@ -620,7 +620,7 @@ cdef class BatchSource(Source):
         return 0
 
     def take_reasons(self, list tags) -> dict[str, list[int]]:
-        """Return rejected deliveries by the reason, once: the task, its id, and what was wrong."""
+        """Return rejected deliveries by the reason (the task, its id, what was wrong). For ``settle``, which knows the tags."""
         cdef dict found = {}
         for tag in tags:
             found.setdefault(self.reasons.pop(tag, None) or "rejected", []).append(tag)
@@ -672,6 +672,8 @@ cdef class BatchSource(Source):
         if self.verdicts and (now or len(self.verdicts) >= 64 or 2 * len(self.verdicts) >= self.window):
             verdicts, self.verdicts = self.verdicts, []
             self.settle(verdicts)
+            if self.reasons:    # of those that nobody keeps
+                self.reasons.clear()
         if room < 0 or self.held_bytes > self.max_held_bytes:
             room = 0
         # Ask in large steps: each request costs the other side a transaction.

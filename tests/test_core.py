@@ -301,3 +301,12 @@ def test_quiet_gives_back_what_has_not_started() -> None:
         assert {t.broker.verdict(tag) for tag in [*rest, later]} == {RETURN}
 
     run_loop(body)
+
+
+def test_reasons_of_what_is_rejected_are_not_kept_where_nobody_takes_them() -> None:
+    async def body(t: Running) -> None:
+        tags = [t.broker.put("nobody.knows") for _ in range(3)]
+        await t.broker.until(lambda: all(t.broker.verdict(tag) == REJECT for tag in tags))
+        assert t.broker.take_reasons(tags) == {"rejected": tags}
+
+    run_loop(body)

@@ -154,7 +154,8 @@ class RedisSource(BatchSource):
         others = [each for each in own if each[1] != ACK and not self._is_dropped(each[1])]
         if others:
             self._returning += 1
-            self._consumer.spawn(self._put_elsewhere(others))
+            rejected = self.take_reasons(sorted(tag for tag, verdict in others if verdict == REJECT))
+            self._consumer.spawn(self._put_elsewhere(others, rejected))
         self._claim()
 
     def publish(self, batch: list[tuple[int, Message]]) -> None:
@@ -287,12 +288,12 @@ class RedisSource(BatchSource):
             self._returning -= 1
             self.wake()
 
-    async def _put_elsewhere(self, verdicts: list[tuple[int, int]]) -> None:
+    async def _put_elsewhere(self, verdicts: list[tuple[int, int]], rejected: dict[str, list[int]]) -> None:
         """Carry out the verdicts after which a message is somewhere else."""
-        tags = {each: sorted(tag for tag, verdict in verdicts if verdict == each) for each in (REJECT, REQUEUE, RETURN)}
+        tags = {each: sorted(tag for tag, verdict in verdicts if verdict == each) for each in (REQUEUE, RETURN)}
         try:
-            for reason, rejected in self.take_reasons(tags[REJECT]).items():
-                await self.unacked.bury(self._fields(rejected), reason)
+            for reason, buried in rejected.items():
+                await self.unacked.bury(self._fields(buried), reason)
             await self.give_back(self._fields(reversed(tags[REQUEUE])), counted=True)
             await self.give_back(self._fields(reversed(tags[RETURN])), counted=False)
         finally:
