@@ -161,8 +161,8 @@ def test_assigned_names_are_judged_too() -> None:
 
 
 def test_what_is_not_carried_fails_the_check() -> None:
-    report = check(app_with(worker_eta_task_limit=5))
-    assert [(each.kind, each.name) for each in report.findings] == [("not carried", "worker_eta_task_limit")]
+    report = check(app_with(worker_agent="proj:Agent"))
+    assert [(each.kind, each.name) for each in report.findings] == [("not carried", "worker_agent")]
     assert not report.is_ok
 
 
