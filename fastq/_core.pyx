@@ -154,12 +154,10 @@ cdef class Core(Keeper):
 
     def look_at_store(self) -> None:
         """See whether the store still takes what it is given; who waits for one that does not holds up nobody else."""
-        if not self.store.is_stuck:
-            self.store.look()
-            if self.store.is_stuck:
-                self.on_batch()
-        else:
-            self.store.look()
+        cdef bint was_stuck = self.store.is_stuck
+        self.store.look()
+        if self.store.is_stuck and not was_stuck:
+            self.on_batch()
 
     def add_child(self, Child child) -> None:
         """Watch over a child; it gets calls once ``activate`` was called."""
