@@ -25,9 +25,17 @@ cdef enum LedgerState:
     LEDGER_STATES
 
 
+cdef class Channel(AckWindow):
+    """An AMQP channel that brings deliveries. Tags are its own: it alone can acknowledge what it has brought."""
+    cdef int number
+    cdef uint64_t owed[64]
+    cdef int owed_count
+
+
 cdef class Delivery:
     cdef Source source
     cdef readonly uint64_t tag
+    cdef Channel channel        # with AMQP
     cdef bytes exchange
     cdef bytes routing_key
     cdef bytes consumer         # tag of the subscription that brought it, with AMQP
@@ -87,7 +95,6 @@ cdef class AmqpLink(Source):
     cdef public object on_unknown_queue
     cdef set known_queues       # where follow-ups may go
     cdef dict held_back         # (message, owner) by queue, until the queue is known
-    cdef public int consume_channel
     cdef public int publish_channel
     cdef public Py_ssize_t frame_max
     cdef public Py_ssize_t max_message_bytes
@@ -103,12 +110,13 @@ cdef class AmqpLink(Source):
     cdef int64_t rate_since
     cdef double rate            # deliveries a second
     cdef Writer out
-    cdef AckWindow acks
-    cdef uint64_t owed[64]
-    cdef int owed_count
+    cdef readonly dict channels  # those that bring deliveries, by number
+    cdef list owing             # those of them that owe acks
+    cdef int owed_count         # how many acks they owe together, 64 at most
     # the content that is arriving
     cdef int content            # 0 none, else BASIC_DELIVER or BASIC_RETURN
-    cdef int content_channel
+    cdef int content_number     # its channel's
+    cdef Channel content_channel
     cdef uint64_t content_tag
     cdef bint content_redelivered
     cdef bint content_oversized

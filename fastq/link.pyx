@@ -32,6 +32,11 @@ cdef enum:
     LONGEST_PAUSE_NS = 1000000
 
 
+cdef class Channel(AckWindow):
+    def __init__(self, int number):
+        self.number = number
+
+
 @cython.freelist(1024)
 cdef class Delivery:
     """A message as received: headers scanned, body and properties still encoded."""
@@ -123,12 +128,12 @@ cdef class AmqpLink(Source):
         self.sink = core
         self.frame_max = 131072
         self.max_message_bytes = 128 << 20
-        self.consume_channel = 1
         self.publish_channel = 1
         self.buffer = bytearray(BUFFER_BYTES)
         self.view = memoryview(self.buffer)
         self.out = Writer()
-        self.acks = AckWindow()
+        self.channels = {}
+        self.owing = []
         self.unconfirmed = {}
         self.known_queues = set()
         self.held_back = {}
@@ -206,6 +211,22 @@ cdef class AmqpLink(Source):
             on_lost(error)
         else:
             self.abort()
+
+    def add_channel(self, int number) -> None:
+        """Deliveries may come by this channel, which was just opened."""
+        self.channels[number] = Channel(number)
+
+    def drop_channel(self, int number) -> None:
+        """The channel is closed, or about to be."""
+        self.channels.pop(number, None)
+        self.content_channel = None
+
+    def idle_channels(self) -> list[int]:
+        """Return the numbers of those channels of which nothing is here unsettled, nor owed to the broker."""
+        return [
+            number for number, channel in self.channels.items()
+            if (<Channel> channel).is_idle() and (<Channel> channel).owed_count == 0
+        ]
 
     def start_confirms(self, int channel) -> None:
         """The channel is in confirm mode: count what is published on it."""
@@ -334,7 +355,11 @@ cdef class AmqpLink(Source):
                 PyBytes_AS_STRING(self.content_routing_key), p + at + 1, length) != 0:
             self.content_routing_key = PyBytes_FromStringAndSize(<const char *> p + at + 1, length)
         self.content = BASIC_DELIVER
-        self.content_channel = channel
+        self.content_number = channel
+        if self.sink is not None and (self.content_channel is None or self.content_channel.number != channel):
+            self.content_channel = self.channels.get(channel)
+            if self.content_channel is None:
+                raise RemoteProtocolError(f"a delivery came on channel {channel}, where nothing was asked for")
         return 0
 
     cdef int on_header(self, const uint8_t *p, Py_ssize_t size) except -1:
@@ -374,11 +399,12 @@ cdef class AmqpLink(Source):
         delivery.deliveries = 2 if self.content_redelivered else 1
         delivery.oversized = self.content_oversized
         self.content_props = self.content_body = None
-        if self.sink is None or self.content_channel != self.consume_channel:
+        if self.sink is None:
             if self.on_method is not None:
-                self.on_method(self.content_channel, BASIC_DELIVER, (delivery.tag, delivery.props, delivery.body))
+                self.on_method(self.content_number, BASIC_DELIVER, (delivery.tag, delivery.props, delivery.body))
             return 0
-        self.acks.received(delivery.tag)
+        delivery.channel = self.content_channel
+        delivery.channel.received(delivery.tag)
         self.arrived += 1
         return self.give(delivery)
 
@@ -407,6 +433,7 @@ cdef class AmqpLink(Source):
     # --- verdicts to bytes
 
     cdef int tell(self, Delivery delivery, int verdict) except -1:
+        cdef Channel channel
         self.forget(delivery)
         if self.dead:
             return 0
@@ -414,27 +441,37 @@ cdef class AmqpLink(Source):
             self.is_paused = False
             self.received_at = monotonic_ns() * 1e-9
             self.transport.resume_reading()
+        channel = delivery.channel
         if verdict == ACK:
-            self.acks.settled(delivery.tag, True)
+            channel.settled(delivery.tag, True)
             if self.owed_count == 64:
                 self.write_acks()
-            self.owed[self.owed_count] = delivery.tag
+            if channel.owed_count == 0:
+                self.owing.append(channel)
+            channel.owed[channel.owed_count] = delivery.tag
+            channel.owed_count += 1
             self.owed_count += 1
         else:
-            put_nack(self.out, <uint16_t> self.consume_channel, delivery.tag, verdict != REJECT)
-            self.acks.settled(delivery.tag, False)
+            put_nack(self.out, <uint16_t> channel.number, delivery.tag, verdict != REJECT)
+            channel.settled(delivery.tag, False)
         return 0
 
     cdef int write_acks(self) except -1:
-        """One ack for the contiguous prefix, one each for finished tags beyond a gap."""
-        cdef uint64_t prefix = self.acks.take_prefix()
+        """For each channel one ack for the contiguous prefix, one each for finished tags beyond a gap."""
+        cdef Channel channel
+        cdef uint64_t prefix
         cdef int i
-        if prefix:
-            put_ack(self.out, <uint16_t> self.consume_channel, prefix, True)
-        for i in range(self.owed_count):
-            if not self.acks.is_covered(self.owed[i]):
-                put_ack(self.out, <uint16_t> self.consume_channel, self.owed[i], False)
-                self.acks.settled(self.owed[i], False)
+        for each in self.owing:
+            channel = <Channel> each
+            prefix = channel.take_prefix()
+            if prefix:
+                put_ack(self.out, <uint16_t> channel.number, prefix, True)
+            for i in range(channel.owed_count):
+                if not channel.is_covered(channel.owed[i]):
+                    put_ack(self.out, <uint16_t> channel.number, channel.owed[i], False)
+                    channel.settled(channel.owed[i], False)
+            channel.owed_count = 0
+        self.owing.clear()
         self.owed_count = 0
         return 0
 
@@ -443,6 +480,7 @@ cdef class AmqpLink(Source):
 
     cdef int flush(self, bint now) except -1:
         if self.dead:
+            self.owing.clear()
             self.owed_count = 0
             self.out.size = 0
             return 0

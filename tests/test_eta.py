@@ -5,6 +5,8 @@ A real worker on RabbitMQ and on Redis. What Redis does with a single message is
 
 from __future__ import annotations
 
+import json
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,8 @@ import pytest
 from fastq.amqp.delays import PREFIX
 from fastq.errors import TaskRevoked
 from fastq.transport.bus import open_blocking_bus
+from fastq.wire.ids import new_id
+from fastq.wire.message import encode_task
 from tests.stage import QUEUE, Stage, open_stage, until
 from tests.workers import WorkerProcess
 
@@ -106,6 +110,27 @@ def test_a_burst_after_another_one_is_with_the_worker_before_it_is_due(stage: St
     stage.send(900, eta=sent_at + 60)
     until(lambda: waiting(stage) == 900, 5, "all of the second burst wait in the worker")
     print(f"{stage.kind}: 900 were there after {time.time() - sent_at:.2f} s")
+
+
+@pytest.mark.parametrize("mode", ["--reliable", "--compat"])
+def test_ten_thousand_that_are_due_within_seconds_start_in_time(stage: Stage, mode: str) -> None:
+    stage.start_worker("-c", "2", "-l", "WARNING", mode)
+    due: dict[int, float] = {}
+    while len(due) < 10_000:
+        now = time.time()
+        etas = [now + random.uniform(2, 5) for _ in range(500)]
+        numbers = range(len(stage.sent), len(stage.sent) + 500)
+        bodies = [json.dumps([[number], {}, {}]).encode() for number in numbers]
+        calls = zip(bodies, etas, strict=True)
+        stage.publish([encode_task("work", new_id(), body, eta=eta, ignore_result=True) for body, eta in calls])
+        stage.sent += numbers
+        sent_at = time.time()  # a slow machine has sent some of them too late
+        due |= {number: max(eta, sent_at) for number, eta in zip(numbers, etas, strict=True)}
+    stage.wait_for(due, 60)
+    late = sorted(entry.at_unix - due[entry.number] for entry in stage.ledger.entries() if entry.what == "start")
+    print(f"{stage.kind}: half of 10,000 started within {late[5000]:.4f} s, 99 % within {late[9900]:.3f} s")
+    assert len(late) == 10_000
+    assert late[9900] <= 1.0
 
 
 def test_postponed_tasks_come_back_and_run_in_time_unless_revoked_or_expired(stage: Stage) -> None:

@@ -23,6 +23,8 @@ def refusal(url: AmqpUrl, fields: dict[str, Any]) -> FastqError:
         return SettingsError(f"{said}. Another connection owns it exclusively: stop that one, or use another name")
     if code == 406:
         return precondition(said, text)
+    if code == 503 and "exchange type" in text:
+        return SettingsError(f"{said}. Correct exchange_type, or enable the plugin that brings it")
     if code == 530:
         return SettingsError(f"{said}. {vhost_remedy(url, text)}")
     if code in (320, 506, 541):

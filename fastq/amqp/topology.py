@@ -121,6 +121,16 @@ class QueueSpec:
         )
         return (first, *self.bindings)
 
+    @property
+    def is_lasting(self) -> bool:
+        """Whether a subscription is not to be given up: with it goes its place, or the order of the messages."""
+        return bool(self.arguments.get("x-single-active-consumer")) or self.arguments.get("x-queue-type") == "stream"
+
+    @property
+    def needs_consumer(self) -> bool:
+        """Whether it is to have a subscription at every moment: else it is deleted, or others come first."""
+        return self.auto_delete or "x-priority" in self.consumer_arguments
+
     def steps(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the methods that create it, each with its fields; each is answered by the method with ``-ok``."""
         if self.no_declare:

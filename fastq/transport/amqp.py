@@ -37,10 +37,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CHANNEL = 1  # of either connection: deliveries and acknowledgements on the one, publishing on the other
-ADMIN_CHANNEL = 2  # for declaring: a refusal closes this channel and leaves the other one alone
+CHANNEL = 1  # the first of either connection: deliveries and acknowledgements on the one, publishing on the other
+ADMIN_CHANNEL = 2  # for declaring: a refusal closes this channel and leaves the other ones alone
 CLOSE_TIMEOUT_S = 1.0
 MAX_PREFETCH = 65535  # a 16-bit field; 0 is no limit
+#: Chosen, for queues whose subscription is never given up: tasks that wait for their time fill no less.
+LASTING_PREFETCH = 10_000
 MAX_TAGS = 1000  # chosen: far more subscriptions than messages can be left of
 RPC_TIMEOUT_S = 10.0  # chosen: a broker that takes longer to answer is as good as gone
 
@@ -53,6 +55,7 @@ class AmqpConnection:
         self.link = link
         self.blocked: str | None = None
         self.on_cancelled: Callable[[str], None] = lambda tag: None
+        self.is_vital: Callable[[int], bool] = lambda channel: channel == CHANNEL
         self._loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[Exception] = self._loop.create_future()
         self._opened: asyncio.Future[Exception | None] = self._loop.create_future()
@@ -104,7 +107,7 @@ class AmqpConnection:
 
     async def rpc(self, channel: int, method: str, /, **fields: Any) -> dict[str, Any]:
         """Send a method and return the fields of its ``-ok`` answer. Raises ConnectionLost, or what a close means."""
-        if channel not in self._open_channels and method != "channel.open":
+        if channel not in self._open_channels and not method.startswith("channel."):
             await self.open_channel(channel)
         if self.lost.done():
             raise ConnectionLost(str(self.lost.result()))
@@ -122,6 +125,16 @@ class AmqpConnection:
         """Open a channel; ``rpc`` does so by itself."""
         await self.rpc(channel, "channel.open")
         self._open_channels.add(channel)
+
+    async def close_channel(self, channel: int) -> None:
+        """Close a channel that is of no use any more."""
+        self._open_channels.discard(channel)
+        await self.rpc(channel, "channel.close", reply_code=200, reply_text="bye")
+
+    @property
+    def channel_max(self) -> int:
+        """How many channels there may be."""
+        return self._handshake.channel_max
 
     async def declare(self, spec: QueueSpec) -> None:
         """Create a queue and its binding if they are missing. Raises SettingsError when they exist but differ."""
@@ -177,11 +190,11 @@ class AmqpConnection:
                 answer.set_result(fields)
 
     def _on_channel_close(self, channel: int, fields: dict[str, Any]) -> None:
-        """The broker closed a channel: who waits on it hears why. Without CHANNEL the connection is of no use."""
+        """The broker closed a channel: who waits on it hears why. Without a vital one the connection is of no use."""
         self.send("channel.close-ok", channel)
         self._open_channels.discard(channel)
         error = refusal(self.url, fields)
-        if channel == CHANNEL:
+        if self.is_vital(channel):
             raise error
         self._fail_waiting(error, channel)
 
@@ -265,6 +278,7 @@ class AmqpConsumer:
         self._consuming: AmqpConnection
         self._publishing: AmqpConnection
         self._queues: dict[str, str] = {}  # consumer tag -> queue
+        self._channels: dict[str, int] = {}  # consumer tag -> channel
         self._tagged: dict[str, str] = {}  # the same, and those that have ended
         self._added: dict[str, QueueSpec] = {}  # queues that were added while running
         self._tags = itertools.count(1)
@@ -292,13 +306,13 @@ class AmqpConsumer:
         self._consuming = AmqpConnection(url, self.source, heartbeat_s, "worker")
         self._publishing = AmqpConnection(url, self.outlet, heartbeat_s, "worker publisher")
         self._consuming.on_cancelled = self._on_cancelled
+        self._consuming.is_vital = self._is_vital
         self.outlet.on_returned = self._on_returned
         self.outlet.on_unknown_queue = self._on_unknown_queue
         try:
             for connection in (self._consuming, self._publishing):
                 connection.link.max_message_bytes = self._settings.fastq_max_message_bytes
                 await connection.open(self._settings.broker_connection_timeout)
-                await connection.open_channel(CHANNEL)
             await self._publishing.rpc(CHANNEL, "confirm.select")
         except BaseException:
             await self.close()
@@ -311,8 +325,9 @@ class AmqpConsumer:
     async def consume(self, queues: Sequence[str], prefetch: int) -> None:
         """Declare the queues and start to receive, at most ``prefetch`` unsettled messages of each (0: no limit)."""
         self._prefetch = min(prefetch, MAX_PREFETCH)
+        channel = await self._fresh_channel()
         for queue in dict.fromkeys(queues):
-            await self._start(queue)
+            await self._start(queue, channel)
         await self._start_native_delays()
 
     @property
@@ -321,12 +336,30 @@ class AmqpConsumer:
         return [self._spec(name) for name in self._queues.values()]
 
     async def add_queue(self, spec: QueueSpec) -> None:
-        """Declare a queue and receive from it too; nothing changes for one that is received from already."""
+        """Declare a queue and receive from it too; nothing changes for one that is received from already.
+
+        Raises SettingsError when the broker refuses it; nothing that is here suffers by that.
+        """
         async with self._changing:
-            if spec.name not in self._queues.values():
-                self._added[spec.name] = spec
-                await self._start(spec.name)
-                await self._declare_native_delays(binding_steps(spec))
+            if spec.name in self._queues.values():
+                return
+            await self._try_out(spec)
+            self._added[spec.name] = spec
+            try:
+                await self._start(spec.name, await self._fresh_channel())
+            except FastqError:
+                del self._added[spec.name]
+                raise
+            await self._declare_native_delays(binding_steps(spec))
+
+    async def _try_out(self, spec: QueueSpec) -> None:
+        """Declare a queue by a connection of its own: the broker ends the whole connection for some mistakes."""
+        connection = AmqpConnection(self._consuming.url, AmqpLink(None), 0, "worker trial")
+        await connection.open(self._settings.broker_connection_timeout)
+        try:
+            await connection.declare(spec)
+        finally:
+            await connection.close()
 
     async def cancel_queue(self, name: str) -> None:
         """Receive from a queue no longer; what came from it and is here is finished."""
@@ -336,12 +369,53 @@ class AmqpConsumer:
                 await self._stop(tag)
 
     async def set_prefetch(self, prefetch: int) -> None:
-        """Start anew with another limit; what is here unsettled does not count towards it."""
+        """Start anew with another limit; what is here unsettled does not count towards it.
+
+        On a channel of its own: RabbitMQ looks through all that a channel has not settled for each acknowledgement.
+        """
         async with self._changing:
             self._prefetch = min(prefetch, MAX_PREFETCH)
-            for tag, queue in list(self._queues.items()):
+            try:
+                await self._subscribe_anew()
+            except FastqError as error:
+                self._lose(error)  # some of the queues are not read now
+                raise
+
+    async def _subscribe_anew(self) -> None:
+        changing = {tag: queue for tag, queue in self._queues.items() if not self._spec(queue).is_lasting}
+        if not changing:
+            return
+        channel = await self._fresh_channel()
+        for tag, queue in changing.items():
+            if self._spec(queue).needs_consumer:
+                await self._subscribe(queue, channel)
                 await self._stop(tag)
-                await self._subscribe(queue)
+            else:  # in this order messages keep theirs
+                await self._stop(tag)
+                await self._subscribe(queue, channel)
+        for idle in self._idle_channels():
+            self.source.drop_channel(idle)
+            await self._consuming.close_channel(idle)
+
+    async def _fresh_channel(self) -> int:
+        """Return the number of a channel with nothing on it; of the one in use when there may be no more of them."""
+        for idle in self._idle_channels():
+            return idle
+        used = {ADMIN_CHANNEL, *self.source.channels}
+        number = next((number for number in range(CHANNEL, self._consuming.channel_max + 1) if number not in used), 0)
+        if not number:
+            return max(self._channels.values(), default=CHANNEL)
+        await self._consuming.open_channel(number)
+        self.source.add_channel(number)
+        return number
+
+    def _idle_channels(self) -> list[int]:
+        used = set(self._channels.values())
+        return [number for number in self.source.idle_channels() if number not in used]
+
+    def _is_vital(self, channel: int) -> bool:
+        """Whether a channel holds what would be lost with it: a subscription, or messages that are not settled."""
+        return channel in self.source.channels and channel not in self._idle_channels()
 
     async def cancel(self) -> None:
         """Stop receiving; nothing new arrives after it returns. Settling goes on."""
@@ -358,10 +432,10 @@ class AmqpConsumer:
     def _spec(self, queue: str) -> QueueSpec:
         return self._added.get(queue) or self._topology.spec(queue)
 
-    async def _start(self, queue: str) -> None:
+    async def _start(self, queue: str, channel: int) -> None:
         if queue in self._added or self._topology.may_create(queue):
             await self._consuming.declare(self._spec(queue))
-        await self._subscribe(queue)
+        await self._subscribe(queue, channel)
 
     async def _start_native_delays(self) -> None:
         """Have what Celery's senders delay find its way here, where they do so: with quorum queues."""
@@ -383,23 +457,29 @@ class AmqpConsumer:
             # As in Celery: tasks without a delay are not to suffer.
             logger.warning("messages that senders have delayed may not arrive: %s", error)
 
-    async def _subscribe(self, queue: str) -> None:
+    async def _subscribe(self, queue: str, channel: int) -> None:
+        spec = self._spec(queue)
+        prefetch = self._prefetch
+        if spec.is_lasting and prefetch:
+            prefetch = max(prefetch, LASTING_PREFETCH)
         # Never global: a quorum queue refuses that by closing the connection.
-        await self._consuming.rpc(CHANNEL, "basic.qos", prefetch_count=self._prefetch, global_=False)
+        await self._consuming.rpc(channel, "basic.qos", prefetch_count=prefetch, global_=False)
         tag = f"fastq-{next(self._tags)}"
-        self._queues[tag] = self._tagged[tag] = queue
+        self._tagged[tag] = queue
         if len(self._tagged) > MAX_TAGS:
             del self._tagged[next(iter(self._tagged))]
-        arguments = self._spec(queue).consumer_arguments
-        await self._consuming.rpc(CHANNEL, "basic.consume", queue=queue, consumer_tag=tag, arguments=arguments)
+        arguments = spec.consumer_arguments
+        await self._consuming.rpc(channel, "basic.consume", queue=queue, consumer_tag=tag, arguments=arguments)
+        self._queues[tag], self._channels[tag] = queue, channel
 
     async def _stop(self, tag: str) -> None:
         del self._queues[tag]
-        await self._consuming.rpc(CHANNEL, "basic.cancel", consumer_tag=tag)
+        await self._consuming.rpc(self._channels.pop(tag), "basic.cancel", consumer_tag=tag)
 
     def _on_cancelled(self, tag: str) -> None:
         """The broker ended a subscription: its queue was deleted or has moved. Make it again."""
         queue = self._queues.pop(tag, None)
+        self._channels.pop(tag, None)
         if queue is not None:
             logger.warning(
                 "RabbitMQ at %s cancelled the consumer of %r; declaring it again", self._consuming.url, queue
@@ -408,7 +488,7 @@ class AmqpConsumer:
 
     async def _restore(self, queue: str) -> None:
         async with self._changing:
-            await self._start(queue)
+            await self._start(queue, await self._fresh_channel())
 
     async def answer(self, task_id: str, meta: bytes) -> None:
         """Publish a result to the queue of the task's own, for clients that give no address and wait there."""

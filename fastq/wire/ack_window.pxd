@@ -15,3 +15,4 @@ cdef class AckWindow:
     cdef int settled(self, uint64_t tag, bint by_ack) except -1
     cdef uint64_t take_prefix(self) noexcept
     cdef bint is_covered(self, uint64_t tag) noexcept
+    cdef bint is_idle(self) noexcept

@@ -71,3 +71,7 @@ cdef class AckWindow:
     cdef bint is_covered(self, uint64_t tag) noexcept:
         """Whether the last prefix taken covers the tag."""
         return tag <= self.sent_prefix
+
+    cdef bint is_idle(self) noexcept:
+        """Whether nothing that was received is unsettled."""
+        return self.base == self.end
