@@ -11,6 +11,8 @@ import asyncio
 import inspect
 import logging
 import random
+import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
 
@@ -29,6 +31,10 @@ _FIRST_RETRY_S: Final = 0.1  # reliability rules, section 6.2: 0.1 s to 30 s wit
 _LAST_RETRY_S: Final = 30.0
 #: Chosen: requests whose answer takes more than one turn of the loop, at one time; more are refused.
 _MAX_RUNNING: Final = 64
+#: Chosen: a flood of requests gets half of the loop's time, in turns of a length that no task notices.
+_TURN_S: Final = 0.002
+#: Chosen: what comes beyond so many that wait for their turn is dropped.
+_MAX_WAITING: Final = 10_000
 
 
 class Control:
@@ -57,6 +63,8 @@ class Control:
         self._mailbox = Mailbox(settings)
         self._on_connected = on_connected
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._waiting: deque[tuple[Mapping[str, Any], bytes]] = deque()
+        self._is_dropping = False
 
     # --- connecting
 
@@ -110,6 +118,29 @@ class Control:
     # --- requests
 
     def _on_request(self, headers: Mapping[str, Any], body: bytes) -> None:
+        if len(self._waiting) >= _MAX_WAITING:
+            if not self._is_dropping:
+                logger.warning("remote control: more than %s requests wait; further ones are dropped", _MAX_WAITING)
+            self._is_dropping = True
+            return
+        self._waiting.append((headers, body))
+        if len(self._waiting) == 1:
+            self._take_turn()
+
+    def _take_turn(self) -> None:
+        until = time.monotonic() + _TURN_S
+        while self._waiting:
+            try:
+                self._handle(*self._waiting[0])
+            except Exception as error:  # whatever came, the bus goes on
+                logger.warning("remote control: a request could not be answered: %r", error)
+            self._waiting.popleft()
+            if self._waiting and time.monotonic() > until:
+                asyncio.get_running_loop().call_later(_TURN_S, self._take_turn)
+                return
+        self._is_dropping = False
+
+    def _handle(self, headers: Mapping[str, Any], body: bytes) -> None:
         try:
             request = self._mailbox.decode_request(headers, body)
         except DecodeError as error:
@@ -161,7 +192,10 @@ class Control:
         except Exception as error:  # the user's own commands run here
             logger.warning("remote control: %s failed: %r", request.method, error)
             reply = {"error": repr(error)}
-        self._reply(request, reply)
+        try:
+            self._reply(request, reply)
+        except Exception as error:
+            logger.warning("remote control: the reply to %s could not be sent: %r", request.method, error)
 
     def _reply(self, request: Request, reply: object) -> None:
         bus = self.bus

@@ -6,10 +6,12 @@ import logging
 from typing import Any, Final
 
 from fastq.amqp.topology import QueueSpec, Topology
-from fastq.errors import ConnectionLost
+from fastq.errors import ConnectionLost, SettingsError
 from fastq.worker.commands.command import Command, ConsumerView, WorkerView, ok
 
 logger = logging.getLogger("fastq.worker")
+
+MAX_NAME_BYTES: Final = 255  # AMQP 0-9-1, shortstr; more than anybody needs with other brokers
 
 
 def active_queues(view: WorkerView) -> list[dict[str, Any]]:
@@ -28,6 +30,9 @@ async def add_consumer(
     """Tell worker(s) to consume from task queue by name."""
     consumer = _connected(view)
     topology = Topology(view.settings)
+    names = {"queue": queue, "exchange": exchange, "exchange_type": exchange_type, "routing_key": routing_key}
+    for what, name in names.items():
+        _check_name(what, name)
     if queue in {spec.name for spec in consumer.queue_specs}:
         return ok(f"add consumer {queue}")
     spec = topology.spec(queue)
@@ -51,6 +56,20 @@ def _connected(view: WorkerView) -> ConsumerView:
     if view.consumer is None:
         raise ConnectionLost("the broker of the tasks is away; ask again when the worker is connected")
     return view.consumer
+
+
+def _check_name(what: str, name: object) -> None:
+    """Raise SettingsError for what no broker takes as a name; None is none."""
+    if name is None:
+        return
+    if not isinstance(name, str):
+        raise SettingsError(f"{what} is {name!r}, not a text")
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        raise SettingsError(f"{what} is {name!r}, which UTF-8 cannot express") from None
+    if size > MAX_NAME_BYTES:
+        raise SettingsError(f"{what} has {size} bytes; at most {MAX_NAME_BYTES} are allowed: {name[:40]!r}…")
 
 
 def _spec(
