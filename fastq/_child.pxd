@@ -1,6 +1,6 @@
 """The processes of the pool, and what is known of tasks: declarations."""
 
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from fastq.link cimport Delivery, Sink
 from fastq.wire.buffer cimport Writer
@@ -51,7 +51,7 @@ cdef class Child:
     cdef uint32_t next                      # sequence number of the next call
     cdef double expected_ns                 # run time of what it holds, by the averages
     cdef uint64_t given
-    cdef readonly int slot
+    cdef readonly int slot                  # until it takes calls: the number that it was born with
     cdef readonly int pid
     cdef readonly bint accepting
     cdef int64_t woken_ns                   # when it was given a call while it was idle
@@ -64,6 +64,7 @@ cdef class Child:
     cdef bint answered                      # what it says from here on comes too late
     cdef int write_call(self, Delivery delivery, bint wants_result, bint wants_report, double time_limit,
                         double soft_time_limit) except -1
+    cdef int write_control(self, uint8_t kind, uint32_t seq) except -1
     cdef int flush(self) except -1
     cdef Delivery running(self)
     cdef Delivery call_of(self, uint32_t seq)

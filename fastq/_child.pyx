@@ -8,7 +8,7 @@ from cpython.unicode cimport PyUnicode_DecodeUTF8
 
 from fastq.link cimport Delivery
 from fastq.wire.message cimport read_text
-from fastq.wire.pipe cimport RECORD_CALL, RECORD_STOP, CallRecord, load32, load64s, monotonic_ns, store32
+from fastq.wire.pipe cimport RECORD_CALL, RECORD_SLOT, RECORD_STOP, CallRecord, load32, load64s, monotonic_ns, store32
 
 from fastq.wire.pipe import SHARED_SIZE
 
@@ -95,8 +95,11 @@ cdef class Child:
     def resume_writing(self) -> None:
         pass
 
-    def activate(self) -> None:
-        """Take calls from now on."""
+    def activate(self, int slot) -> None:
+        """Take calls from now on, in that slot."""
+        if slot != self.slot:
+            self.slot = slot
+            self.write_control(RECORD_SLOT, slot)
         self.accepting = not self.retiring
         self.keeper.on_batch()
 
@@ -107,14 +110,9 @@ cdef class Child:
 
     def stop(self) -> None:
         """Ask the process to end after the call it runs."""
-        cdef CallRecord record
         self.retire()
-        if self.gone:
-            return
-        record.size = sizeof(CallRecord)
-        record.kind = RECORD_STOP
-        self.out.put(&record, sizeof(CallRecord))
-        self.flush()
+        if not self.gone:
+            self.write_control(RECORD_STOP, 0)
 
     def close(self) -> None:
         """Let go of socket and memory: the process has ended, and all that it has written was read."""
@@ -180,6 +178,14 @@ cdef class Child:
         if seq < self.first or seq >= self.next:
             return None
         return <Delivery> self.sent[seq & (SENT_SLOTS - 1)]
+
+    cdef int write_control(self, uint8_t kind, uint32_t seq) except -1:
+        cdef CallRecord record
+        record.size = sizeof(CallRecord)
+        record.kind = kind
+        record.seq = seq
+        self.out.put(&record, sizeof(CallRecord))
+        return self.flush()
 
     cdef int write_call(self, Delivery delivery, bint wants_result, bint wants_report, double time_limit,
                         double soft_time_limit) except -1:

@@ -267,8 +267,31 @@ def test_numbers_of_living_children_are_unique_and_low(tmp_path: Path) -> None:
         assert at.hooks.lost == []
 
     run_loop(body, concurrency=2, keeps_spare=True, max_tasks_per_child=1, main_of_child=counted(tmp_path, before))
-    # Two slots, the spare, and as many that were just ending.
-    assert max(int(name[4:]) for name in os.listdir(tmp_path) if name.startswith("lock")) < 5
+    # Beside the newest one at most four live, two at work and two that are just ending, born with four other numbers;
+    # and those at work have the numbers of their slots.
+    assert max(int(name[4:]) for name in os.listdir(tmp_path) if name.startswith("lock")) <= 4 + 2
+
+
+def test_children_at_work_have_the_numbers_of_slots(tmp_path: Path) -> None:
+    def numbers(at: Running) -> list[int]:
+        return sorted(slot.member.number for slot in at.pool.slots if slot.member is not None and not slot.is_due)
+
+    async def body(at: Running) -> None:
+        for _ in range(20):
+            await run(at, 3)
+            assert set(numbers(at)) <= {0, 1, 2}
+            assert len(set(numbers(at))) == len(numbers(at))
+        # One that is to go finishes its call first: nobody gets its number until then.
+        await until(lambda: numbers(at) == [0, 1, 2], "full pool")
+        tags = [at.broker.put("sleep", 0.5) for _ in range(3)]
+        await until(lambda: sum(member.child.busy for member in at.pool._members.values()) == 3, "three calls run")
+        at.pool.shrink(2)
+        at.pool.grow(1)
+        await until(lambda: at.pool.size == 2, "two slots")
+        assert sorted([*numbers(at), *(each.number for each in at.pool._dropped)]) == [0, 1, 2]
+        await at.broker.until(lambda: all(at.broker.verdict(tag) == ACK for tag in tags), 20)
+
+    run_loop(body, concurrency=3, keeps_spare=True, max_tasks_per_child=1)
 
 
 def test_200_replacements_leave_no_descriptor_and_no_mapping(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -36,6 +38,7 @@ class WorkerProcess:
     app        the name of an importable application
     arguments  further options of `fastq worker`, such as "-c", "2"
     program    "celery" starts the same application under stock Celery
+    stdin      a descriptor; of a terminal, and the worker is in its foreground
     """
 
     def __init__(
@@ -48,11 +51,13 @@ class WorkerProcess:
         log_level: str = "INFO",
         await_ready: bool = True,
         program: Program = "fastq",
+        stdin: int = subprocess.DEVNULL,
     ) -> None:
         self.folder = folder
         self.log_file = folder / "worker.log"
         self.program: Program = program
         self._await_ready = await_ready
+        self._stdin = stdin
         self._command = [sys.executable, "-m", program, "-A", app, "worker", "-l", log_level, *arguments]
         self._environment = {
             **os.environ,
@@ -72,10 +77,11 @@ class WorkerProcess:
                 self._command,
                 cwd=self.folder,
                 env=self._environment,
-                stdin=subprocess.DEVNULL,
+                stdin=self._stdin,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=_own_terminal if self._stdin >= 0 and os.isatty(self._stdin) else None,
             )
         if self._await_ready:
             self.wait_for_log(READY.pattern, START_TIMEOUT_S)
@@ -207,6 +213,10 @@ class WorkerProcess:
 
     def _failed(self, what: str) -> WorkerFailed:
         return WorkerFailed(f"{what}\n--- log of {' '.join(self._command)}\n{self.log()[-6000:]}")
+
+
+def _own_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def _signal_all(pids: list[int], number: signal.Signals) -> None:

@@ -484,6 +484,7 @@ class CeleryChildMain:
         set_name(b"fastq-child")
         handlers = Signals(pipe)
         handlers.handle(signal.SIGUSR1, self._runner.on_soft_limit)
+        pipe.on_slot = lambda taken: self._renumber(slot + 1, taken + 1)
         self._begin(slot + 1)
         handlers.install()
         code = EX_RECYCLE
@@ -509,7 +510,7 @@ class CeleryChildMain:
             if (module := sys.modules.get(f"{name}.util")) is not None:
                 module._run_after_forkers()
         _state._set_task_join_will_block(True)
-        set_title(self._options.program, self._options.hostname, f"ForkPoolWorker-{number}")
+        self._entitle(number)
         if self._options.setup is not None:
             self._options.setup(number)
         app.loader.init_worker()
@@ -518,6 +519,16 @@ class CeleryChildMain:
         _state.set_default_app(app)
         trace._tasks = app._tasks
         signals.worker_process_init.send(sender=self._options.hostname)
+
+    def _renumber(self, before: int, number: int) -> None:
+        """Go by the number of the slot that this process takes its calls in."""
+        _name(process.current_process(), number)
+        self._entitle(number)
+        if self._options.setup is not None:
+            self._options.setup.renumber(before, number)
+
+    def _entitle(self, number: int) -> None:
+        set_title(self._options.program, self._options.hostname, f"ForkPoolWorker-{number}")
 
     def _serve(self, pipe: ChildPipe) -> None:
         # Tools put their own loop there to hear of a child's end.
@@ -529,13 +540,18 @@ class CeleryChildMain:
 
 def _become(number: int) -> None:
     """Make billiard and multiprocessing know this process as that child of a pool: by name, index, daemon flag."""
-    child: Any = ForkProcess(name=f"ForkPoolWorker-{number}", daemon=True)
-    child._identity = (number,)
+    child: Any = ForkProcess(daemon=True)
+    _name(child, number)
     child._parent_pid = os.getppid()
-    child.index = number - 1  # what %i stands for
     process._process_counter = itertools.count(1)
     process._children = set()
     process._set_current_process(child)
+
+
+def _name(child: Any, number: int) -> None:
+    child.name = f"ForkPoolWorker-{number}"
+    child._identity = (number,)
+    child.index = number - 1  # what %i stands for
 
 
 def _warn_of_memory(text: str) -> None:

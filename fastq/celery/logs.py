@@ -15,8 +15,8 @@ from celery._state import get_current_task
 
 from fastq.pool.process import DUMP_SIGNAL
 from fastq.worker import messages
-from fastq.worker.log import TaskFields, log_stream
-from fastq.worker.options import WorkerOptions
+from fastq.worker.log import TaskFields, log_stream, move
+from fastq.worker.options import WorkerOptions, expand_path
 
 #: Logging has one level less than the option.
 _LEVELS = {"FATAL": "CRITICAL"}
@@ -86,6 +86,15 @@ class ChildLogging:
         if "%i" in self.logfile.lower():
             self.app.log.already_setup = False
             self.app.log.setup(int(os.environ["CELERY_LOG_LEVEL"]), self.logfile, hostname=self.hostname)
+        self._begin(number)
+
+    def renumber(self, before: int, number: int) -> None:
+        """Go on in the file of that number: without Celery's code, so that receivers of its signals are called once."""
+        if "%i" in self.logfile.lower():
+            move(*(expand_path(self.logfile, self.hostname, each) for each in (before, number)))
+        self._begin(number)
+
+    def _begin(self, number: int) -> None:
         TaskFields(f"ForkPoolWorker-{number}", _running_task).add_to_all()
         if self.logfile:
             # A child that is stuck writes its stacks where the operator looks, not where standard error went.

@@ -44,11 +44,12 @@ MAX_ASKED = 16
 class Member:
     """One process of the pool, from the request to fork it to the report of its end.
 
-    No two living ones have the same ``number``: each gets the lowest that is free, and an end frees it. So numbers stay
-    below the pool's size where replacements do not overlap, and else below twice the size and one for the spare.
+    ``number`` is at first the lowest that no living one has or was born with. Where a spare takes its slot, it becomes
+    one below the pool's size that nobody else has who runs calls; the one that it replaces may still be about to end.
     """
 
     number: int
+    born: int
     child: Child | None = None
     pid: int = 0
     is_ready: bool = False
@@ -267,7 +268,9 @@ class Pool:
         placed = list(zip(needing, ready, strict=False))
         for slot, member in placed:
             self.spares.remove(member)
-            slot.member, slot.is_due = member, False
+            slot.member, slot.is_due = None, False
+            member.number = self._number_in_slot(member)
+            slot.member = member
         kept = int(self.keeps_spare)
         for member in ready[len(needing) + kept :]:
             self.spares.remove(member)
@@ -284,7 +287,7 @@ class Pool:
             self._spawn()
         for _, member in placed:
             assert member.child is not None
-            member.child.activate()
+            member.child.activate(member.number)
 
     def _dismiss(self, member: Member) -> None:
         """Have a child end after the calls that it holds."""
@@ -300,6 +303,14 @@ class Pool:
         elif member.timer is None and not self._stopping:
             member.set_timer(self.loop.call_later(SLOW_END_S, self._end_is_slow, member))
 
+    def _number_in_slot(self, member: Member) -> int:
+        """Return the number with which a spare runs its calls: its own, if that is one of a slot and free."""
+        at_work = [slot.member for slot in self.slots if slot.member is not None and not slot.is_due]
+        taken = {each.number for each in [*at_work, *self._dropped]}
+        if member.number < len(self.slots) and member.number not in taken:
+            return member.number
+        return next(number for number in itertools.count() if number not in taken)
+
     def _slot_of(self, member: Member) -> Slot | None:
         return next((slot for slot in self.slots if slot.member is member), None)
 
@@ -311,7 +322,8 @@ class Pool:
     # --- starting children
 
     def _spawn(self) -> None:
-        member = Member(self._free_number())
+        number = self._free_number()
+        member = Member(number, number)
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             member.sock = ours
@@ -332,7 +344,8 @@ class Pool:
         member.set_timer(self.loop.call_later(self._slow_start_s, self._start_is_slow, member))
 
     def _free_number(self) -> int:
-        taken = {member.number for member in [*self._members.values(), *self._requests.values()]}
+        living = [*self._members.values(), *self._requests.values()]
+        taken = {number for member in living for number in (member.number, member.born)}
         return next(number for number in itertools.count() if number not in taken)
 
     @property

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from fastq.pool.process import DUMP_SIGNAL, die_with_parent, set_name
 
-#: What runs in a child: (socket, shared memory file, number) -> exit code. No two living children have the same number;
-#: it is 0 or more.
+#: What runs in a child: (socket, shared memory file, number) -> exit code. No two living children are born with the
+#: same number; it is 0 or more.
 ChildMain = Callable[[int, int, int], int]
 
 _SPAWN, _SPAWNED, _EXITED, _FAILED = 1, 2, 3, 4

@@ -1,7 +1,8 @@
 """The channel between the worker's main process and one child: declarations of records and shared memory.
 
-Main process to child: CALL and STOP records over a stream socket. Child to main process: records in a ring of shared memory, so
-that a finished call is visible at once, and survives the death of its child. All integers in host order: both ends are one program.
+Main process to child: CALL, SLOT and STOP records over a stream socket. Child to main process: records in a ring of shared
+memory, so that a finished call is visible at once, and survives the death of its child. All integers in host order: both ends are
+one program.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -23,6 +24,7 @@ cdef enum RecordKind:
     RECORD_PUBLISH = 4
     RECORD_STATE = 5
     RECORD_READY = 6
+    RECORD_SLOT = 7
 
 
 # How a call ended; the order is that of OUTCOME_NAMES in pipe.pyx.
@@ -49,7 +51,7 @@ cdef packed struct CallRecord:
     uint8_t redelivered
     uint8_t wants_result
     uint8_t wants_report        # the outcome's reason is to tell monitors how it ended
-    uint32_t seq
+    uint32_t seq                # of a SLOT record: the slot
     uint32_t deliveries
     double time_limit
     double soft_time_limit
@@ -149,6 +151,7 @@ cdef class ChildPipe:
     cdef uint32_t running
     cdef str last_exchange, last_routing_key
     cdef readonly bint stopped
+    cdef public object on_slot  # called with the slot that this child was put into, unless it was born with that number
 
     cdef int fill(self) except -1
     cdef Call parse(self, const uint8_t *record)

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 from fastq.wire.message import Call, Message
 
 OUTCOME_NAMES: tuple[str, ...]
@@ -12,6 +14,7 @@ class RingReader:
 
 class ChildPipe:
     stopped: bool
+    on_slot: Callable[[int], None] | None
     def __init__(self, sock: int, shared_fd: int) -> None: ...
     def next(self) -> Call | None: ...
     @property

@@ -266,6 +266,11 @@ cdef class ChildPipe:
                 self.stopped = True
                 return None
             memcpy(&seq, self.buffer + self.start + 8, 4)
+            if self.buffer[self.start + 4] == RECORD_SLOT:
+                self.start += size
+                if self.on_slot is not None:
+                    self.on_slot(seq)
+                continue
             call = self.parse(self.buffer + self.start)
             self.start += size
             if self.unrung and monotonic_ns() - self.unrung_since > BELL_AFTER_NS:

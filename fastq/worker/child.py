@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from fastq.app import FastQ
 from fastq.codecs import accepted, compression
@@ -56,6 +56,16 @@ EX_RECYCLE = 155
 logger = logging.getLogger("fastq.app.trace")
 
 
+class ChildSetup(Protocol):
+    """What surrounds the calls of a child and goes by its number, 1 or more."""
+
+    def __call__(self, number: int) -> None:
+        """Begin with the number that the child is born with."""
+
+    def renumber(self, before: int, number: int) -> None:
+        """Go on with the number of the slot that the child takes its calls in."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChildOptions:
     """What every child of a pool is told at its birth."""
@@ -65,7 +75,7 @@ class ChildOptions:
     track_started: bool = False
     is_amqp: bool = False  # messages come from a broker that speaks AMQP
     program: str = "fastq"  # what the process's title begins with
-    setup: Callable[[int], None] | None = None  # logging and the like, called with the child's number
+    setup: ChildSetup | None = None  # logging and the like
 
 
 class Malformed(DecodeError):
@@ -486,10 +496,10 @@ class ChildMain:
         write_stacks_to(shared)
         set_name(b"fastq-child")
         Signals(pipe)
-        number = slot + 1
-        set_title(self._options.program, self._options.hostname, f"ForkPoolWorker-{number}")
+        pipe.on_slot = lambda taken: self._renumber(slot + 1, taken + 1)
+        self._entitle(slot + 1)
         if self._options.setup is not None:
-            self._options.setup(number)
+            self._options.setup(slot + 1)
         app.publisher = publisher = PipePublisher(pipe)
         if app.stores_results:
             app.store = PipeStore(pipe, lambda: open_store(app.conf.result_backend or "", app.conf, publisher))
@@ -502,3 +512,11 @@ class ChildMain:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         return code & 0xFF
+
+    def _renumber(self, before: int, number: int) -> None:
+        self._entitle(number)
+        if self._options.setup is not None:
+            self._options.setup.renumber(before, number)
+
+    def _entitle(self, number: int) -> None:
+        set_title(self._options.program, self._options.hostname, f"ForkPoolWorker-{number}")

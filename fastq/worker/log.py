@@ -6,6 +6,7 @@ dropped, ``setup_logging`` once the settings are known, ``ChildLogging`` in ever
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import io
 import logging
@@ -150,11 +151,30 @@ class TaskFields(logging.Filter):
         return True
 
     def add_to_all(self) -> None:
-        """Put this filter into every handler that a logger has now."""
-        loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
-        handlers = {handler for logger in loggers for handler in getattr(logger, "handlers", ())}
-        for handler in handlers:
+        """Put this filter into every handler that a logger has now, in the place of an earlier one."""
+        for handler in _all_handlers():
+            handler.filters[:] = [each for each in handler.filters if not isinstance(each, TaskFields)]
             handler.addFilter(self)
+
+
+def move(before: str, path: str) -> None:
+    """Have the handlers that write the one file, and follow it when it is rotated, write the other one."""
+    for handler in _all_handlers():
+        reopen = getattr(handler, "reopenIfNeeded", None)
+        if reopen is None or handler.baseFilename != os.path.abspath(before):
+            continue
+        handler.acquire()
+        try:
+            handler.baseFilename = os.path.abspath(path)
+            with contextlib.suppress(OSError):  # the next record meets it again, and says so
+                reopen()
+        finally:
+            handler.release()
+
+
+def _all_handlers() -> set[Any]:
+    loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
+    return {handler for logger in loggers for handler in getattr(logger, "handlers", ())}
 
 
 def _running_task() -> tuple[str, str] | None:
@@ -164,34 +184,43 @@ def _running_task() -> tuple[str, str] | None:
 
 @dataclass(frozen=True, slots=True)
 class ChildLogging:
-    """What a freshly forked child does to the logging that its parent set up. Call it with the child's number."""
+    """What a freshly forked child does to the logging that its parent set up."""
 
     handler: logging.StreamHandler[Any] | None  # None: the program has handlers of its own
     logfile: str = ""
     hostname: str = ""
     redirect_level: str = "WARNING"  # empty: the streams stay as they are
 
-    def __call__(self, index: int) -> None:
-        """Name the process ForkPoolWorker-<index>, open its own log file if the name asks so, redirect its streams."""
-        name = f"ForkPoolWorker-{index}"
+    def __call__(self, number: int) -> None:
+        """Name the process ForkPoolWorker-<number>, open its own log file if the name asks so, redirect its streams."""
+        if self.handler is not None and "%i" in self.logfile.lower():
+            self._open_own_file(self.handler, number)
+        self._begin(number)
+        if self.redirect_level:
+            redirect_stdouts(logging.getLevelName(self.redirect_level))
+
+    def renumber(self, before: int, number: int) -> None:
+        """Name the process anew, and go on in the file of that name."""
+        if "%i" in self.logfile.lower():
+            move(*(expand_path(self.logfile, self.hostname, each) for each in (before, number)))
+        self._begin(number)
+
+    def _begin(self, number: int) -> None:
+        name = f"ForkPoolWorker-{number}"
         if self.handler is not None and isinstance(self.handler.formatter, Formatter):
             self.handler.formatter.process_name = name
         if "multiprocessing" in sys.modules:
             # Handlers that task code sets up take the process name from there; the rest is what a pool's child has.
             process = sys.modules["multiprocessing"].current_process()
-            process.name, process.index, process._identity = name, index - 1, (index,)
-        if self.handler is not None and "%i" in self.logfile.lower():
-            self._open_own_file(self.handler, index)
+            process.name, process.index, process._identity = name, number - 1, (number,)
         TaskFields(name, _running_task).add_to_all()
         if self.logfile:
             # A child that is stuck writes its stacks where the operator looks, not where standard error went.
             for signum in (DUMP_SIGNAL, signal.SIGUSR1):
                 faulthandler.register(signum, file=log_stream(), all_threads=True, chain=False)
-        if self.redirect_level:
-            redirect_stdouts(logging.getLevelName(self.redirect_level))
 
-    def _open_own_file(self, handler: logging.Handler, index: int) -> None:
-        own = open_handler(self.logfile, self.hostname, index)
+    def _open_own_file(self, handler: logging.Handler, number: int) -> None:
+        own = open_handler(self.logfile, self.hostname, number)
         own.setFormatter(handler.formatter)
         root = logging.getLogger()
         if handler in root.handlers:

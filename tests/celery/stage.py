@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import subprocess
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -111,6 +112,7 @@ class CeleryStage:
         log_level: str = "INFO",
         await_ready: bool = True,
         alone: bool = True,
+        stdin: int = subprocess.DEVNULL,
     ) -> WorkerProcess:
         """Return a worker that is ready, with two children unless `-c` says otherwise."""
         folder = self.folder / f"worker{len(self.workers) + 1}"
@@ -125,6 +127,7 @@ class CeleryStage:
             log_level=log_level,
             await_ready=await_ready,
             program=runner or self.runner,
+            stdin=stdin,
         )
         self.workers.append(worker)
         return worker.start()

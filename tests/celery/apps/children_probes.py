@@ -29,6 +29,17 @@ def identity() -> dict[str, Any]:
     }
 
 
+def hold_identity(gate: str) -> dict[str, Any]:
+    """Return what is known of this process once the gate is open, and say in the log that it was here."""
+    with open("/proc/self/cmdline", encoding="utf-8") as file:
+        found = {**identity(), "title": file.read().partition("\0")[0]}
+    logging.getLogger("probe").warning("pid %d holds", os.getpid())
+    note("holding", mark=gate)
+    while not os.path.exists(gate):
+        time.sleep(0.01)
+    return found
+
+
 def fork_and_signal(signum: int) -> float:
     """Return after how many seconds a fork that sleeps has ended of a signal; 5 when it has not."""
     began = time.monotonic()
@@ -52,6 +63,16 @@ def fork_and_signal(signum: int) -> float:
 def program_after(name: str) -> str:
     """Return what a shell says after it has got a signal."""
     return subprocess.run(["/bin/sh", "-c", f"kill -{name} $$; echo lives"], stdout=subprocess.PIPE, text=True).stdout
+
+
+def program_until(gate: str) -> str:
+    """Return what a shell says that this task has started, and that waits for the gate."""
+    command = f"echo > {gate}.begun; while [ ! -e {gate} ]; do sleep 0.05; done; echo lives"
+    return subprocess.run(["/bin/sh", "-c", command], stdout=subprocess.PIPE, text=True).stdout
+
+
+def read_descriptor() -> str:
+    return os.read(0, 100).decode()
 
 
 def read_stdin() -> list[str]:
@@ -140,7 +161,8 @@ if os.environ.get("OWN_HANDLERS"):
 PROBES: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        identity, fork_and_signal, program_after, read_stdin, sleep_with_alarm_used, leave_handler, timer_left, sleep,
-        log, hold_and_clean_up, swallow, start_and_hold, allocate, leave_thread,
+        identity, hold_identity, fork_and_signal, program_after, program_until, read_descriptor, read_stdin,
+        sleep_with_alarm_used, leave_handler, timer_left, sleep, log, hold_and_clean_up, swallow, start_and_hold,
+        allocate, leave_thread,
     )
 }  # fmt: skip
