@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, cast, overload
 
@@ -51,10 +52,18 @@ _shared: list[SharedTask] = []
 _last_app: FastQ | None = None
 
 
-class _Thread(threading.local):
-    """What a thread has collected in ``app.batch()``; None outside."""
+@dataclass(slots=True)
+class _Batch:
+    """What a thread has collected in ``app.batch()``: the messages, and the handles that it gave out for them."""
 
-    batch: list[Message] | None = None
+    messages: list[Message] = field(default_factory=list)
+    sent: list[results.AsyncResult[Any]] = field(default_factory=list)
+
+
+class _Thread(threading.local):
+    """A thread's batch; None outside of one."""
+
+    batch: _Batch | None = None
 
 
 class FastQ:
@@ -337,6 +346,8 @@ class FastQ:
         parent = running_message()
         self.publish((envelope.message(task_id, args, kwargs, parent),), envelope.publish_retry)
         sent: results.AsyncResult[Any] = results.AsyncResult(task_id, self, envelope.name, envelope.ignore_result)
+        if self._thread.batch is not None:
+            self._thread.batch.sent.append(sent)
         if parent is not None:
             parent.children.append(sent)
         return sent
@@ -349,7 +360,7 @@ class FastQ:
         """
         batch = self._thread.batch
         if batch is not None:
-            batch.extend(messages)
+            batch.messages.extend(messages)
             return
         attempt, left = 0, messages
         deadline = time.monotonic() + self.conf.fastq_publish_timeout
@@ -380,25 +391,28 @@ class FastQ:
     def batch(self) -> Iterator[None]:
         """Collect what this thread sends inside the ``with`` block and publish it at the end, with one wait for all.
 
-        After an exception in the block nothing is published. Inside another batch, it joins that one.
+        After an exception in the block nothing is published, and who waits for its results is told so. Inside another
+        batch, it joins that one.
         """
         thread = self._thread
         if thread.batch is not None:
             yield
             return
-        collected: list[Message] = []
-        thread.batch = collected
+        thread.batch = batch = _Batch()
         try:
             yield
+        except BaseException as error:
+            _drop(batch, error)
+            raise
         finally:
             thread.batch = None
-        if collected:
-            self.publish(collected)
+        if batch.messages:
+            self.publish(batch.messages)
 
     def is_collected(self, task_id: str) -> bool:
         """Return whether a call waits for the end of this thread's ``batch``."""
         batch = self._thread.batch
-        return batch is not None and any(message.id == task_id for message in batch)
+        return batch is not None and any(message.id == task_id for message in batch.messages)
 
     def reply_address(self, deadline: float | None = None) -> str | None:
         """Return where workers send results to, None when the store needs no address."""
@@ -512,6 +526,16 @@ class FastQ:
         if self._sent is not None:
             self._sent.after_fork()
         self.forget_envelopes()
+
+
+def _drop(batch: _Batch, error: BaseException) -> None:
+    """Tell the handles that nothing was sent; a task has no such children."""
+    for sent in batch.sent:
+        sent.never_sent(error)
+    parent = running_message()
+    if parent is not None and parent.spawned:
+        dropped = set(batch.sent)
+        parent.spawned[:] = [child for child in parent.spawned if child not in dropped]
 
 
 def _app_of(token: str, name: str | None, settings: dict[str, Any]) -> FastQ:

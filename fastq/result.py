@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from traceback import format_exception_only
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 from fastq.codecs.meta import rebuild_exception
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from fastq.interfaces import Meta, ResultStore
 
 R_co = TypeVar("R_co", covariant=True)
+
+#: Chosen: characters of an error that are told.
+_MAX_REASON = 300
 
 UNKNOWN: Meta = {"status": PENDING, "result": None}
 
@@ -45,7 +49,7 @@ class RemoteTraceback(Exception):
 class AsyncResult(Generic[R_co]):
     """A task's result, now or later. Equal to any other handle on the same id."""
 
-    __slots__ = ("__weakref__", "_meta", "_source", "_task_name", "id", "ignored")
+    __slots__ = ("__weakref__", "_meta", "_source", "_task_name", "_unsent", "id", "ignored")
 
     def __init__(self, task_id: str, source: ResultSource, task_name: str | None = None, ignored: bool = False) -> None:
         self.id = task_id
@@ -54,6 +58,7 @@ class AsyncResult(Generic[R_co]):
         self._source = source
         self._task_name = task_name
         self._meta: Meta | None = None
+        self._unsent: str | None = None  # with what the batch has ended that it was to be sent with
 
     def __eq__(self, other: object) -> bool:
         return self.id == other.id if isinstance(other, AsyncResult) else NotImplemented
@@ -63,7 +68,8 @@ class AsyncResult(Generic[R_co]):
 
     def __reduce__(self) -> Any:
         arguments = self.id, self._source, self._task_name, self.ignored
-        return type(self), arguments, (None, {"_meta": self._meta})  # with rpc:// nobody else can have it
+        # With rpc:// nobody else can have the result.
+        return type(self), arguments, (None, {"_meta": self._meta, "_unsent": self._unsent})
 
     def __str__(self) -> str:
         return self.id
@@ -182,6 +188,10 @@ class AsyncResult(Generic[R_co]):
         """Return whether the task has ended with an exception."""
         return self.state == FAILURE
 
+    def never_sent(self, error: BaseException) -> None:
+        """Have everybody who asks for the result told that there will be none, as a batch has ended with this error."""
+        self._unsent = format_exception_only(type(error), error)[-1].strip()[:_MAX_REASON]
+
     def forget(self) -> None:
         """Drop what is stored of the task, here and in the store."""
         self._meta = None
@@ -191,6 +201,7 @@ class AsyncResult(Generic[R_co]):
         """Return what is known; a final state is asked for only once."""
         if self._meta is not None:
             return self._meta
+        self._check_sent()
         meta = self._source.store.load(self.id) or UNKNOWN
         if meta["status"] in READY_STATES:
             self._meta = meta
@@ -207,8 +218,16 @@ class AsyncResult(Generic[R_co]):
                 f"get() of task {self.id} inside `with app.batch()` would wait for ever: it is sent when the block "
                 "ends. Call get() after the block"
             )
+        self._check_sent()
         if self.ignored:
             raise ResultsDisabled(f"task {self._task_name}[{self.id}] was sent with ignore_result: it stores no result")
+
+    def _check_sent(self) -> None:
+        if self._unsent is not None:
+            raise RuntimeError(
+                f"task {self.id} was never sent: the block of `with app.batch()` ended with {self._unsent}. "
+                "There will be no result"
+            )
 
     def _conclude(self, meta: Meta, propagate: bool) -> R_co:
         if meta["status"] not in PROPAGATE_STATES:

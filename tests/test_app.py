@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import os
 import pickle
@@ -29,6 +30,7 @@ from fastq.errors import (
     ResultTimeout,
     SettingsError,
 )
+from fastq.request import Request, pop_request, push_request
 from fastq.sending.envelope import PublishRetry
 from fastq.sending.routing import NO_ROUTE, Route, Router
 from fastq.settings import ENVIRONMENT_NAMES
@@ -648,6 +650,53 @@ def test_after_an_exception_a_batch_is_not_published() -> None:
     assert sent(app).batches == []
     task.delay(2)
     assert len(sent(app).batches) == 1
+
+
+def test_waiting_for_what_an_exception_has_kept_from_being_sent_raises_at_once() -> None:
+    app = make_app()
+    task = app.task(add)
+    results = []
+    with contextlib.suppress(ZeroDivisionError), app.batch():
+        results.append(task.delay(1))
+        with app.batch():
+            results.append(app.send_task("elsewhere"))
+        raise ZeroDivisionError("by hand")
+    assert sent(app).batches == []
+    results.append(pickle.loads(pickle.dumps(results[0])))
+    for result in results:
+        never = pytest.raises(
+            RuntimeError, match=rf"{result.id} was never sent: .* ended with ZeroDivisionError: by hand"
+        )
+        for wait in (result.get, result.ready, result.successful, result.failed, lambda each=result: each.state):
+            with never:
+                wait()
+        with never:
+            asyncio.run(result.aget())
+        result.forget()
+    # What failed inside an outer batch that went on is sent with it.
+    with app.batch():
+        with contextlib.suppress(ZeroDivisionError), app.batch():
+            result = task.delay(2)
+            raise ZeroDivisionError
+        with pytest.raises(RuntimeError, match="Call get"):
+            result.get()
+    assert [message.id for message in sent(app).messages] == [result.id]
+    assert not result.ready()
+
+
+def test_a_task_has_no_children_that_were_never_sent() -> None:
+    app = make_app()
+    task = app.task(add)
+    request = Request.local("parent", (), {}, id="id-1")
+    push_request(request)
+    try:
+        before = task.delay(1)
+        with contextlib.suppress(ZeroDivisionError), app.batch():
+            task.delay(2)
+            raise ZeroDivisionError
+    finally:
+        pop_request()
+    assert request.children == [before]
 
 
 def test_waiting_inside_a_batch_for_what_is_not_sent_yet_raises_at_once() -> None:
