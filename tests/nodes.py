@@ -134,6 +134,7 @@ class View:
         settings.freeze()
         self.done: list[tuple[Any, ...]] = []
         self.hostname = hostname
+        self.instance = "i-1"
         self.started_unix = time.time() - 9
         self.settings = settings
         self.options = WorkerOptions(hostname=hostname).resolved(settings)

@@ -300,7 +300,21 @@ def test_neighbours_exchange_what_is_revoked(view: View) -> None:
     assert reply["revoked"] == ["mine", "theirs"]
     assert reply["clock"] == view.clock.value == 1
     assert "theirs" in view.core.revoked
-    assert run(view, "hello", from_node="fastq@here", revoked=["x"]) is None
+    assert run(view, "hello", from_node="fastq@here", instance=view.instance, revoked=["x"]) is None
+    assert "x" not in view.core.revoked
+
+
+@pytest.mark.parametrize("command", ["hello", "ping"])
+def test_a_namesake_s_question_is_told_from_one_s_own(
+    view: View, command: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(view, command, from_node="fastq@here", instance=view.instance)
+    run(view, command, from_node="celery@there")
+    assert "another worker" not in caplog.text
+    for who in ({}, {"instance": "other"}):  # Celery's workers have none
+        caplog.clear()
+        run(view, command, from_node="fastq@here", **who)
+        assert caplog.text.count("another worker is named fastq@here too") == 1
 
 
 def test_shutdown_is_a_warm_stop(view: View) -> None:

@@ -29,7 +29,7 @@ class MemoryNodes:
 def meet(*replies: tuple[str, Any], revoked: Iterable[str] = ()) -> tuple[int, LamportClock, list[str], MemoryNodes]:
     """Return how many answered, the clock and the ids taken, and the nodes that were asked."""
     nodes, clock, taken = MemoryNodes(*replies), LamportClock(5), []
-    count = asyncio.run(mingle(nodes, "w@h", clock, revoked, taken.extend))
+    count = asyncio.run(mingle(nodes, "w@h", "i-1", clock, revoked, taken.extend))
     return count, clock, taken, nodes
 
 
@@ -44,7 +44,7 @@ def info(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_the_question_is_celery_s_hello() -> None:
     _, _, _, nodes = meet(revoked=["id-1", "id-2"])
-    assert nodes.asked == [("hello", {"from_node": "w@h", "revoked": ["id-1", "id-2"]}, 1.0)]
+    assert nodes.asked == [("hello", {"from_node": "w@h", "revoked": ["id-1", "id-2"], "instance": "i-1"}, 1.0)]
 
 
 def test_alone_there_is_nothing_to_take(caplog: pytest.LogCaptureFixture) -> None:
@@ -82,7 +82,7 @@ def test_a_broker_that_goes_away_is_the_caller_s_to_handle() -> None:
             raise ConnectionLost("gone")
 
     with pytest.raises(ConnectionLost):
-        asyncio.run(mingle(Lost(), "w@h", LamportClock(), (), lambda ids: None))
+        asyncio.run(mingle(Lost(), "w@h", "i-1", LamportClock(), (), lambda ids: None))
 
 
 # -- the clock

@@ -1,7 +1,8 @@
-"""Two workers of one node name: the second says so, and both answer remote control."""
+"""Two workers of one node name: both say so, and both answer remote control."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ WARNING = r"WARNING.*another worker is named twin@h too"
         pytest.param("amqp", True, marks=pytest.mark.rabbitmq),
         pytest.param("amqp", False, marks=pytest.mark.rabbitmq),
         pytest.param("redis", True, marks=pytest.mark.redis),
+        pytest.param("redis", False, marks=pytest.mark.redis),
         ("sqlite", True),
     ],
 )
-def test_the_second_worker_of_a_name_says_so_and_can_be_reached(
+def test_both_workers_of_a_name_say_so_and_can_be_reached(
     kind: Kind, mingles: bool, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     stage = open_stage(kind, request, tmp_path)
@@ -33,11 +35,19 @@ def test_the_second_worker_of_a_name_says_so_and_can_be_reached(
     other = stage.start_worker("-n", "other@h", *arguments[2:])
     if has_bus(stage.url):
         wait_for_nodes(stage.url, stage.client.conf, ["other@h", "twin@h"])
+    assert "another worker" not in first.log()
     second = stage.start_worker(*arguments)
-    second.wait_for_log(WARNING, 10)
-    assert "another worker" not in first.log() + other.log()
+    for worker in (first, second):
+        worker.wait_for_log(WARNING, 10)
+    assert "another worker" not in other.log()
     if has_bus(stage.url):
         wait_for_nodes(stage.url, stage.client.conf, ["other@h", "twin@h", "twin@h"])
+    third = stage.start_worker("-n", "alone@h", *arguments[2:])
+    for worker in (first, second):
+        assert worker.stop() == 0
+        assert len(re.findall(WARNING, worker.log())) == 1
+    assert third.stop() == 0
+    assert "another worker" not in third.log()
     stage.close()
 
 

@@ -140,6 +140,7 @@ class SqliteThread(threading.Thread):
         self._drained = False  # the last claim got less than it wanted: only a bell or the clock brings more
         self._next_due: float | None = None
         self._look_at = math.inf  # when to see whether there is an earlier one
+        self._namesakes: set[int] = set()  # workers that have our name
         self._missing: set[int] = set()  # workers whose bell was not there at the last check
         self._is_full_sync = False
         self._one_by_one = False  # something in the work cannot be stored: find out what
@@ -228,11 +229,8 @@ class SqliteThread(threading.Thread):
         try:
             self._me, self._queues = self._transaction(write)
             self._look_after_others()
-            others = [each for each in tables.all_workers(self._cursor) if each.id != self._me]
         except sqlite3.Error as error:
             raise database.refusal(self._location.path, error) from error
-        if any(each.name == info.name for each in others):
-            logger.warning(NAMESAKE, info.name)
         self._drained = False
 
     def quiet(self) -> None:
@@ -492,9 +490,10 @@ class SqliteThread(threading.Thread):
             self._look_after_others()
 
     def _look_after_others(self) -> None:
-        """Give back what dead workers hold."""
+        """Give back what dead workers hold, and warn of one that has come under our name."""
         workers = tables.all_workers(self._cursor)
-        if all(worker.id != self._me for worker in workers):
+        mine = next((worker.name for worker in workers if worker.id == self._me), None)
+        if mine is None:
             raise ConnectionLost(
                 f"another worker took this one for dead and gave its messages back ({self._location.path})"
             )
@@ -505,6 +504,10 @@ class SqliteThread(threading.Thread):
             self._folder.unlink(worker.bell)
             level = logging.WARNING if count else logging.INFO
             logger.log(level, "worker %s (pid %s) has died; %s messages are given back", worker.name, worker.pid, count)
+        namesakes = {each.id for each in workers if each.name == mine and each.id != self._me and each not in dead}
+        if namesakes - self._namesakes:
+            logger.warning(NAMESAKE, mine)
+        self._namesakes = namesakes
         strays = tables.strays(self._cursor)
         for owner in strays:
             self._transaction(partial(tables.give_back_all, self._cursor, owner))

@@ -30,6 +30,7 @@ class Asking(Protocol):
 async def mingle(
     bus: Asking,
     hostname: str,
+    instance: str,
     clock: LamportClock,
     revoked: Iterable[str],
     merge: Callable[[Iterable[str]], None],
@@ -37,10 +38,11 @@ async def mingle(
 ) -> int:
     """Tell the others which ids we know to be revoked, take theirs and their clocks; return how many have answered.
 
-    Raises what the bus does.
+    ``instance`` is this worker's alone: by it another of our name sees that the question is not its own. Raises what
+    the bus does.
     """
     logger.info("mingle: searching for neighbors")
-    question = {"from_node": hostname, "revoked": list(revoked)}
+    question = {"from_node": hostname, "revoked": list(revoked), "instance": instance}
     answers = await bus.ask("hello", question, timeout_s)
     warn_of_namesakes(hostname, answers)
     replies = [reply for node, reply in answers if node != hostname and isinstance(reply, Mapping) and reply]
@@ -55,9 +57,10 @@ async def mingle(
     return len(replies)
 
 
-async def find_namesakes(bus: Asking, hostname: str, timeout_s: float = TIMEOUT_S) -> None:
+async def find_namesakes(bus: Asking, hostname: str, instance: str, timeout_s: float = TIMEOUT_S) -> None:
     """Where there is no mingling: ask who is there, and warn when another worker has our name."""
-    warn_of_namesakes(hostname, await bus.ask("ping", {}, timeout_s))
+    question = {"from_node": hostname, "instance": instance}
+    warn_of_namesakes(hostname, await bus.ask("ping", question, timeout_s))
 
 
 def warn_of_namesakes(hostname: str, answers: Iterable[tuple[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastq.errors import FastqError
 from fastq.transport.bus import Bus, has_bus
+from fastq.wire.ids import new_id
 from fastq.worker.autoscale import Autoscaler
 from fastq.worker.clock import LamportClock
 from fastq.worker.control import Control
@@ -48,6 +49,7 @@ class Remote:
         stop: Callable[[str], None],
     ) -> None:
         self.hostname = options.hostname
+        self.instance = new_id()
         self.started_unix = time.time()
         self.options = options
         self.core = core
@@ -113,10 +115,10 @@ class Remote:
         if not self._has_mingled:
             self._has_mingled = True
             if not self.options.without_mingle:
-                await mingle(bus, self.hostname, self.clock, self.revocations, self._merge)
+                await mingle(bus, self.hostname, self.instance, self.clock, self.revocations, self._merge)
             elif self.settings.worker_enable_remote_control:
                 with contextlib.suppress(FastqError):  # the connection is made again, and nobody waits for this
-                    await find_namesakes(bus, self.hostname)
+                    await find_namesakes(bus, self.hostname, self.instance)
 
     def _merge(self, ids: Iterable[str]) -> None:
         self.revocations.update(ids)

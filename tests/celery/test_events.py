@@ -243,7 +243,7 @@ def test_mingle_takes_what_a_stock_worker_knows_and_tells_what_we_know(stage: Ce
         stage.client.control.revoke(each, reply=True)
     taken: list[str] = []
     before = herald.clock.value
-    count = herald.wait(mingle(herald.bus, herald.hostname, herald.clock, ["ours"], taken.extend))
+    count = herald.wait(mingle(herald.bus, herald.hostname, "i-1", herald.clock, ["ours"], taken.extend))
     assert count == 1
     assert sorted(taken) == sorted([*revoked, "ours"])
     assert herald.clock.value > before

@@ -109,6 +109,10 @@ class WorkerView(Protocol):
         """The node name."""
 
     @property
+    def instance(self) -> str:
+        """What tells this worker from another one of its name."""
+
+    @property
     def started_unix(self) -> float:
         """When the worker started."""
 

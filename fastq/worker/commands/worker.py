@@ -8,6 +8,7 @@ import resource
 import time
 from typing import Any, Final
 
+from fastq.transport.bus import NAMESAKE
 from fastq.worker.commands.command import Command, WorkerView, failed, ok
 from fastq.worker.commands.revoking import publish
 from fastq.worker.report import broker_info
@@ -15,8 +16,10 @@ from fastq.worker.report import broker_info
 logger = logging.getLogger("fastq.worker")
 
 
-def ping(view: WorkerView | None, **_: object) -> dict[str, Any]:
+def ping(view: WorkerView | None, from_node: object = None, instance: object = None, **_: object) -> dict[str, Any]:
     """Ping worker(s)."""
+    if view is not None and from_node == view.hostname:
+        _warn_of_namesake(view, instance)
     return ok("pong")
 
 
@@ -35,9 +38,12 @@ def conf(view: WorkerView, with_defaults: bool = False, **_: object) -> dict[str
     return view.configuration(with_defaults)
 
 
-def hello(view: WorkerView, from_node: str, revoked: object = None, **_: object) -> dict[str, Any] | None:
+def hello(
+    view: WorkerView, from_node: str, revoked: object = None, instance: object = None, **_: object
+) -> dict[str, Any] | None:
     """Request mingle sync-data."""
     if from_node == view.hostname:
+        _warn_of_namesake(view, instance)
         return None
     logger.info("sync with %s", from_node)
     if isinstance(revoked, (list, tuple, dict)):
@@ -45,6 +51,12 @@ def hello(view: WorkerView, from_node: str, revoked: object = None, **_: object)
         publish(view)
     view.revocations.purge()
     return {"revoked": list(view.revocations), "clock": view.clock.forward()}
+
+
+def _warn_of_namesake(view: WorkerView, instance: object) -> None:
+    """Warn when a worker of our name has asked; it may as well have been this one."""
+    if instance != view.instance:
+        logger.warning(NAMESAKE, view.hostname)
 
 
 # --- statistics
