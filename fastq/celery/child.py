@@ -38,7 +38,7 @@ from fastq.celery.bodies import Bodies
 from fastq.celery.hookpoints import is_genuine, touched
 from fastq.celery.replies import divert
 from fastq.codecs.json import encode as encode_json
-from fastq.errors import EncodeError
+from fastq.errors import EncodeError, RemoteProtocolError
 from fastq.pool.process import LIMIT_SIGNAL, Timer, set_name
 from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, STARTED, SUCCESS
 from fastq.wire.message import Call
@@ -130,10 +130,14 @@ class CeleryRunner:
             return
         try:
             args, kwargs, embed = self._bodies.read(call)
+            request = request_fields(call, args, kwargs, embed, self._hostname, self._is_amqp)
+        except RemoteProtocolError as error:  # headers that are sound, but too large for what is rare in them
+            self._pipe.finish(call, _MALFORMED, None, Malformed("properties", error).report)
+            return
         except Malformed as error:
             self._pipe.finish(call, _MALFORMED, None, error.report)
             return
-        request = self._request = request_fields(call, args, kwargs, embed, self._hostname, self._is_amqp)
+        self._request = request
         try:
             self._choose(plan, call, args, kwargs, request, embed)
         except MemoryError:

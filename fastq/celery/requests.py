@@ -22,7 +22,7 @@ from fastq.wire.properties import decode_properties
 
 def message_of(app: celery.Celery, found: Mapping[str, Any], channel: Any = None) -> Message:
     """Return the delivery, as ``Delivery.describe`` gives it, as a kombu message."""
-    properties = dict(decode_properties(found["props"]))
+    properties = dict(decode_properties(found["props"], bounded=False))
     headers = properties.pop("headers", None) or {}
     info = {
         "exchange": found["exchange"],

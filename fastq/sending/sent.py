@@ -101,7 +101,7 @@ class SentEvents:
 
 def sent_fields(message: Message) -> dict[str, Any]:
     """Return what a ``task-sent`` event says of a message of ours."""
-    headers = decode_properties(message.props)["headers"]
+    headers = decode_properties(message.props, bounded=False)["headers"]
     return {
         **{field: headers.get(name) for field, name in _FROM_HEADERS.items()},
         "queue": None if message.exchange else message.routing_key,

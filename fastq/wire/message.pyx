@@ -882,7 +882,7 @@ cdef class Call:
     def properties(self) -> dict[str, object]:
         """Return all message properties; decoded on first use."""
         if self._properties is None:
-            self._properties = decode_properties(self.props)
+            self._properties = decode_properties(self.props, False)
         return self._properties
 
     @property

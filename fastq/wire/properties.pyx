@@ -8,8 +8,8 @@ Source: AMQP 0-9-1 specification, 4.2.5 and 1.8.3.1, with RabbitMQ's field types
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeUTF8
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t
-from libc.string cimport memcmp
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
+from libc.string cimport memcmp, memcpy
 
 from fastq.wire.buffer cimport load_u16, load_u32, load_u64
 
@@ -63,6 +63,8 @@ cdef str read_key(Cursor *cursor, int place):
 cdef object read_value(Cursor *cursor, int depth):
     cdef uint8_t kind = take(cursor, 1)[0]
     cdef Py_ssize_t size
+    cdef uint64_t bits
+    cdef double number
     if kind == c'V':
         return None
     if kind == c'S':
@@ -78,6 +80,10 @@ cdef object read_value(Cursor *cursor, int depth):
         return read_table(cursor, depth)
     if kind == c'l':
         return <int64_t> load_u64(take(cursor, 8))
+    if kind == c'd':
+        bits = load_u64(take(cursor, 8))
+        memcpy(&number, &bits, sizeof(number))
+        return number
     raise Rare
 
 
@@ -112,14 +118,14 @@ cdef dict read_table(Cursor *cursor, int depth):
     return values
 
 
-cdef dict read_properties(bytes props):
+cdef dict read_properties(bytes props, bint bounded):
     cdef Cursor cursor
     cdef uint16_t flags
     cdef dict found = {}
     cursor.at = <const uint8_t *> PyBytes_AS_STRING(props)
     cursor.end = cursor.at + PyBytes_GET_SIZE(props)
     flags = load_u16(take(&cursor, 2))
-    if flags & ~READ_HERE or PyBytes_GET_SIZE(props) > MAX_BYTES:
+    if flags & ~READ_HERE or (bounded and PyBytes_GET_SIZE(props) > MAX_BYTES):
         raise Rare
     if flags & HAS_CONTENT_TYPE:
         found["content_type"] = read_short(&cursor)
@@ -142,10 +148,14 @@ cdef dict read_properties(bytes props):
     return found
 
 
-def decode_properties(bytes props not None) -> dict[str, object]:
-    """Return encoded basic properties as a dict of those present. Raises RemoteProtocolError when they are malformed."""
+def decode_properties(bytes props not None, bint bounded=True) -> dict[str, object]:
+    """Return encoded basic properties as a dict of those present. Raises RemoteProtocolError when they are malformed.
+
+    So are more than MAX_BYTES; ``bounded=False`` reads those too, where nobody waits and the message was let in as a whole.
+    What is rare in headers is bounded all the same.
+    """
     try:
-        return read_properties(props)
+        return read_properties(props, bounded)
     except (Rare, UnicodeDecodeError):
         from fastq.wire.amqp import decode_properties as decode_any  # programs without RabbitMQ hardly ever need it
         return decode_any(props)
