@@ -22,6 +22,8 @@ from fastq.celery.options import celery_options
 from fastq.cli import _read_variables
 from fastq.cli.worker import command as fastq_worker
 from fastq.worker.options import WorkerOptions
+from tests.celery.conftest import OpenStage
+from tests.celery.test_children import APPS, ask
 from tests.servers import Redis, wait_until
 from tests.workers import ROOT, Program, WorkerProcess
 
@@ -339,6 +341,21 @@ def test_a_log_file_is_followed_when_it_is_rotated(url: str, start_worker: START
     file.rename(worker.folder / "w.log.1")
     send(url, "said", "x")
     wait_until(lambda: file.exists() and "task x" in file.read_text(), 20, failed)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is warned")
+@pytest.mark.parametrize("application", APPS)
+@pytest.mark.parametrize("options", [(), ("-f", "w.log")], ids=["stderr", "file"])
+def test_root_is_warned_once(open_stage: OpenStage, application: str, options: tuple[str, ...]) -> None:
+    stage = open_stage("fastq", "redis", "redis")
+    worker = stage.start_worker("-c", "1", *options, app=APPS[application], await_ready=False)
+    file = worker.folder / "w.log" if options else worker.log_file
+    wait_until(lambda: file.exists() and " ready." in file.read_text(), 30, lambda: AssertionError(worker.log()))
+    assert ask(stage, "identity")["index"] == 0
+    assert worker.stop() == 0
+    both = worker.log() + (file.read_text() if options else "")
+    assert both.count("superuser privileges") == 1
+    assert both.count(f"uid={os.getuid()} euid={os.geteuid()}") == 1
 
 
 # --- prefetch
