@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from fastq.errors import FastqError
+from fastq.errors import FastqError, PublishError
 from fastq.settings import Settings
 from fastq.transport import open_publisher
 from fastq.transport.amqp_behind import WINDOW, BehindPublisher
@@ -81,6 +81,49 @@ def test_a_broker_that_is_slow_to_confirm_is_not_sent_its_messages_twice(
         assert publisher.flush() == 0
         assert proxy.connections == 1
         assert publisher.depth("behind") == 21
+        publisher.close()
+
+
+def test_a_full_window_is_an_error_and_nothing_more_is_sent(amqp_url: str) -> None:
+    parts = urlsplit(amqp_url)
+    with FaultProxy(parts.hostname or "", parts.port or 0) as proxy:
+        publisher = BehindPublisher(proxy.url(amqp_url), Settings({**BEHIND, "fastq_publish_timeout": 0.5}))
+        publisher.publish([message()])
+        assert publisher.flush() == 0
+        proxy.hold_replies()
+        publisher.publish([message() for _ in range(WINDOW)])
+        began = time.monotonic()
+        with pytest.raises(PublishError, match=rf"not published: .* {WINDOW} message") as caught:
+            publisher.publish([message()], began + 0.3)
+        assert time.monotonic() - began < 5
+        assert caught.value.again is None
+        proxy.resume()
+        assert publisher.flush(10) == 0
+        assert proxy.connections == 1
+        assert publisher.depth("behind") == 1 + WINDOW
+        publisher.close()
+
+
+def test_a_broker_that_reads_nothing_is_not_sent_its_messages_twice(amqp_url: str) -> None:
+    large = [encode_task("t", new_id(), bytes(6 << 20), routing_key="behind") for _ in range(4)]
+    parts = urlsplit(amqp_url)
+    with FaultProxy(parts.hostname or "", parts.port or 0) as proxy:
+        publisher = BehindPublisher(proxy.url(amqp_url), Settings({**BEHIND, "fastq_publish_timeout": 0.5}))
+        publisher.publish([message()])
+        assert publisher.flush() == 0
+        proxy.stall()
+        publisher.publish([message()])
+        with pytest.raises(PublishError, match="may still be stored") as caught:  # more than the sockets hold
+            publisher.publish(large)
+        assert caught.value.again == ()
+        with pytest.raises(PublishError, match="not published") as caught:
+            publisher.publish([message()])
+        assert caught.value.again is None
+        proxy.resume()
+        publisher.publish([message()])  # behind the others
+        assert publisher.flush(20) == 0
+        assert proxy.connections == 1
+        assert publisher.depth("behind") == 3 + len(large)
         publisher.close()
 
 

@@ -123,14 +123,24 @@ class BlockingRedis:
 
     # --- replies that nobody waits for
 
-    def send(self, packed: bytes) -> None:
+    def send(self, packed: bytes) -> bytes:
         """Write packed commands on the open connection; ``replies`` brings the answers, in order.
 
-        Raises ConnectionLost.
+        Returns what the socket has not taken within the time-out, to be written before anything else. Raises
+        ConnectionLost.
         """
         if self._sock is None:
             raise ConnectionLost(f"there is no connection to Redis at {self._url}")
-        self._write(packed, self._timeout_s)
+        try:
+            if isinstance(self._sock, ssl.SSLSocket):
+                self._sock.settimeout(max(self._timeout_s, 0.001))
+            while packed:
+                packed = packed[self._sock.send(packed) :]
+        except (TimeoutError, BlockingIOError):
+            return packed
+        except (OSError, ValueError) as error:
+            self._fail(self._lost(error))
+        return packed
 
     def replies(self, timeout_s: float = 0.0) -> list[Any]:
         """Return the answers that have come to what was sent, waiting at most so long for the first.

@@ -1,9 +1,9 @@
 """Publishing to RabbitMQ with the confirm collected behind the caller's back: ``confirm_publish="behind"``.
 
 A publish returns once the message is with the kernel. Each message is kept until the broker has confirmed it, and sent
-again on a new connection when the old one is lost, not when the broker is slow to confirm, so a crash of the broker or
-of the connection loses nothing; only a crash of this process in that moment can. What the broker refuses is logged, as
-nobody waits for it any more.
+again on a new connection when the old one is lost, not when the broker is slow to confirm or to read, so a crash of the
+broker or of the connection loses nothing; only a crash of this process in that moment can. What the broker refuses is
+logged, as nobody waits for it any more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from fastq.amqp.connection import BlockingConnection
 from fastq.amqp.tcp import lost
-from fastq.errors import ConnectionLost, FastqError
+from fastq.errors import ConnectionLost, FastqError, PublishError
 from fastq.transport.amqp_blocking import BASIC_ACK, BASIC_NACK, BASIC_RETURN, CHANNEL, WINDOW, AmqpPublisher, blocked
 from fastq.transport.limits import check_sizes
 from fastq.transport.watcher import LOOK_EVERY_S, Watcher
@@ -38,13 +38,17 @@ class BehindPublisher(AmqpPublisher):
     def __init__(self, url: str | Sequence[str], settings: Settings) -> None:
         super().__init__(url, settings)
         self._unconfirmed: dict[int, Message] = {}  # by delivery tag, in the order of sending
+        self._unsent = b""  # what the socket has not taken yet
         self._uncollected = 0
         self._oldest_at = 0.0
         self._warned_at = 0.0
         self._watcher = Watcher(self._look, "fastq-confirms")
 
     def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
-        """Return when the messages are on their way; errors of the connection are raised, later ones are logged."""
+        """Return when the messages are on their way; errors of the connection are raised, later ones are logged.
+
+        PublishError when there is no room in time, and when the socket does not take all: then they may still arrive.
+        """
         check_sizes(messages, self._settings.fastq_max_message_bytes)
         with self._lock:
             self._uncollected += len(messages)
@@ -85,23 +89,53 @@ class BehindPublisher(AmqpPublisher):
         """In a forked child: the parent keeps what it has sent."""
         super().forget_after_fork()
         self._unconfirmed = {}
+        self._unsent = b""
         self._uncollected = 0
         self._watcher.forget_after_fork()
 
     # --- with the lock held
 
+    def _drop(self) -> None:
+        self._unsent = b""
+        super()._drop()
+
     def _send(self, messages: Sequence[Message]) -> None:
+        self._make_room()
         connection = self._connection or self._reconnect()
         if connection.blocked is not None and not connection.wait_unblocked(time.monotonic() + self._timeout_s):
             raise blocked(connection)
         for message in messages:
             if not message.exchange and message.routing_key not in connection.declared:
                 self._declare_missing(connection, message.routing_key)
-        self._transmit(connection, messages)
-        if len(self._unconfirmed) > WINDOW:
-            self._settle(WINDOW // 2, self._timeout_s)
+        self._enter(connection, messages)
+        try:
+            self._write_unsent(connection)
+        except ConnectionLost as error:
+            logger.warning("%s; what is not confirmed is sent again", error)
+            self._drop()
+            connection = self._reconnect()
+        if self._unsent:
+            raise PublishError(
+                f"RabbitMQ at {connection.url} has not taken {len(messages)} message(s) within {self._timeout_s:g} s "
+                "(fastq_publish_timeout); they may still be stored",
+                again=(),
+            )
 
-    def _transmit(self, connection: BlockingConnection, messages: Sequence[Message]) -> None:
+    def _make_room(self) -> None:
+        """Wait for room behind what is under way. Raises PublishError: nothing of the new messages was sent."""
+        if len(self._unconfirmed) < WINDOW and not self._unsent:
+            return
+        until = self._give_up_at
+        wait_s = self._timeout_s if until is None else min(self._timeout_s, until - time.monotonic())
+        self._settle(WINDOW // 2, wait_s)
+        if self._unsent or len(self._unconfirmed) >= WINDOW:
+            raise PublishError(
+                f"not published: RabbitMQ has not confirmed {len(self._unconfirmed)} message(s) that were sent before, "
+                f"for {max(0.0, wait_s):.3g} s; those may still be stored"
+            )
+
+    def _enter(self, connection: BlockingConnection, messages: Sequence[Message]) -> None:
+        """Put messages behind what is to be written."""
         if len(messages) == 1:
             frames = publish_frames(CHANNEL, messages[0], connection.frame_max, True)
         else:
@@ -111,14 +145,17 @@ class BehindPublisher(AmqpPublisher):
         for message in messages:
             connection.published += 1
             self._unconfirmed[connection.published] = message
+        self._unsent += frames
+
+    def _write_unsent(self, connection: BlockingConnection) -> None:
+        """Write what is to be written; what the socket does not take in time stays. Raises ConnectionLost."""
         try:
-            if (sent := connection.send(frames)) != len(frames):
-                connection.transmit(frames[sent:])
-        except (OSError, ValueError, ConnectionLost) as error:
-            cause = error if isinstance(error, ConnectionLost) else lost(connection.url, error, "publishing")
-            logger.warning("%s; what is not confirmed is sent again", cause)
-            self._drop()
-            self._reconnect()
+            while self._unsent:
+                self._unsent = self._unsent[connection.send(self._unsent) :]
+        except (TimeoutError, BlockingIOError):
+            return
+        except (OSError, ValueError) as error:
+            raise lost(connection.url, error, "publishing") from None
 
     def _reconnect(self) -> BlockingConnection:
         """Open a connection and send everything again that is not confirmed."""
@@ -127,8 +164,8 @@ class BehindPublisher(AmqpPublisher):
         if again:
             for queue in {message.routing_key for message in again if not message.exchange}:
                 self._declare_missing(connection, queue)
-            for start in range(0, len(again), WINDOW):
-                self._transmit(connection, again[start : start + WINDOW])
+            self._enter(connection, again)
+            self._write_unsent(connection)
         return connection
 
     def _collect(self) -> None:
@@ -138,6 +175,7 @@ class BehindPublisher(AmqpPublisher):
         if connection is None:
             return
         try:
+            self._write_unsent(connection)
             connection.refresh()
             for event in connection.take_events():
                 self._take(connection, event.method_id, event.arguments)
@@ -148,9 +186,10 @@ class BehindPublisher(AmqpPublisher):
     def _settle(self, left: int, timeout_s: float) -> None:
         """Wait until at most ``left`` messages are unconfirmed, through reconnects, or the time is over."""
         deadline = time.monotonic() + timeout_s
-        while len(self._unconfirmed) > left and time.monotonic() < deadline:
+        while (self._unsent or len(self._unconfirmed) > left) and time.monotonic() < deadline:
             try:
                 connection = self._connection or self._reconnect()
+                self._write_unsent(connection)
                 event = connection.next_event(min(deadline, time.monotonic() + LOOK_EVERY_S))
                 if event is not None:
                     self._take(connection, event.method_id, event.arguments)

@@ -1,9 +1,9 @@
 """Publishing to Redis with the reply collected behind the caller's back: ``confirm_publish="behind"``.
 
 A publish returns once the message is with the kernel. Each command is kept until Redis has answered it, and sent again
-on a new connection when the old one is lost, not when the server is slow to answer, so a crash of the server or of the
-connection loses no message (but may store one twice); only a crash of this process in that moment can. What Redis
-refuses is logged, as nobody waits for it any more.
+on a new connection when the old one is lost, not when the server is slow to answer or to read, so a crash of the server
+or of the connection loses no message (but may store one twice); only a crash of this process in that moment can. What
+Redis refuses is logged, as nobody waits for it any more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from fastq.errors import ConnectionLost, FastqError, RedisError
+from fastq.errors import ConnectionLost, FastqError, PublishError, RedisError
 from fastq.redis import login
 from fastq.redis.blocking import BlockingRedis, pack_one
 from fastq.transport.limits import check_sizes
@@ -45,7 +45,9 @@ class Backlog:
     def __init__(self, redis: BlockingRedis, timeout_s: float) -> None:
         self._redis = redis
         self._timeout_s = timeout_s
-        self._unanswered: deque[tuple[str, bytes]] = deque()  # (task id, packed command), in the order of sending
+        #: (task id, packed command), in the order of sending; b"" for one whose sender was told that it may be lost.
+        self._unanswered: deque[tuple[str, bytes]] = deque()
+        self._unsent = b""  # what the socket has not taken yet
         self._uncollected = 0
         self._heard_at = 0.0
         self._warned_at = 0.0
@@ -53,12 +55,16 @@ class Backlog:
         self._watcher = Watcher(self._look, "fastq-replies")
         _BACKLOGS.add(self)
 
-    def put(self, entries: Sequence[tuple[str, bytes]]) -> None:
-        """Write packed commands, each with the id of its task. Raises ConnectionLost when there is no server."""
+    def put(self, entries: Sequence[tuple[str, bytes]], deadline: float | None = None) -> None:
+        """Write packed commands, each with the id of its task. Raises ConnectionLost when there is no server.
+
+        PublishError when there is no room in time, and when the socket does not take all: then they may still arrive.
+        """
         with self._lock:
             self._uncollected += len(entries)
             if self._uncollected >= COLLECT_EVERY:
                 self._collect()
+            self._make_room(deadline)
             if not self._unanswered:
                 self._heard_at = time.monotonic()
             before = len(self._unanswered)
@@ -72,8 +78,15 @@ class Backlog:
                 raise
             finally:
                 self._watcher.wake()
-            if len(self._unanswered) > WINDOW:
-                self._settle(WINDOW // 2, self._timeout_s)
+            if self._unsent:
+                # Answers come in order, so their places stay.
+                for place in range(before, len(self._unanswered)):
+                    self._unanswered[place] = (self._unanswered[place][0], b"")
+                raise PublishError(
+                    f"Redis at {self._redis.url} has not taken {len(entries)} message(s) within {self._timeout_s:g} s "
+                    "(fastq_publish_timeout); they may still be stored",
+                    again=(),
+                )
 
     def flush(self, timeout_s: float | None = None) -> int:
         """Wait until everything is answered and return how many commands are not, 0 when all is well."""
@@ -99,17 +112,32 @@ class Backlog:
         """In a forked child: the parent keeps what it has sent."""
         self._lock = threading.Lock()
         self._unanswered = deque()
+        self._unsent = b""
         self._uncollected = 0
         self._watcher.forget_after_fork()
 
     # --- with the lock held
+
+    def _make_room(self, deadline: float | None) -> None:
+        """Wait for room behind what is under way. Raises PublishError: nothing of the new messages was sent."""
+        if len(self._unanswered) < WINDOW and not self._unsent:
+            return
+        wait_s = self._timeout_s if deadline is None else min(self._timeout_s, deadline - time.monotonic())
+        self._settle(WINDOW // 2, wait_s)
+        if self._unsent or len(self._unanswered) >= WINDOW:
+            raise PublishError(
+                f"not published: Redis at {self._redis.url} has not answered {len(self._unanswered)} message(s) that "
+                f"were sent before, for {max(0.0, wait_s):.3g} s; those may still be stored"
+            )
 
     def _write(self, entries: Sequence[tuple[str, bytes]]) -> None:
         if not self._redis.is_open:
             self._send_again()
             return
         try:
-            self._redis.send(entries[0][1] if len(entries) == 1 else b"".join([command for _, command in entries]))
+            self._unsent = self._redis.send(
+                entries[0][1] if len(entries) == 1 else b"".join([command for _, command in entries])
+            )
         except ConnectionLost as error:
             logger.warning("%s; what is not answered is sent again", error)
             self._send_again()
@@ -117,9 +145,8 @@ class Backlog:
     def _send_again(self) -> None:
         """Open a connection and send everything that is not answered."""
         self._redis.open()
-        waiting = [command for _, command in self._unanswered]
-        for start in range(0, len(waiting), WINDOW):
-            self._redis.send(b"".join(waiting[start : start + WINDOW]))
+        self._unanswered = deque(entry for entry in self._unanswered if entry[1])
+        self._unsent = self._redis.send(b"".join([command for _, command in self._unanswered]))
         self._heard_at = time.monotonic()
 
     def _collect(self, wait_s: float = 0.0) -> None:
@@ -145,7 +172,7 @@ class Backlog:
     def _settle(self, left: int, timeout_s: float) -> None:
         """Wait until at most ``left`` commands are unanswered, through reconnects, or the time is over."""
         deadline = time.monotonic() + timeout_s
-        while len(self._unanswered) > left and (left_s := deadline - time.monotonic()) > 0:
+        while (self._unsent or len(self._unanswered) > left) and (left_s := deadline - time.monotonic()) > 0:
             if self._mend():
                 self._collect(min(left_s, LOOK_EVERY_S))
             else:
@@ -154,6 +181,8 @@ class Backlog:
     def _mend(self) -> bool:
         """Whether there is a connection with everything on its way; makes one where the old one is lost."""
         if self._redis.is_open:
+            if self._unsent and not self._send_rest():
+                return False
             now = time.monotonic()
             if now - max(self._heard_at, self._warned_at) > self._timeout_s:
                 # Only slow: what it has would be stored twice. A peer that is gone is found by TCP.
@@ -166,6 +195,15 @@ class Backlog:
             self._send_again()
         except FastqError as error:
             logger.warning("%d message(s) wait for a connection: %s", len(self._unanswered), error)
+            return False
+        return True
+
+    def _send_rest(self) -> bool:
+        """Write what the socket has not taken yet; whether the connection is still there."""
+        try:
+            self._unsent = self._redis.send(self._unsent)
+        except ConnectionLost as error:
+            logger.warning("%s; what is not answered is sent again", error)
             return False
         return True
 
@@ -195,7 +233,7 @@ class RedisBehindPublisher(RedisPublisher):
                 super().publish(messages, deadline)
                 return
             entries.append((message.id, pack_one(push_command(self._layout, message))))
-        self._backlog.put(entries)
+        self._backlog.put(entries, deadline)
 
     def flush(self, timeout_s: float | None = None) -> int:
         """Wait until everything is answered and return how many messages are not, 0 when all is well."""
