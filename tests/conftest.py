@@ -14,8 +14,11 @@ import pytest
 
 from fastq import app as fastq_app
 from tests.faults import FaultProxy
-from tests.servers import RabbitMQ, Redis, ServerMissing
+from tests.servers import RabbitMQ, Redis, ServerMissing, free_ports
 from tests.workers import WorkerProcess
+
+#: Makes a Redis server of a test's own, with this password.
+OwnRedis = Callable[..., Redis]
 
 # What depends on the interpreter most: the compiled parts and the task API.
 SMOKE_FILES = ("test_wire_", "test_core", "test_app", "test_task", "test_memory")
@@ -72,6 +75,26 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
     try:
         yield server
     finally:
+        server.close()
+
+
+@pytest.fixture
+def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnRedis]:
+    """A function that returns a server that is not started yet, its port closed; with a password if one is given."""
+    opened: list[Redis] = []
+
+    def open_redis(password: str = "") -> Redis:
+        try:
+            server = Redis(tmp_path_factory.mktemp("own-redis"), {"requirepass": password} if password else None)
+        except ServerMissing as error:
+            missing(error)
+            raise
+        server.port = free_ports(1)
+        opened.append(server)
+        return server
+
+    yield open_redis
+    for server in opened:
         server.close()
 
 

@@ -15,8 +15,7 @@ from fastq.redis.url import parse_redis_url
 from fastq.settings import Settings
 from fastq.wire.ids import new_id
 from fastq.wire.message import encode_task
-from tests.conftest import missing
-from tests.servers import Redis, ServerMissing, free_ports
+from tests.conftest import OwnRedis
 from tests.stage import Stage, open_stage, until
 
 pytestmark = [pytest.mark.redis, pytest.mark.rabbitmq]
@@ -29,20 +28,6 @@ def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stage]:
     opened = open_stage(request.param, request, tmp_path)
     yield opened
     opened.close()
-
-
-@pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[Redis]:
-    """A server that is not started yet; its port is closed."""
-    (tmp_path / "redis").mkdir()
-    try:
-        server = Redis(tmp_path / "redis")
-    except ServerMissing as error:
-        missing(error)
-        raise
-    server.port = free_ports(1)
-    yield server
-    server.close()
 
 
 def send_wanted(stage: Stage, count: int = WANTED) -> dict[str, int]:
@@ -60,27 +45,28 @@ def values(client: FastQ, numbers: dict[str, int]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", ["amqp", "redis", "sqlite"], indirect=True)
-def test_tasks_run_on_while_the_store_is_away_and_results_are_kept(stage: Stage, own_redis: Redis) -> None:
-    worker = stage.start_worker("-c", "2", "--prefetch-multiplier", "2", result_backend=own_redis.url())
+def test_tasks_run_on_while_the_store_is_away_and_results_are_kept(stage: Stage, own_redis: OwnRedis) -> None:
+    store = own_redis()
+    worker = stage.start_worker("-c", "2", "--prefetch-multiplier", "2", result_backend=store.url())
     wanted = send_wanted(stage)
     stage.wait_for(stage.send(20), 10)
     until(lambda: stage.depth() == WANTED, 5, "all but what waits for its result is settled")
-    assert worker.log().count(f"Results cannot be stored at {own_redis.url()}: ") == 1
-    own_redis.start()
-    with closing(FastQ("other", broker=stage.url, backend=own_redis.url())) as client:
+    assert worker.log().count(f"Results cannot be stored at {store.url()}: ") == 1
+    store.start()
+    with closing(FastQ("other", broker=stage.url, backend=store.url())) as client:
         assert values(client, wanted) == wanted
     stage.wait_for_settled()
-    own_redis.kill9()
+    store.kill9()
     worker.wait_for_log("Results cannot be stored at", count=2)
     wanted = send_wanted(stage)
     stage.wait_for(stage.send(20), 10)
-    own_redis.start()
-    with closing(FastQ("other", broker=stage.url, backend=own_redis.url())) as client:
+    store.start()
+    with closing(FastQ("other", broker=stage.url, backend=store.url())) as client:
         assert values(client, wanted) == wanted
     stage.wait_for_settled()
     assert set(stage.ledger.started().values()) == {1}
     assert worker.log().count(" ready.") == 1
-    own_redis.kill9()
+    store.kill9()
     wanted = send_wanted(stage, 1)
     stage.wait_for(wanted.values(), 10)
     assert worker.stop(15) == 0
@@ -103,10 +89,10 @@ def test_results_wait_for_a_file_whose_folder_is_not_there(stage: Stage, tmp_pat
 
 
 @pytest.mark.parametrize("stage", ["redis"], indirect=True)
-def test_a_store_that_refuses_the_login_is_tried_again(stage: Stage, own_redis: Redis) -> None:
-    own_redis.settings = {"requirepass": "right"}
-    own_redis.start()
-    url = own_redis.url().replace("redis://", "redis://:{}@")
+def test_a_store_that_refuses_the_login_is_tried_again(stage: Stage, own_redis: OwnRedis) -> None:
+    store = own_redis("right")
+    store.start()
+    url = store.url().replace("redis://", "redis://:{}@")
     worker = stage.start_worker("-c", "2", result_backend=url.format("wrong"))
     wanted = send_wanted(stage)
     stage.wait_for(stage.send(20), 10)

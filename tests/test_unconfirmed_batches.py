@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,7 +16,7 @@ from kombu.exceptions import OperationalError
 
 from fastq import FastQ
 from fastq.celery.accelerate import accelerate
-from fastq.errors import PublishError
+from fastq.errors import FastqError, PublishError
 from fastq.transport.amqp_blocking import ACK_HEAD, ACK_TAIL, WINDOW
 from fastq.wire.ids import new_id
 from fastq.wire.message import encode_task
@@ -70,9 +73,8 @@ def test_a_batch_that_is_confirmed_too_late_is_an_error_and_is_not_sent_again(sl
     assert slow.stage.depth() == sent + 1
 
 
+@pytest.mark.parametrize("slow", ["amqp"], indirect=True)  # Redis answers a batch as a whole
 def test_what_is_confirmed_of_a_batch_is_not_sent_again_when_the_connection_is_lost(slow: Slow) -> None:
-    if slow.stage.redis is not None:
-        pytest.skip("Redis answers a batch as a whole")
     messages = [encode_task("work", new_id(), b"[[],{},{}]", routing_key="celery") for _ in range(3000)]
     publisher = slow.app.publisher
     slow.proxy.cut_after(len(ACK_HEAD + bytes(8) + ACK_TAIL))  # one confirm comes through, for one or for several
@@ -84,9 +86,9 @@ def test_what_is_confirmed_of_a_batch_is_not_sent_again_when_the_connection_is_l
     assert again == messages[-len(again) :]
 
 
+@pytest.mark.parametrize("slow", ["amqp"], indirect=True)  # Redis has no queues that are full
 def test_what_was_refused_of_a_batch_is_sent_again_alone(slow: Slow) -> None:
-    if slow.stage.rabbitmq is None:
-        pytest.skip("Redis has no queues that are full")
+    assert slow.stage.rabbitmq is not None
     options = '[{<<"max-length">>, 1}, {<<"overflow">>, <<"reject-publish">>}]'
     policy = f'<<"{slow.stage.vhost}">>, <<"short">>, <<"^short$">>, {options}, 0, <<"queues">>, <<"test">>'
     slow.stage.rabbitmq.evaluate(f"rabbit_policy:set({policy})")
@@ -115,4 +117,22 @@ def test_an_accelerated_application_does_not_send_again_what_was_confirmed_too_l
     app.send_task("work", (2,))
     slow.arrived(4)
     assert slow.stage.depth() == 4
+    app.close()
+
+
+def test_a_file_that_somebody_keeps_locked_is_an_error_and_nothing_is_stored(tmp_path: Path) -> None:
+    file = tmp_path / "locked.db"
+    app = FastQ("locked", broker=f"sqlite:///{file}", backend="disabled", fastq_publish_timeout=0.5)
+    app.send_task("work", (0,), queue="celery")
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        batch = [encode_task("work", new_id(), b"[[],{},{}]", routing_key="celery") for _ in range(100)]
+        with pytest.raises(FastqError, match="lock"):
+            app.publish(batch)
+        assert time.monotonic() - began < 5
+        other.execute("ROLLBACK")
+    assert app.publisher.depth("celery") == 1
+    app.send_task("work", (1,), queue="celery")
+    assert app.publisher.depth("celery") == 2
     app.close()

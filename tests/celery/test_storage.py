@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from redis import Redis as RedisClient
 
 from tests.celery.conftest import OpenStage, stages
-from tests.conftest import missing
-from tests.servers import Redis, ServerMissing, free_ports
-
-
-@pytest.fixture
-def own_redis(tmp_path: Path) -> Iterator[Redis]:
-    """A server that is not started yet; its port is closed."""
-    try:
-        server = Redis(tmp_path, {"requirepass": "right"})
-    except ServerMissing as error:
-        missing(error)
-        raise
-    server.port = free_ports(1)
-    yield server
-    server.close()
+from tests.conftest import OwnRedis
 
 
 @pytest.mark.parametrize("refuses", [False, True], ids=["closed", "refuses"])
 @pytest.mark.parametrize("kind", stages(("amqp", "disabled"), ("redis", "disabled")))
 def test_tasks_that_ignore_their_results_run_without_the_store(
-    kind: Any, refuses: bool, open_stage: OpenStage, own_redis: Redis
+    kind: Any, refuses: bool, open_stage: OpenStage, own_redis: OwnRedis
 ) -> None:
     stage = open_stage(*kind)
+    store = own_redis("right")
     if refuses:
-        own_redis.start()
-    url = own_redis.url().replace("redis://", "redis://:{}@")
+        store.start()
+    url = store.url().replace("redis://", "redis://:{}@")
     stage.start_worker(settings={"result_backend": url.format("wrong")})
     if stage.runner == "fastq":
         # Celery's children wait for the store, and lose the result.
@@ -48,8 +33,8 @@ def test_tasks_that_ignore_their_results_run_without_the_store(
     stage.wait_for_notes("holding", 5)
     stage.wait_for_empty()  # acknowledged early, as Celery does
     if not refuses:
-        own_redis.start()
-    with RedisClient(port=own_redis.port, password="right") as redis:
+        store.start()
+    with RedisClient(port=store.port, password="right") as redis:
         redis.config_set("requirepass", "wrong")
         stage.until(lambda: redis.exists(*(f"celery-task-meta-{each.id}" for each in wanted)) == 5, "5 results")
     assert stage.worker.log().count(" ready.") == 1
