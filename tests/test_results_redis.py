@@ -329,7 +329,8 @@ def test_a_failing_callback_does_not_stop_the_others(open_redis: OpenStore, capl
     for task_id in (bad, good):
         store.save(task_id, "SUCCESS", meta_of(task_id))
     assert called.wait(TIMEOUT_S)
-    assert "division by zero" in caplog.text
+    # Which of the two comes first is open.
+    assert within(TIMEOUT_S, lambda: "division by zero" in caplog.text)
 
 
 def test_a_forked_child_has_connections_of_its_own(open_redis: OpenStore) -> None:
