@@ -37,7 +37,7 @@ from fastq.worker.daemon import (
     set_umask,
     warn_root,
 )
-from fastq.worker.log import LEVELS, open_handler
+from fastq.worker.log import LEVELS, SHOW_INFO, open_handler
 from fastq.worker.options import NODE_NAME, WorkerOptions, available_cpus, expand_path
 from fastq.worker.pidfile import Pidfile
 
@@ -318,7 +318,7 @@ def show_banner(program: Program, options: WorkerOptions) -> None:
         events=bool(options.task_events) if has_bus(str(program.settings.broker_url)) else None,
     )
     click.echo(banner.text())
-    if options.loglevel in ("DEBUG", "INFO"):
+    if options.loglevel in SHOW_INFO:
         click.echo(banner.task_list())
 
 

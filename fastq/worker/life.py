@@ -31,6 +31,7 @@ from fastq.transport import open_consumer
 from fastq.worker import messages
 from fastq.worker.exitcodes import EX_FAILURE, EX_OK
 from fastq.worker.hooks import Guard, Hooks
+from fastq.worker.log import SHOW_INFO
 from fastq.worker.logthread import LogThread
 from fastq.worker.options import WorkerOptions
 from fastq.worker.program import Program
@@ -53,7 +54,6 @@ UNBOUNDED_WINDOW = 4096  # what "no prefetch limit" means for brokers that are a
 MAX_WINDOW = 1024
 MAX_SCHEDULED = 100_000  # reliability rules, section 6.2: beyond this the broker keeps what waits for its time
 ADAPT_EVERY_S = 0.2
-SHOW_INFO = ("DEBUG", "INFO")
 GROW_EVERY_S = 0.02  # while ETA tasks fill the window: 10,000 of them are here within half a second
 HOLD_WINDOW_S = 1.0  # a window that ETA tasks have filled is kept open so long
 #: Work to hold in advance while tasks are short: hides the acks' way to the broker and back many times over.

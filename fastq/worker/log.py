@@ -24,7 +24,9 @@ from fastq.settings import Settings
 from fastq.worker.exitcodes import CannotCreate
 from fastq.worker.options import expand_path
 
-LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", "FATAL")
+#: Those at which people see what goes well, and the others.
+SHOW_INFO: Final = ("DEBUG", "INFO")
+LEVELS: Final = (*SHOW_INFO, "WARNING", "ERROR", "CRITICAL", "FATAL")
 #: Loggers whose name begins so are for task code: ``logging.getLogger("fastq.task.mymodule")``.
 TASK_LOGGERS: Final = "fastq.task."
 REDIRECTED_LOGGER: Final = "fastq.redirected"
