@@ -109,7 +109,7 @@ class Life:
 
     def stop_soon(self) -> None:
         """Ask for a warm stop, from any thread."""
-        self._stop.loop.call_soon_threadsafe(self._stop.ask, "warm")
+        self._stop.loop.call_soon_threadsafe(self._stop.ask, "warm", self.options.grace_s)
 
     # --- the life of a worker
 
@@ -350,7 +350,7 @@ class Life:
         def warm() -> None:
             self.core.hold()
             say(messages.WARM_SHUTDOWN)
-            self._stop.ask("warm")
+            self._stop.ask("warm", self.options.grace_s)
             self.program.tell("stopping", how="warm", signum=self._signum)
 
         def cold() -> None:
@@ -359,17 +359,17 @@ class Life:
                 # Asked once more, it is cold at once.
                 self.core.hold()
                 logger.warning(messages.SOFT_SHUTDOWN, soft_s)
-                self._stop.ask_soft(soft_s)
+                self._stop.ask("cold", soft_s)
             else:
                 say(messages.COLD_SHUTDOWN)
-                self._stop.ask("cold")
+                self._stop.ask("cold", 0)
             self.program.tell("stopping", how="cold", signum=self._signum)
 
         def again() -> None:
             self.core.hold()
             logger.warning(messages.RESTART, "SIGHUP")
             self._stop.restarts = True
-            self._stop.ask("warm")
+            self._stop.ask("warm", self.options.grace_s)
 
         return {
             "warm": warm,
@@ -408,8 +408,7 @@ class Life:
         if self._stop.how == "warm" and not self.core.only_stores:
             grace = "" if self.options.grace_s is None else f", for at most {self.options.grace_s:g} s"
             say(f"worker: waiting for running tasks to end: {self.core.running}{grace}")
-        limit_s = self.options.grace_s if self._stop.how == "warm" else self.settings.worker_soft_shutdown_timeout
-        is_idle = self._stop.cold.is_set() or await self._until_idle(limit_s)
+        is_idle = self._stop.is_over or await self._until_idle()
         if not is_idle and self.core.only_stores:
             logger.warning(
                 "%s tasks have run, but their results could not be stored within %s s; what is not acknowledged yet "
@@ -418,9 +417,8 @@ class Life:
                 STORE_WAIT_S,
             )
         elif not is_idle:
-            why = "the worker stops at once"
-            if self._stop.how == "warm" or not self._stop.cold.is_set():
-                why = f"running tasks did not end within {limit_s:g} s"
+            limit_s = self._stop.limit_s
+            why = f"running tasks did not end within {limit_s:g} s" if limit_s else "the worker stops at once"
             logger.warning("%s; they are given back: %s", why, self._running_names())
         if not self.core.only_stores:
             self.pool.kill()
@@ -432,17 +430,17 @@ class Life:
             await self._storage.close()
         self._stop.check()
 
-    async def _until_idle(self, deadline_s: float | None) -> bool:
-        """Wait until all that ran is settled; False at the deadline or when the stop became a cold one."""
+    async def _until_idle(self) -> bool:
+        """Wait until all that ran is settled; False when the time for that is over."""
         idle = asyncio.Event()
         self.core.on_idle = idle.set
         if self.core.is_idle:
             return True
-        cold = asyncio.ensure_future(self._stop.cold.wait())
+        over = asyncio.ensure_future(self._stop.until_over())
         waiting = asyncio.ensure_future(idle.wait())
         storing = asyncio.ensure_future(self._until_store_is_given_up())
-        await asyncio.wait([cold, waiting, storing], timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
-        for each in (cold, waiting, storing):
+        await asyncio.wait([over, waiting, storing], return_when=asyncio.FIRST_COMPLETED)
+        for each in (over, waiting, storing):
             each.cancel()
         return idle.is_set()
 
@@ -496,45 +494,51 @@ def say(text: str) -> None:
 
 
 class Stop:
-    """Whether and how the worker is to stop; the last wish counts if it is the harder one."""
+    """Whether the worker is to stop, how, and within what time; the last wish counts unless it is the softer one."""
 
     def __init__(self) -> None:
         self.how = ""
+        self.limit_s: float | None = None
         self.restarts = False
         self.loop: asyncio.AbstractEventLoop
-        self.cold: asyncio.Event
         self._asked: asyncio.Event
+        self._over: asyncio.Event
+        self._timer: asyncio.TimerHandle | None = None
         self._error: Exception | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Belong to this loop from now on."""
         self.loop = loop
-        self.cold = asyncio.Event()
         self._asked = asyncio.Event()
+        self._over = asyncio.Event()
 
     @property
     def asked(self) -> bool:
         """Return whether a stop was asked for."""
         return self._asked.is_set()
 
-    def ask(self, how: str) -> None:
-        """Ask for a stop, "warm" or "cold"."""
-        if self.how != "cold":
-            self.how = how
-        self._asked.set()
-        if how == "cold":
-            self.cold.set()
+    @property
+    def is_over(self) -> bool:
+        """Return whether running calls have had their time."""
+        return self._over.is_set()
 
-    def ask_soft(self, limit_s: float) -> None:
-        """Ask for a cold stop that lets running calls end for so many seconds."""
-        self.how = "cold"
+    def ask(self, how: str, limit_s: float | None) -> None:
+        """Ask for a stop, "warm" or "cold", that lets running calls end for so many seconds; None: for any time."""
+        if how == "warm" and self.how:
+            return
+        self.how, self.limit_s = how, limit_s
         self._asked.set()
-        self.loop.call_later(limit_s, self.cold.set)
+        if self._timer is not None:
+            self._timer.cancel()
+        if limit_s:
+            self._timer = self.loop.call_later(limit_s, self._over.set)
+        elif limit_s is not None:
+            self._over.set()
 
     def fail(self, error: Exception) -> None:
         """Stop at once because of an error, which ``check`` raises at the end."""
         self._error = error
-        self.ask("cold")
+        self.ask("cold", 0)
 
     def check(self) -> None:
         """Raise the error that ended the worker, if one did."""
@@ -544,6 +548,10 @@ class Stop:
     async def wait(self) -> None:
         """Return once a stop was asked for."""
         await self._asked.wait()
+
+    async def until_over(self) -> None:
+        """Return once running calls have had their time."""
+        await self._over.wait()
 
     async def unless(self, work: Coroutine[None, None, None]) -> None:
         """Do the work, or stop doing it when a stop is asked for."""

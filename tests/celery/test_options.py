@@ -256,9 +256,8 @@ def test_a_cold_stop_lets_tasks_end_for_the_time_of_a_soft_shutdown(
     url: str, start_worker: START, tmp_path: Path
 ) -> None:
     def holding(soft_s: str) -> WorkerProcess:
-        worker = start_worker(
-            *ALONE, "-c1", "--", f"soft_shutdown_timeout={soft_s}", source=SOURCE.format(url=url), program="fastq"
-        )
+        source = SOURCE.format(url=url) + f"app.conf.worker_soft_shutdown_timeout = {soft_s}\n"
+        worker = start_worker(*ALONE, "-c1", source=source, program="fastq")
         with celery.Celery("client", broker=url, set_as_current=False) as client:
             client.send_task("hold", [str(tmp_path / soft_s)])
         worker.wait_for_log("holding")
@@ -270,10 +269,13 @@ def test_a_cold_stop_lets_tasks_end_for_the_time_of_a_soft_shutdown(
     (tmp_path / "60.0").touch()
     assert patient.wait(10) == 1
     assert "Task hold" in patient.wait_for_log(r"Task hold\[\S+\] succeeded")[0]
-    assert holding("0.5").wait(10) == 1
+    late = holding("0.5")
+    assert late.wait(10) == 1
+    assert "running tasks did not end within 0.5 s; they are given back: hold[" in late.log()
     asked_twice = holding("90.0")
     asked_twice.signal(signal.SIGQUIT)
     assert asked_twice.wait(10) == 1
+    assert "the worker stops at once; they are given back: hold[" in asked_twice.log()
     asked_twice.wait_for_no_leftovers()
 
 
