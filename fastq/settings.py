@@ -126,6 +126,7 @@ class Settings:
     worker_eta_task_limit: int | None = None  # messages that wait for their time in the worker's memory
     worker_cancel_long_running_tasks_on_connection_loss: bool = False  # those that are acknowledged late
     worker_soft_shutdown_timeout: float = 0.0  # seconds that running tasks have to end before a cold stop
+    worker_enable_soft_shutdown_on_idle: bool = False  # they have all of it, and when nothing runs, too
     worker_max_tasks_per_child: int | None = None
     worker_max_memory_per_child: int | None = None  # KiB of resident memory
     worker_hijack_root_logger: bool = True
@@ -339,7 +340,7 @@ _BY_HINT = {
         task_store_eager_result task_remote_tracebacks task_repr_maxlevels task_store_errors_even_if_ignored
         task_allow_error_cb_on_chord_header worker_agent worker_consumer worker_deduplicate_successful_tasks
         worker_lost_wait worker_proc_alive_timeout worker_timer worker_timer_precision
-        worker_enable_soft_shutdown_on_idle worker_pool_putlocks worker_enable_prefetch_count_reduction
+        worker_pool_putlocks worker_enable_prefetch_count_reduction
         worker_detect_quorum_queues broker_pool_limit broker_pool_acquire_timeout broker_channel_error_retry
         broker_heartbeat_checkrate event_serializer redis_max_connections redis_retry_on_timeout
         redis_socket_keepalive""",

@@ -230,9 +230,7 @@ CARRIED: Mapping[str, Entry] = (
         "worker_consumer": Entry(How.MISSING, "the consumer is fastq's own"),
         "worker_cancel_long_running_tasks_on_connection_loss": Entry(How.NATIVE),
         "worker_soft_shutdown_timeout": Entry(How.NATIVE),
-        "worker_enable_soft_shutdown_on_idle": Entry(
-            How.MEANINGLESS, "what waits for its time is given back at once: with nothing running there is no wait"
-        ),
+        "worker_enable_soft_shutdown_on_idle": Entry(How.NATIVE, "what waits for its time is given back at once"),
         "worker_eta_task_limit": Entry(How.NATIVE, "and what it receives beside that"),
         "worker_detect_quorum_queues": Entry(How.MEANINGLESS, "the prefetch limit is never global, so any queue works"),
         "worker_disable_prefetch": Entry(How.NATIVE, "only with Redis, as in Celery"),

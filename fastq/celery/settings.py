@@ -53,6 +53,7 @@ _PLAIN = (
         "worker_direct",
         "worker_prefetch_multiplier",
         "worker_disable_prefetch",
+        "worker_enable_soft_shutdown_on_idle",
         "worker_max_tasks_per_child",
         "worker_max_memory_per_child",
     ),

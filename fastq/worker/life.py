@@ -355,7 +355,8 @@ class Life:
 
         def cold() -> None:
             soft_s = self.settings.worker_soft_shutdown_timeout
-            if soft_s > 0 and self._stop.how != "cold" and not self.core.is_idle:
+            on_idle = self.settings.worker_enable_soft_shutdown_on_idle
+            if soft_s > 0 and self._stop.how != "cold" and (on_idle or not self.core.is_idle):
                 # Asked once more, it is cold at once.
                 self.core.hold()
                 logger.warning(messages.SOFT_SHUTDOWN, soft_s)
@@ -409,6 +410,8 @@ class Life:
             grace = "" if self.options.grace_s is None else f", for at most {self.options.grace_s:g} s"
             say(f"worker: waiting for running tasks to end: {self.core.running}{grace}")
         is_idle = self._stop.is_over or await self._until_idle()
+        if self._stop.how == "cold" and self.settings.worker_enable_soft_shutdown_on_idle:
+            await self._stop.until_over()  # who sets it has asked for all of the time
         if not is_idle and self.core.only_stores:
             logger.warning(
                 "%s tasks have run, but their results could not be stored within %s s; what is not acknowledged yet "

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -277,6 +278,24 @@ def test_a_cold_stop_lets_tasks_end_for_the_time_of_a_soft_shutdown(
     assert asked_twice.wait(10) == 1
     assert "the worker stops at once; they are given back: hold[" in asked_twice.log()
     asked_twice.wait_for_no_leftovers()
+
+
+def test_an_idle_worker_has_a_soft_shutdown_where_the_settings_ask_for_it(
+    url: str, start_worker: START, program: Program
+) -> None:
+    conf = "app.conf.update(worker_soft_shutdown_timeout=1.5, worker_enable_soft_shutdown_on_idle=True)"
+    worker = start_worker(*ALONE, "-c1", source=SOURCE.format(url=url) + conf, program=program)
+    with celery.Celery("client", broker=url, set_as_current=False) as client:
+        client.send_task("said", ["x"], countdown=3600)
+    worker.wait_for_log(r"Task said\[\S+\] received")
+    asked_at = time.monotonic()
+    worker.signal(signal.SIGQUIT)
+    worker.wait_for_log("Initiating Soft Shutdown, terminating in 1.5 seconds")
+    worker.wait(10)
+    assert time.monotonic() - asked_at >= 1.5
+    with redis.Redis.from_url(url) as broker:
+        assert broker.llen("celery") == 1
+        assert broker.hlen("unacked") == 0
 
 
 def test_an_unknown_option_is_a_usage_error(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
