@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import celery
 import click
+import psutil
 import pytest
 import redis
 from celery.bin.worker import worker as celery_worker
@@ -251,6 +253,27 @@ def test_files_and_mask_that_the_settings_name_count_where_no_option_does(
         assert log.stat().st_mode & 0o777 == 0o640
     assert worker.stop() == 0
     assert not (tmp_path / "celery.pid").exists()
+
+
+# Python's own modules may lie where only root may look; a folder that is open stays open.
+HOLD_OPEN = """
+held = {{path: f"/proc/self/fd/{{os.open(path, os.O_RDONLY)}}" for path in sys.path if os.path.isdir(path)}}
+packages = [each.__path__ for each in [*sys.modules.values()] if isinstance(getattr(each, "__path__", None), list)]
+for paths in [sys.path, *packages]:
+    for start in sorted(held, key=len, reverse=True):
+        paths[:] = [held[start] + path[len(start) :] if path.startswith(start) else path for path in paths]
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_user_and_group_that_the_settings_name_are_those_of_every_process(url: str, start_worker: START) -> None:
+    conf = "app.conf.update(worker_uid='nobody', worker_gid=12345)"
+    worker = start_worker(*ALONE, "-c1", source=(SOURCE + HOLD_OPEN).format(url=url) + conf)
+    send(url, "said", "x")
+    worker.wait_for_log("printed x", 20)
+    nobody = pwd.getpwnam("nobody").pw_uid
+    who = {(tuple(each.uids()), tuple(each.gids())) for each in map(psutil.Process, worker.tree())}
+    assert who == {((nobody,) * 3, (12345,) * 3)}
 
 
 def test_a_cold_stop_lets_tasks_end_for_the_time_of_a_soft_shutdown(
