@@ -30,7 +30,7 @@ from fastq.celery.serializers import register_serializers
 from fastq.celery.settings import own_store, settings_of_app
 from fastq.celery.steps import Steps
 from fastq.errors import SettingsError
-from fastq.pool.zygote import ChildMain
+from fastq.pool.zygote import ChildMain, CompanionMain
 from fastq.settings import Settings
 from fastq.worker import child
 from fastq.worker.report import software
@@ -68,7 +68,6 @@ class CeleryProgram:
         self._instance: Worker | None = None
         self._steps = Steps(self._ask_stop)
         self._hooks: CeleryHooks | None = None
-        self._beat: Beat | None = None
 
     @property
     def title(self) -> str:
@@ -248,12 +247,14 @@ class CeleryProgram:
 
         if not self._has_own_logging:
             logs.redirect(self.app)
-        if self._options.beat:
-            # Now: next come the zygote and the loop, and this process forks no more.
-            self._beat = Beat(self.app, self._options.schedule_filename, self._options.scheduler)
-            self._beat.start()
         options = replace(options, setup=logs.ChildLogging(self.app, self._logfile, self._hostname))
         return CeleryChildMain(self.app, options, self.results)
+
+    @property
+    def companion(self) -> CompanionMain | None:
+        """Return the beat, if one was asked for."""
+        options = self._options
+        return Beat(self.app, options.schedule_filename, options.scheduler) if options.beat else None
 
     def hooks(self, loop: asyncio.AbstractEventLoop) -> Hooks:
         """Return the hooks that speak Celery."""
@@ -282,8 +283,6 @@ class CeleryProgram:
             return _send(hooks.recorder, signals.worker_ready, sender=instance.consumer)
         elif what == "stopping":
             self._steps.quiet()
-            if self._beat is not None:
-                self._beat.ask_stop()
             how = details["how"]
             return _send(
                 hooks.recorder,
@@ -299,8 +298,6 @@ class CeleryProgram:
 
     def _end(self) -> None:
         self._steps.stop()
-        if self._beat is not None:
-            self._beat.stop()
         self.app.loader.shutdown_worker()
         signals.worker_shutdown.send(sender=self._instance)
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from fastq._child import Child
 from fastq._core import Core
+from fastq.pool.companion import Companion
 from fastq.pool.process import DUMP_SIGNAL, STACKS_SIGNAL
 from fastq.pool.zygote import Exited, Failed, Zygote
 from fastq.wire.pipe import SHARED_SIZE, RingReader
@@ -99,6 +100,7 @@ class Pool:
     on_fatal: Callable[[str], None]
     overlaps: bool = True
     start_timeout_s: float | None = None
+    companion: Companion | None = None
     slots: list[Slot] = field(default_factory=list)
     spares: list[Member] = field(default_factory=list)  # starting, or ready and in no slot
     _members: dict[int, Member] = field(default_factory=dict)  # by pid
@@ -437,10 +439,14 @@ class Pool:
         except EOFError as error:
             self.loop.remove_reader(self.zygote.fd)
             self._empty.set()  # the kernel has killed the children with it
+            if self.companion is not None:
+                self.companion.lose()
             self.on_fatal(f"{error}; no child can be started any more")
             return
         self._zygote_is_slow = False
         for report in reports:
+            if self.companion is not None and self.companion.take(report):
+                continue
             if isinstance(report, Exited):
                 self._on_exit(report)
             elif isinstance(report, Failed):

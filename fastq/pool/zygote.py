@@ -24,6 +24,12 @@ from fastq.pool.process import DUMP_SIGNAL, die_with_parent, set_name
 #: What runs in a child: (socket, shared memory file, number) -> exit code. No two living children are born with the
 #: same number; it is 0 or more.
 ChildMain = Callable[[int, int, int], int]
+#: What runs in the companion, the one process beside the children that a program may want. SIGTERM asks it to
+#: end; it is blocked until the companion is ready for it.
+CompanionMain = Callable[[], int]
+
+#: The request that a Spawned or a Failed about the companion names.
+COMPANION = 0
 
 _SPAWN, _SPAWNED, _EXITED, _FAILED = 1, 2, 3, 4
 _RECORD = struct.Struct("=BIii")  # kind, request, pid or number, wait status or errno
@@ -74,8 +80,9 @@ class Exited:
 class Zygote:
     """The main process's handle: ask for children, hear of their end. ``fd`` is readable when there is a report."""
 
-    def __init__(self, pid: int, control: socket.socket) -> None:
+    def __init__(self, pid: int, control: socket.socket, has_companion: bool = False) -> None:
         self.pid = pid
+        self.has_companion = has_companion
         self._control = control
 
     @property
@@ -89,6 +96,13 @@ class Zygote:
         Raises BlockingIOError when a few hundred requests wait already.
         """
         socket.send_fds(self._control, [_RECORD.pack(_SPAWN, request, number, 0)], [sock, shared])
+
+    def spawn_companion(self) -> None:
+        """Ask for the companion; a Spawned or a Failed with the request COMPANION follows.
+
+        Raises BlockingIOError when a few hundred requests wait already.
+        """
+        self._control.send(_RECORD.pack(_SPAWN, COMPANION, 0, 0))
 
     def reports(self) -> list[Spawned | Failed | Exited]:
         """Return what has been reported since the last call. Raises EOFError when the zygote is gone."""
@@ -122,7 +136,9 @@ class Zygote:
             os.waitpid(self.pid, 0)
 
 
-def start_zygote(child_main: ChildMain, on_start: Callable[[], None] = lambda: None) -> Zygote:
+def start_zygote(
+    child_main: ChildMain, on_start: Callable[[], None] = lambda: None, companion: CompanionMain | None = None
+) -> Zygote:
     """Fork the zygote. Call it before any thread or event loop exists, with the application imported.
 
     ``on_start`` is called in the zygote before it forks anything.
@@ -139,13 +155,13 @@ def start_zygote(child_main: ChildMain, on_start: Callable[[], None] = lambda: N
         try:
             ours.close()
             on_start()
-            code = _serve(theirs, child_main)
+            code = _serve(theirs, child_main, companion)
         finally:
             os._exit(code)
     gc.unfreeze()
     theirs.close()
     ours.setblocking(False)
-    return Zygote(pid, ours)
+    return Zygote(pid, ours, companion is not None)
 
 
 def _ignore(signum: int, frame: object) -> None:
@@ -164,7 +180,7 @@ def _end_hook(signum: int, frame: object) -> None:
     )
 
 
-def _serve(control: socket.socket, child_main: ChildMain) -> int:
+def _serve(control: socket.socket, child_main: ChildMain, companion: CompanionMain | None) -> int:
     """Fork on request and report ends until the main process goes."""
     die_with_parent()
     set_name(b"fastq-zygote")
@@ -180,7 +196,7 @@ def _serve(control: socket.socket, child_main: ChildMain) -> int:
     while True:
         for fd, _ in poll.poll():
             if fd == control.fileno():
-                if not _fork_one(control, poll, pids, child_main):
+                if not _fork_one(control, poll, pids, child_main, companion):
                     for pid in pids.values():
                         _kill_group(pid)
                     return 0
@@ -213,16 +229,25 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _fork_one(control: socket.socket, poll: select.poll, pids: dict[int, int], child_main: ChildMain) -> bool:
+def _fork_one(
+    control: socket.socket,
+    poll: select.poll,
+    pids: dict[int, int],
+    child_main: ChildMain,
+    companion: CompanionMain | None,
+) -> bool:
     """Carry out one request; False when the main process has gone."""
     data, fds, _, _ = socket.recv_fds(control, _RECORD.size, 2)
     if not data:
         return False
     _, request, number, _ = _RECORD.unpack(data)
-    sock, shared = fds
+    sock, shared = fds or os.pipe()  # the companion begins with what comes out of the pipe
     previous = signal.signal(signal.SIGALRM, _end_hook)
     signal.setitimer(signal.ITIMER_REAL, HOOK_S, HOOK_S)
     failure = pid = 0
+    zygote = os.getpid()
+    masked = {signal.SIGTERM} if request == COMPANION else set()
+    signal.pthread_sigmask(signal.SIG_BLOCK, masked)
     try:
         pid = os.fork()
     except OSError as error:
@@ -232,6 +257,8 @@ def _fork_one(control: socket.socket, poll: select.poll, pids: dict[int, int], c
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)  # a child has no timer of its parent's, but its handler
         signal.signal(signal.SIGALRM, signal.SIG_DFL if previous is None else previous)
+    if failure or pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, masked)
     if failure:
         os.close(sock)
         os.close(shared)
@@ -240,12 +267,17 @@ def _fork_one(control: socket.socket, poll: select.poll, pids: dict[int, int], c
     if pid == 0:
         code = 70
         try:
-            die_with_parent()
-            os.setpgid(0, 0)  # a group, not a session: a leader of one could not call setpgrp itself, as projects do
+            die_with_parent(signal.SIGTERM if request == COMPANION else signal.SIGKILL)
+            if request != COMPANION:  # which has no group, so that nobody kills it with one
+                os.setpgid(0, 0)  # a group, not a session: a leader of one could not call setpgrp itself
             control.close()
             for fd in pids:
                 os.close(fd)
-            code = child_main(sock, shared, number)
+            if request != COMPANION:
+                code = child_main(sock, shared, number)
+            elif companion is not None:
+                os.close(shared)
+                code = companion() if os.read(sock, 1) and os.getppid() == zygote else code
         except KeyboardInterrupt:
             code = 130
         except Exception:
@@ -253,6 +285,8 @@ def _fork_one(control: socket.socket, poll: select.poll, pids: dict[int, int], c
         finally:
             # No finalizers: what the parent process had open is not this process's to clean up.
             os._exit(code)
+    if request == COMPANION:
+        os.write(shared, b"!")
     os.close(sock)
     os.close(shared)
     fd = os.pidfd_open(pid)

@@ -24,6 +24,7 @@ from fastq.amqp.url import mask_url
 from fastq.errors import ConnectionLost, FastqError, RemoteProtocolError, SettingsError
 from fastq.interfaces import Consumer
 from fastq.link import BatchSource
+from fastq.pool.companion import Companion
 from fastq.pool.supervisor import Pool
 from fastq.pool.zygote import Zygote
 from fastq.settings import Settings
@@ -131,6 +132,7 @@ class Life:
             on_fatal=self._on_fatal,
             overlaps=self.settings.fastq_keeps_spare,
             start_timeout_s=self.settings.fastq_child_start_timeout or None,
+            companion=Companion(loop, zygote, "beat") if zygote.has_companion else None,
         )
         uninstall = install(loop, self._actions(), self._note_signal) if handle_signals else lambda: None
         serving: asyncio.Task[None] | None = None
@@ -140,6 +142,8 @@ class Life:
         try:
             await self._stop.unless(self.pool.start())
             if not self._stop.asked:
+                if self.pool.companion is not None:
+                    self.pool.companion.start()
                 remote.start(hooks)
                 serving = loop.create_task(self._serve(on_ready))
                 await asyncio.wait([serving, loop.create_task(self._stop.wait())], return_when=asyncio.FIRST_COMPLETED)
@@ -393,6 +397,9 @@ class Life:
 
     async def _shut_down(self, serving: asyncio.Task[None] | None) -> None:
         """Receive nothing more, let running calls end (warm) or give them back (cold), settle, disconnect."""
+        companion = self.pool.companion
+        if companion is not None:
+            companion.ask_stop()
         if self._welcoming is not None:
             self._welcoming.cancel()
         if serving is not None:
@@ -427,6 +434,8 @@ class Life:
             self.pool.kill()
             self.core.give_back_running()
         await self.pool.stop(COLD_S)
+        if companion is not None:
+            await companion.stop()
         self.core.tick()
         await self._disconnect()
         if self._storage is not None:

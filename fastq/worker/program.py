@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastq.amqp.url import mask_url
 from fastq.app import FastQ
 from fastq.errors import SettingsError
-from fastq.pool.zygote import ChildMain
+from fastq.pool.zygote import ChildMain, CompanionMain
 from fastq.settings import Settings
 from fastq.worker import child
 from fastq.worker.options import NODE_NAME
@@ -101,6 +101,10 @@ class Program(Protocol):
     def child_main(self, options: child.ChildOptions) -> ChildMain:
         """Return what runs in each child; all that children share is made here."""
 
+    @property
+    def companion(self) -> CompanionMain | None:
+        """Return what runs in a process of its own beside the children, as long as the worker does; None: nothing."""
+
     def hooks(self, loop: asyncio.AbstractEventLoop) -> Hooks:
         """Return what the message loop asks and reports to."""
 
@@ -118,6 +122,7 @@ class FastQProgram:
     node = NODE_NAME
     process_title = "fastq"
     answers_all = False
+    companion = None
 
     def __init__(self, app: FastQ) -> None:
         self.app = app

@@ -38,7 +38,7 @@ class Worker:
     def start_zygote(self) -> Zygote:
         """Fork the zygote for ``run_with``."""
         title = partial(set_title, self.program.process_title, self.options.hostname, "zygote")
-        return start_zygote(self.program.child_main(self._child_options()), title)
+        return start_zygote(self.program.child_main(self._child_options()), title, self.program.companion)
 
     def run_with(self, zygote: Zygote, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
         """Run with a zygote that was forked already; this may be another thread than the one that forked it."""

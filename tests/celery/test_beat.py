@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 
+import psutil
 import pytest
 
 from tests.servers import Redis
@@ -64,6 +65,20 @@ def test_the_scheduler_runs_beside_the_worker_and_ends_with_it(
     worker.wait_for_no_leftovers()
     if program == "fastq":
         assert "Beat] kept" in worker.log()
+
+
+def test_a_worker_does_not_go_on_without_its_beat(
+    redis_server: Redis, start_worker: Callable[..., WorkerProcess]
+) -> None:
+    worker = start_worker(*ALONE, source=SOURCE.format(url=redis_server.url(7)))
+    pid = int(worker.wait_for_log(r"beat (\d+) Own")[1])
+    between = psutil.Process(pid).parent()
+    assert between is not None
+    between.kill()
+    # What forks the beat forks all children: without it the worker says so and ends.
+    assert worker.wait(20) == 1
+    assert "no child can be started any more" in worker.log()
+    worker.wait_for_no_leftovers()
 
 
 def test_the_beat_of_a_worker_that_is_killed_keeps_its_schedule_and_ends(

@@ -1,4 +1,4 @@
-"""celery-redbeat: `celery beat` with its scheduler feeds the worker from entries of the settings and of Redis."""
+"""celery-redbeat: its scheduler, in `celery beat` or `worker -B`, feeds the worker from the settings and from Redis."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import json
 import pytest
 import redis
 
-from tests.celery.tools.tool import APPS, Tool, wait_for
+from tests.celery.tools.tool import Tool, wait_for
 
 pytestmark = [pytest.mark.rabbitmq, pytest.mark.redis]
 
 
-def test_what_the_schedule_in_redis_says_is_run(tool: Tool) -> None:
+@pytest.mark.parametrize("is_inside", [False, True], ids=["beat", "worker -B"])
+def test_what_the_schedule_in_redis_says_is_run(tool: Tool, is_inside: bool) -> None:
     key = tool.client("redbeat_app")
-    worker = tool.worker("redbeat_app")
-    beat_log = tool.helper("-m", "celery", "-A", f"{APPS}.redbeat_app", "beat", "-S", "redbeat.RedBeatScheduler")
+    worker, beat_log = tool.worker_and_beat("redbeat_app", "redbeat.RedBeatScheduler", is_inside)
     with (
         redis.Redis.from_url(tool.environment["TOOL_RESULTS"], decode_responses=True) as counts,
         redis.Redis.from_url(tool.environment["TOOL_LOCKS"], decode_responses=True) as schedule,

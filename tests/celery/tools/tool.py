@@ -38,6 +38,14 @@ class Tool:
         options = (*concurrency, *ALONE, *arguments)
         return self._start_worker(*options, app=f"{APPS}.{name}", program=self.program, env=self.environment)
 
+    def worker_and_beat(self, name: str, scheduler: str, is_inside: bool) -> tuple[WorkerProcess, Callable[[], str]]:
+        """Return a worker, and what a function says that the beat has printed: one in the worker, or one beside it."""
+        if is_inside:
+            worker = self.worker(name, "-B", "--scheduler", scheduler)
+            return worker, worker.log
+        worker = self.worker(name)
+        return worker, self.helper("-m", "celery", "-A", f"{APPS}.{name}", "beat", "-S", scheduler, "-l", "INFO")
+
     def client(self, name: str, *arguments: str) -> Any:
         """Run the application as a program and return the JSON value it printed last."""
         done = subprocess.run(
