@@ -131,7 +131,13 @@ def _says_something(app: celery.Celery, settings: Settings, name: str, value: An
 def is_given(app: celery.Celery, name: str) -> bool:
     """Whether the application says a setting at all, be it with its default value, in whatever spelling."""
     conf = app.conf.finalize()  # reads the configuration, if nobody did yet
-    return any(spelling in source for source in conf.maps[:-1] for spelling in conf._to_keys(name))
+    return any(spelling in source for source in conf.maps[:-1] for spelling in spellings(conf, name))
+
+
+def spellings(conf: Any, name: str) -> tuple[str, ...]:
+    """Return the names under which Celery looks for a setting, those of old times last."""
+    # In ``_to_keys`` those of old times stand since Celery 5.7 only.
+    return tuple(dict.fromkeys((*conf._to_keys(name), *(old(name) for old in conf._keys or ()))))
 
 
 def _typed(name: str, value: Any, kind: str = "") -> Any:

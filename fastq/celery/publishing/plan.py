@@ -20,6 +20,7 @@ from celery.utils.saferepr import saferepr
 from fastq.celery._encode import read_setting, short_repr
 from fastq.celery.publishing import stock
 from fastq.celery.publishing.outlets import Outlet
+from fastq.celery.settings import spellings
 
 #: Settings that count as they are when a message is sent, with what holds where a version of Celery lacks one.
 LIVE = {
@@ -59,7 +60,7 @@ class Plan:
         self.routing_key: str = conf.task_default_routing_key
         self.serializer: str = conf.task_serializer
         self.compression: str | None = conf.task_compression
-        self._keys = {name: tuple(conf._to_keys(name)) for name in LIVE}
+        self._keys = {name: spellings(conf, name) for name in LIVE}
         self._routes: dict[str, tuple[str, dict[str, Any]]] = {}
         #: Whether a task's name alone decides where it goes, unless its call says so.
         self.has_fixed_routes = type(self.router) is routes.Router and all(
