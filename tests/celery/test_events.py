@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import re
+import struct
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -353,6 +359,61 @@ def test_the_screen_and_cameras_of_a_celery_application_are_celery_s(run_tool: A
     done = run_tool("fastq", "-A", "tests.celery.proj", "events", "--camera", "no.such.Camera")
     assert done[0].wait(30) == 69  # Celery's code for it
     assert "evcam: Taking snapshots with no.such.Camera" in done[1]()
+
+
+# A process group's leader that opens a terminal has it as its own, and gets its Ctrl-C.
+ON_TERMINAL = (
+    "import os, sys; os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+
+
+@pytest.mark.parametrize("program", ["celery", "fastq"], ids=["under_celery", "under_fastq"])
+def test_the_screen_of_a_celery_application_shows_a_task_and_ends_with_ctrl_c(
+    stage: CeleryStage, program: Program
+) -> None:
+    screen, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-c", ON_TERMINAL, "-m", program, "-A", "tests.celery.proj", "events"],
+        cwd=ROOT,
+        env={**os.environ, **stage.environment(), "TERM": "xterm"},
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    os.set_blocking(screen, False)
+    shown, pressed = bytearray(), [0.0]
+
+    def shows(text: str) -> bool:
+        with contextlib.suppress(OSError):  # nothing there, or the terminal closed
+            shown.extend(os.read(screen, 65536))
+        return text.encode() in shown
+
+    def pressed_ctrl_c() -> bool:
+        # Again and again, as people do: what is interrupted may be the farewell itself.
+        if time.monotonic() - pressed[-1] > 5:
+            pressed.append(time.monotonic())
+            with contextlib.suppress(OSError):  # it has ended just now
+                os.write(screen, b"\x03")
+        return True
+
+    def failed() -> TimeoutError:
+        return TimeoutError(shown[-2000:].decode(errors="replace"))
+
+    try:
+        with Herald(stage.broker_url, heartbeat_s=0.2) as herald:
+            wait_until(lambda: shows("fastq@herald"), 30, failed)
+            herald.do(tell_everything)
+            wait_until(lambda: shows("SUCCESS"), 20, failed)
+            # While events go on, as beside real workers: the screen's farewell to a silent broker may wait for ever.
+            wait_until(lambda: pressed_ctrl_c() and shows("") and process.poll() is not None, 30, failed)
+        assert shown.rfind(b"\x1b[?1049l") > shown.rfind(b"\x1b[?1049h"), "the screen from before is back"
+    finally:
+        process.kill()
+        process.wait(20)
+        os.close(screen)
 
 
 @pytest.mark.parametrize("option", [["--camera", "mod.Camera"], ["-F", "2"], ["-r", "10/m"], ["--detach"]])
