@@ -55,7 +55,7 @@ def _is_plain(backend: Any) -> bool:
         type(backend) is RPCBackend
         and backend.serializer == "json"
         and not backend.persistent
-        and not backend.compression
+        and not getattr(backend, "compression", None)  # since Celery 5.7
     )
 
 
