@@ -251,6 +251,7 @@ def test_a_failed_task_of_a_group_fails_the_group(stage: CeleryStage) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")  # Celery's call of redis-py
+@pytest.mark.since("5.7", "who restores a group is not told of its results")
 def test_a_group_is_saved_and_restored(stage: CeleryStage) -> None:
     t = stage.tasks
     result = group(t.add.s(1, 1), t.add.s(2, 2))()
@@ -394,6 +395,7 @@ def test_a_replaced_step_keeps_its_chain(stage: CeleryStage) -> None:
     assert get(stage, chain(t.replaced.s("chain", 5), t.double.s(), t.add.s(1))) == 25
 
 
+@pytest.mark.since("5.7", "the values of a group that replaced a task of the header come in any order")
 def test_a_replaced_header_task_keeps_its_chord(stage: CeleryStage) -> None:
     t = stage.tasks
     header = [t.replaced.s("task", 5), t.replaced.s("chain", 5), t.replaced.s("group", 5), t.add.s(1, 1)]

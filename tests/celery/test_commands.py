@@ -168,6 +168,7 @@ def test_a_fault_of_the_project_in_one_of_those_is_not_called_ours(run: Run) -> 
     assert "internal error" not in done.stderr
 
 
+@pytest.mark.versions
 def test_without_an_application_a_configuration_makes_celery_s_default_one(run: Run, tmp_path: Path, url: str) -> None:
     (tmp_path / "conf.py").write_text(f"broker_url = {url!r}\nimports = ['own']\n", encoding="utf-8")
     (tmp_path / "own.py").write_text(
@@ -188,6 +189,7 @@ def test_a_name_that_nobody_knows_is_a_usage_error(run: Run) -> None:
     assert (done.returncode, "No such command 'nonsense'" in done.stderr) == (2, True)
 
 
+@pytest.mark.versions
 def test_nodes_of_multi_are_workers_of_fastq(run: Run, tmp_path: Path, url: str) -> None:
     files = (f"--pidfile={tmp_path}/%n.pid", f"--logfile={tmp_path}/%n%I.log")
     done = run("-A", "tasks", "multi", "start", "w1", "-l", "INFO", "-c", "1", *files)
@@ -206,6 +208,7 @@ def test_nodes_of_multi_are_workers_of_fastq(run: Run, tmp_path: Path, url: str)
     assert not (tmp_path / "w1.pid").exists()
 
 
+@pytest.mark.versions
 def test_options_before_multi_are_those_of_its_nodes(capsys: pytest.CaptureFixture[str]) -> None:
     tool = Multi(quiet=False, no_color=True)
     assert tool.execute_from_commandline(["multi", "show", "w1", "-c", "3", "--pidfile=", "--logfile=", "-A", "x"]) == 0

@@ -311,6 +311,7 @@ def test_keys_of_another_form_count_and_a_global_prefix_does_not() -> None:
     assert found == ["the keys of results start with 'other-'"]
 
 
+@pytest.mark.since("5.7", "a class cannot be a result_backend")
 def test_a_result_store_of_ones_own_counts() -> None:
     setup = """
     from celery.backends.redis import RedisBackend

@@ -233,6 +233,7 @@ def test_a_store_that_celery_cannot_make_is_named(backend: str) -> None:
         settings_with(result_backend=backend)
 
 
+@pytest.mark.since("5.7", "a class cannot be a result_backend")
 def test_a_class_derived_from_a_known_store_is_not_that_store() -> None:
     from celery.backends.rpc import RPCBackend
 
@@ -246,6 +247,7 @@ def test_a_class_derived_from_a_known_store_is_not_that_store() -> None:
 # --- queues
 
 
+@pytest.mark.since("5.5", "there is no task_default_queue_type")
 def test_the_default_queue_is_made_as_celery_makes_it() -> None:
     conf = {"task_default_queue": "mine", "task_default_exchange": "ex", "task_default_exchange_type": "topic"}
     app = app_with(**conf, task_default_routing_key="rk", task_default_queue_type="quorum")
@@ -321,6 +323,7 @@ def test_a_broadcast_queue_is_one_per_worker_and_found_by_its_alias() -> None:
     assert WorkerOptions(hostname="w@h").resolved(settings).queues == ("work", name)
 
 
+@pytest.mark.since("5.7", "workers read every queue that is known")
 def test_queues_that_are_only_known_are_declared_when_needed_and_not_read() -> None:
     app = app_with(task_queues=[Queue("work")])
     app.amqp.queues.add(Queue("elsewhere", Exchange("there"), routing_key="k"))
@@ -382,6 +385,7 @@ def test_rabbitmq_finds_nothing_different_when_celery_and_fastq_declare_the_same
 # --- the table
 
 
+@pytest.mark.since("5.7", "there are fewer settings")
 def test_every_setting_of_celery_is_in_the_table_and_no_other() -> None:
     known = {name for name, _ in flatten(NAMESPACES)} | DOCUMENTED_ONLY
     assert set(CARRIED) == known

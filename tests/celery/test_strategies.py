@@ -81,6 +81,7 @@ def test_a_request_hears_of_a_retry(stage: CeleryStage) -> None:
     assert [note["what"] for note in notes].count("accepted") == 2
 
 
+@pytest.mark.since("5.7", "no result is stored for a call that was rejected")
 def test_a_message_that_the_task_rejects_is_a_failure_to_the_request(stage: CeleryStage) -> None:
     call = send(stage, "refuse")
     stage.error(call)

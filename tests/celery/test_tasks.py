@@ -289,6 +289,7 @@ def test_reject_with_requeue_runs_again(stage: CeleryStage) -> None:
     assert [note["redelivered"] for note in stage.notes("ran", id=result.id)] == [False, True]
 
 
+@pytest.mark.since("5.7", "no result is stored for a call that was rejected")
 def test_reject_without_requeue_is_a_failure(stage: CeleryStage) -> None:
     result = stage.tasks.reject.delay(False)
     error = stage.error(result)
@@ -570,6 +571,7 @@ def expected_request(stage: CeleryStage, task_id: str, **changed: Any) -> dict[s
     }
 
 
+@pytest.mark.since("5.7", "the request has no time_limit and soft_time_limit of its own")
 def test_the_request_has_every_field(stage: CeleryStage) -> None:
     result = stage.tasks.dump_request.apply_async((1,), {"key": "value"}, origin="gen@test")
     found = stage.get(result)
@@ -578,6 +580,7 @@ def test_the_request_has_every_field(stage: CeleryStage) -> None:
     assert found == expected_request(stage, result.id)
 
 
+@pytest.mark.since("5.7", "the request has no time_limit of its own")
 def test_options_of_a_call_arrive_in_its_request(stage: CeleryStage) -> None:
     eta = datetime.now(timezone.utc)
     expires = eta + timedelta(minutes=5)
@@ -722,6 +725,7 @@ def test_no_handler_runs_after_an_ignored_call(stage: CeleryStage) -> None:
     assert [note["what"] for note in stage.notes(id=result.id)] == ["before_start", "__call__", "run"]
 
 
+@pytest.mark.since("5.7", "on_failure is not called for a hard limit")
 def test_the_main_process_runs_the_handlers_of_a_call_that_its_hard_limit_ended(stage: CeleryStage) -> None:
     result = stage.tasks.recorded.apply_async(("hard limit",), time_limit=0.5)
     assert type(stage.error(result)) is TimeLimitExceeded
@@ -763,11 +767,15 @@ def test_annotations_change_a_tasks_attributes_and_handlers(stage: CeleryStage) 
     assert stage.get(stage.tasks.not_annotated.delay()) == 3
 
 
+@pytest.mark.since(
+    "5.7", "arguments that are models are not dumped, and before 5.6 annotations that are texts not read"
+)
 def test_pydantic_models_are_checked_and_built(stage: CeleryStage) -> None:
     assert stage.get(stage.send("mirror", {"x": 1}, kwargs={"label": "ab"})) == {"x": 7, "y": 3}
     assert stage.get(stage.tasks.mirror.delay(Point(x=1, y=2))) == {"x": 2, "y": 1}
 
 
+@pytest.mark.since("5.6", "annotations that are texts are not read: models are not checked")
 def test_wrong_input_for_a_pydantic_model_is_a_failure(stage: CeleryStage) -> None:
     error = stage.error(stage.send("mirror", {"x": "no number"}))
     assert "ValidationError" in f"{type(error).__name__} {error!r}"
