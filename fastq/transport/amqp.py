@@ -43,6 +43,7 @@ CLOSE_TIMEOUT_S = 1.0
 MAX_PREFETCH = 65535  # a 16-bit field; 0 is no limit
 #: Chosen, for queues whose subscription is never given up: tasks that wait for their time fill no less.
 LASTING_PREFETCH = 10_000
+TIDY_EVERY_S = 1.0
 MAX_TAGS = 1000  # chosen: far more subscriptions than messages can be left of
 RPC_TIMEOUT_S = 10.0  # chosen: a broker that takes longer to answer is as good as gone
 
@@ -288,6 +289,7 @@ class AmqpConsumer:
         self._prefetch = 0
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._tidying: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Connect to the first broker that takes us. Raises ConnectionLost (try again) or SettingsError (do not)."""
@@ -393,9 +395,17 @@ class AmqpConsumer:
             else:  # in this order messages keep theirs
                 await self._stop(tag)
                 await self._subscribe(queue, channel)
-        for idle in self._idle_channels():
-            self.source.drop_channel(idle)
-            await self._consuming.close_channel(idle)
+        if self._tidying is None or self._tidying.done():
+            self._tidying = self._run(self._tidy())
+
+    async def _tidy(self) -> None:
+        """Close the channels of earlier subscriptions, each once all that it has brought is settled."""
+        while self.source.channels.keys() - set(self._channels.values()):
+            await asyncio.sleep(TIDY_EVERY_S)
+            async with self._changing:
+                for idle in self._idle_channels():
+                    self.source.drop_channel(idle)
+                    await self._consuming.close_channel(idle)
 
     async def _fresh_channel(self) -> int:
         """Return the number of a channel with nothing on it; of the one in use when there may be no more of them."""
@@ -549,10 +559,11 @@ class AmqpConsumer:
                 await self._publishing.declare(self._topology.spec(queue))
         self.outlet.queue_known(queue)
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._finished)
+        return task
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
