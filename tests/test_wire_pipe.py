@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -177,3 +180,80 @@ def test_a_damaged_head_is_an_error_not_a_crash(ends: Ends) -> None:
     os.pwrite(ends.shared, struct.pack("=Q", 2**60), HEAD_OFFSET)
     with pytest.raises(LocalProtocolError):
         ends.ring.take()
+
+
+class Struck(Exception):
+    """What a handler of a signal raises."""
+
+
+@contextlib.contextmanager
+def struck_after(seconds: float) -> Iterator[None]:
+    """Have a signal's handler raise in the ``with`` block."""
+
+    def strike(signum: int, frame: object) -> None:
+        raise Struck
+
+    before = signal.signal(signal.SIGALRM, strike)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def read_all(ring: RingReader) -> list[bytes]:
+    return list(iter(ring.take, None))
+
+
+@pytest.mark.parametrize("size", [101, 60_000])
+def test_a_signal_that_raises_while_the_ring_is_full_leaves_no_part_of_a_record(ends: Ends, size: int) -> None:
+    sent = []
+
+    def fill() -> None:
+        while True:
+            ends.child.state("id-1", "PROGRESS", b"x" * size)
+            sent.append(size)
+
+    with pytest.raises(Struck), struck_after(0.2):
+        fill()
+    found = read_all(ends.ring)
+    assert [len(each) for each in found] == [len(found[0])] * len(sent)
+    ends.child.state("id-1", "PROGRESS", b"the next")
+    assert [each[-8:] for each in read_all(ends.ring)] == [b"the next"]
+
+
+def test_a_signal_that_raises_in_the_midst_of_a_large_record_waits_for_its_end(ends: Ends) -> None:
+    body = os.urandom(3_000_000)
+    found: list[bytes] = []
+    go = threading.Event()
+
+    def read() -> None:
+        go.wait(10)
+        while len(found) < 2:
+            found.extend(read_all(ends.ring))
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    threading.Timer(0.3, go.set).start()  # the ring is full when the signal comes
+    with pytest.raises(Struck), struck_after(0.1):
+        ends.child.publish(Message("e", "q", TASK.props, body))
+    ends.child.state("id-1", "PROGRESS", b"the next")
+    thread.join(10)
+    assert [each.endswith(tail) for each, tail in zip(found, (body, b"the next"), strict=True)] == [True, True]
+
+
+def test_records_of_several_threads_do_not_mix(ends: Ends) -> None:
+    bodies = [bytes([number]) * size for number in range(4) for size in (700_000, 10, 100_000)]
+    found: list[bytes] = []
+    threads = [
+        threading.Thread(target=ends.child.publish, args=(Message("e", "q", TASK.props, body),)) for body in bodies
+    ]
+    for thread in threads:
+        thread.start()
+    while len(found) < len(bodies):
+        found.extend(read_all(ends.ring))
+        threads[0].join(0.001)
+    head = len(found[0]) - len(found[0].partition(b"eq" + TASK.props)[2])
+    assert sorted(each[head:] for each in found) == sorted(bodies)

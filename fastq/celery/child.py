@@ -143,6 +143,8 @@ class CeleryRunner:
         except MemoryError:
             raise
         except Exception as error:
+            if self._pipe.has_answered(call):
+                raise  # by a handler of a signal: there is no call any more that it could end
             self._internal_error(plan.task, call, request, error)
 
     def _choose(

@@ -148,14 +148,19 @@ cdef class ChildPipe:
     cdef Py_ssize_t start, end, capacity
     cdef int unrung
     cdef int64_t unrung_since
-    cdef uint32_t running
+    cdef bint in_parts          # some thread has committed a part of a record
+    cdef uint32_t running, answered
     cdef str last_exchange, last_routing_key
     cdef readonly bint stopped
     cdef public object on_slot  # called with the slot that this child was put into, unless it was born with that number
 
     cdef int fill(self) except -1
     cdef Call parse(self, const uint8_t *record)
+    cdef Py_ssize_t room(self) noexcept
+    cdef int append(self, const void *data, Py_ssize_t size) noexcept
     cdef int write(self, const void *data, Py_ssize_t size) except -1
-    cdef int commit(self, uint64_t head) except -1
-    cdef int ring_bell(self) except -1
+    cdef int write_when_free(self, const void *data, Py_ssize_t size) except -1
+    cdef int pause(self) noexcept
+    cdef int ring_bell(self) noexcept
+    cdef int check_size(self, Py_ssize_t size) except -1
     cdef int noted(self, bint urgent) except -1

@@ -163,6 +163,7 @@ cdef class ChildPipe:
         self.shared = map_shared(shared_fd)
         self.ring = <uint8_t *> self.shared + PAGE_BYTES
         self.unrung = 0
+        self.in_parts = False
         self.stopped = False
         self.last_exchange = ""
         self.last_routing_key = ""
@@ -292,7 +293,7 @@ cdef class ChildPipe:
 
     # --- records out
 
-    cdef int ring_bell(self) except -1:
+    cdef int ring_bell(self) noexcept:
         """Wake the main process unless a doorbell is on its way already."""
         cdef ssize_t sent
         if self.unrung == 0:
@@ -304,34 +305,62 @@ cdef class ChildPipe:
                 self.stopped = True     # the main process has gone; the socket's end says so too
         return 0
 
-    cdef int commit(self, uint64_t head) except -1:
-        store64(&self.shared.head, head)
+    cdef Py_ssize_t room(self) noexcept:
+        return RING_BYTES - <Py_ssize_t> (self.shared.head - load64(&self.shared.tail))
+
+    cdef int append(self, const void *data, Py_ssize_t size) noexcept:
+        """Commit bytes for which there is room."""
+        cdef uint64_t head = self.shared.head
+        cdef Py_ssize_t place = head & (RING_BYTES - 1)
+        cdef Py_ssize_t first = size if place + size <= RING_BYTES else RING_BYTES - place
+        memcpy(self.ring + place, data, first)
+        memcpy(self.ring, <const uint8_t *> data + first, size - first)
+        store64(&self.shared.head, head + size)
         return 0
 
     cdef int write(self, const void *data, Py_ssize_t size) except -1:
-        """Append bytes to the ring behind what is committed, waiting for room; more than the ring holds is committed in parts."""
-        cdef uint64_t head = self.shared.head
-        cdef Py_ssize_t room, part, place, first
-        cdef timespec pause
+        """Append one record, whole or not at all, whatever signal or thread comes between."""
+        if self.in_parts or self.room() < size:
+            return self.write_when_free(data, size)
+        return self.append(data, size)
+
+    cdef int write_when_free(self, const void *data, Py_ssize_t size) except -1:
+        """Wait for room and append. Handlers of signals run, and may raise, only while nothing of the record is committed.
+
+        What the other side puts together from parts, it begins as soon as it has the size; all else needs room for the whole.
+        """
+        cdef bint is_large = size > RING_BYTES // 2
+        cdef Py_ssize_t part
+        while self.in_parts or self.room() < (<Py_ssize_t> sizeof(uint32_t) if is_large else size):
+            self.pause()
+            PyErr_CheckSignals()
+        if not is_large:
+            return self.append(data, size)
+        self.in_parts = True
         while size:
-            room = RING_BYTES - <Py_ssize_t> (head - load64(&self.shared.tail))
-            if room == 0:
-                self.unrung = 1
-                self.ring_bell()
-                pause.tv_sec, pause.tv_nsec = 0, 50000
-                with nogil:
-                    nanosleep(&pause, NULL)
-                PyErr_CheckSignals()
+            part = min(size, self.room())
+            if part == 0:
+                self.pause()
                 continue
-            part = size if size <= room else room
-            place = head & (RING_BYTES - 1)
-            first = part if place + part <= RING_BYTES else RING_BYTES - place
-            memcpy(self.ring + place, data, first)
-            memcpy(self.ring, <const uint8_t *> data + first, part - first)
+            self.append(data, part)
             data = <const uint8_t *> data + part
             size -= part
-            head += part
-            self.commit(head)
+        self.in_parts = False
+        return 0
+
+    cdef int pause(self) noexcept:
+        """Have the main process read, and give it and other threads of this one time."""
+        cdef timespec pause
+        self.unrung = 1
+        self.ring_bell()
+        pause.tv_sec, pause.tv_nsec = 0, 50000
+        with nogil:
+            nanosleep(&pause, NULL)
+        return 0
+
+    cdef int check_size(self, Py_ssize_t size) except -1:
+        if size > MAX_RECORD:
+            raise EncodeError(f"{size} bytes are too much to hand to the main process, which takes {MAX_RECORD}")
         return 0
 
     cdef int noted(self, bint urgent) except -1:
@@ -353,6 +382,7 @@ cdef class ChildPipe:
         cdef Py_ssize_t meta_size = 0 if meta is None else PyBytes_GET_SIZE(meta)
         if reason is not None:
             reason_text = PyUnicode_AsUTF8AndSize(reason, &reason_size)
+        self.check_size(sizeof(OutcomeRecord) + meta_size + reason_size)
         record.size = <uint32_t> (sizeof(OutcomeRecord) + meta_size + reason_size)
         record.kind = RECORD_OUTCOME
         record.state = <uint8_t> state
@@ -371,7 +401,12 @@ cdef class ChildPipe:
         if reason_size:
             memcpy(p + sizeof(OutcomeRecord) + meta_size, reason_text, reason_size)
         self.write(p, record.size)
+        self.answered = call.seq
         self.noted(False)
+
+    def has_answered(self, Call call) -> bool:
+        """Whether this call's end has been reported."""
+        return self.answered == call.seq
 
     def publish(self, Message message) -> None:
         """Hand a message to the main process; it is confirmed before the running call is settled."""
@@ -387,6 +422,8 @@ cdef class ChildPipe:
             raise EncodeError(
                 f"message headers take {PyBytes_GET_SIZE(message.props)} bytes, at most {MAX_PROPS} fit an AMQP frame: "
                 "send less in headers")
+        self.check_size(sizeof(PublishRecord) + exchange_size + routing_key_size + PyBytes_GET_SIZE(message.props)
+                        + PyBytes_GET_SIZE(message.body))
         record.kind = RECORD_PUBLISH
         record.pad = 0
         record.pad2 = 0
@@ -412,6 +449,7 @@ cdef class ChildPipe:
         """Hand an intermediate state to the main process to be stored."""
         cdef StateRecord record
         cdef bytes id_bytes = task_id.encode("utf-8", "surrogatepass"), state_bytes = state.encode()
+        self.check_size(sizeof(StateRecord) + len(id_bytes) + len(state_bytes) + len(meta))
         record.kind = RECORD_STATE
         record.seq = self.running
         record.id_size = <uint16_t> len(id_bytes)
