@@ -488,6 +488,24 @@ def test_a_reply_that_does_not_come_ends_the_connection(start_redis: Callable[..
     client.close()
 
 
+@pytest.mark.parametrize("step", ["_await_replies", "_feed"])
+def test_a_signal_between_a_command_and_its_reply_ends_the_connection(
+    redis_server: Redis, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    redis = BlockingRedis([parse(redis_server.url())], TIMEOUT_S, "test")
+    redis.call("PING")
+
+    def strike(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(redis, step, strike)
+        with pytest.raises(KeyboardInterrupt):
+            redis.pipeline([("ECHO", "struck")])
+    assert redis.pipeline([("ECHO", "next")]) == [b"next"]
+    redis.close()
+
+
 @pytest.mark.parametrize("subscribed", [False, True])
 def test_a_stalled_server_is_noticed_by_the_loops_client(
     subscribed: bool, redis_server: Redis, fault_proxy: Callable[[str, int], FaultProxy]

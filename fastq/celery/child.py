@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from traceback import format_exc
+from types import FrameType
 from typing import Any
 
 import celery
@@ -35,6 +36,7 @@ from celery.utils.saferepr import saferepr
 
 from fastq.celery._request import faster, request_fields, to_context
 from fastq.celery.bodies import Bodies
+from fastq.celery.connections import Connections, watch_handlers
 from fastq.celery.hookpoints import is_genuine, touched
 from fastq.celery.replies import divert
 from fastq.codecs.json import encode as encode_json
@@ -50,6 +52,11 @@ from fastq.worker.titles import set_title
 _SUCCESS, _FAILURE, _RETRY, _IGNORED, _REJECTED, _REQUEUE, _MALFORMED, _RETURNED, _UNKNOWN = range(len(OUTCOME_NAMES))
 _OUTCOMES = {SUCCESS: _SUCCESS, FAILURE: _FAILURE, RETRY: _RETRY, IGNORED: _IGNORED, REJECTED: _REJECTED}
 _FOR_HOOKS = 2  # FLAG_FOR_HOOKS
+
+#: How soon it is looked again whether a task runs that its soft limit is to end.
+_AGAIN_S = 0.01
+#: Modules whose functions the tracer calls besides the task.
+_TRACERS_OWN = ("celery.app.trace", "celery.backends.", "celery.loaders.", "celery.utils.", "logging")
 
 #: What monitors are told of a message that is put back into its queue.
 _REQUEUED: Mapping[str, Any] = {"requeue": True}
@@ -91,6 +98,7 @@ class CeleryRunner:
         self._extended = bool(app.conf.result_extended)
         self._deduplicates = bool(app.conf.worker_deduplicate_successful_tasks)
         self._bodies = Bodies(app)
+        self.connections = Connections(app)
         self._is_amqp = options.is_amqp
         self._plans: dict[str, Plan] = {}
         self._running = faster(_state._task_stack)
@@ -146,6 +154,8 @@ class CeleryRunner:
             if self._pipe.has_answered(call):
                 raise  # by a handler of a signal: there is no call any more that it could end
             self._internal_error(plan.task, call, request, error)
+        if self.connections.has_old:
+            self.connections.close_old()
 
     def _choose(
         self, plan: Plan, call: Call, args: Any, kwargs: Any, request: dict[str, Any], embed: dict[str, Any]
@@ -360,7 +370,7 @@ class CeleryRunner:
         self._pipe.finish(call, outcome, meta, text, self._memory.flag())
 
     def _limited(self, call: Call, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call with a timer that raises SoftTimeLimitExceeded in the task."""
+        """Call with a timer that raises SoftTimeLimitExceeded in the task: not where its end is recorded already."""
         self._limited_call = call
         self._timer.set(call.soft_time_limit)
         try:
@@ -369,10 +379,13 @@ class CeleryRunner:
             self._limited_call = None
             self._timer.set(0)
 
-    def _on_limit(self, signum: int, frame: object) -> None:
+    def _on_limit(self, signum: int, frame: FrameType | None) -> None:
         call = self._limited_call
         # The time is looked at because a signal for the call before may be late.
         if call is None or time.monotonic() - call.started_s < call.soft_time_limit:
+            return
+        if _is_tracing(frame):
+            self._timer.set(_AGAIN_S)
             return
         self._limited_call = None
         self._is_late = True
@@ -409,6 +422,18 @@ class CeleryRunner:
 
 
 # --- looking at tasks and requests ------------------------------------------------------------------------------------
+
+
+def _is_tracing(frame: FrameType | None) -> bool:
+    """Return whether Celery's tracer is at work, not the task: stores its end, sends what follows it, tells of it."""
+    inner = None
+    while frame is not None:
+        if frame.f_code.co_name == "trace_task" and frame.f_globals is vars(trace):
+            if inner is None or frame.f_locals.get("state") is not None:
+                return True
+            return str(inner.f_globals.get("__name__")).startswith(_TRACERS_OWN)
+        inner, frame = frame, frame.f_back
+    return False
 
 
 def _has_follow_ups(embed: dict[str, Any]) -> bool:
@@ -488,6 +513,7 @@ class CeleryChildMain:
         pipe = ChildPipe(sock, shared)
         write_stacks_to(shared)
         set_name(b"fastq-child")
+        watch_handlers(self._runner.connections.exchange)
         handlers = Signals(pipe)
         handlers.handle(signal.SIGUSR1, self._runner.on_soft_limit)
         pipe.on_slot = lambda taken: self._renumber(slot + 1, taken + 1)

@@ -331,8 +331,13 @@ class BlockingRedis:
 
     def _exchange(self, commands: Sequence[Command], deadline: float) -> list[Any]:
         """Return the replies to commands. Anything but all of them ends the connection."""
-        self._send(commands, deadline)
-        return self._await_replies(len(commands), deadline)
+        try:
+            self._send(commands, deadline)
+            return self._await_replies(len(commands), deadline)
+        except BaseException:
+            # A reply that comes later would be taken for that of another command.
+            self.close()
+            raise
 
     def _await_replies(self, count: int, deadline: float) -> list[Any]:
         try:
@@ -360,6 +365,10 @@ class BlockingRedis:
             self._sock.sendall(data)
         except (OSError, ValueError) as error:
             self._fail(self._lost(error))
+        except BaseException:
+            # Nobody knows how much of it was sent.
+            self.close()
+            raise
 
     def _receive(self, timeout_s: float, is_bounded: bool = False) -> bytes:
         """Return what the socket has, b"" when nothing came in time.

@@ -1,0 +1,115 @@
+"""The connections that Celery's code has in a child, once the handler of a signal has raised in the midst of their use.
+
+A reply that nobody has read would be taken for that of the next request, so they are exchanged at that moment: after a
+soft time limit, and after whatever handlers the application has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from signal import valid_signals
+from types import FrameType
+from typing import Any
+
+import celery
+from celery import _state
+from kombu import pools
+
+
+class Connections:
+    """Those of one process: result stores, broker connections, producers."""
+
+    def __init__(self, app: celery.Celery) -> None:
+        self._app = app
+        #: What closes connections that nobody gets any more.
+        self._old: list[Callable[[], object]] = []
+
+    @property
+    def has_old(self) -> bool:
+        """Return whether there is something to close."""
+        return bool(self._old)
+
+    def exchange(self) -> None:
+        """Have new connections made from now on. Safe between any two steps: it takes no lock and closes nothing."""
+        for group in (pools.producers, pools.connections):
+            self._old += [pool.force_close_all for pool in list(group.values())]
+            group.clear()
+        self._app._pool = None
+        amqp = vars(self._app).get("amqp")
+        if amqp is not None:
+            amqp._producer_pool = None
+        task = _state.get_current_task()
+        for backend in {id(each): each for each in (self._app._backend, task and task.backend) if each}.values():
+            self._exchange_of(backend)
+
+    def _exchange_of(self, backend: Any) -> None:
+        client = vars(backend).pop("client", None)
+        if (pool := getattr(client, "connection_pool", None)) is not None:  # Redis
+            self._old.append(pool.disconnect)
+        elif (close := getattr(client, "disconnect_all", None)) is not None:  # memcached
+            self._old.append(close)
+        sessions = getattr(backend, "session_manager", None) or _default_sessions(backend)
+        if sessions is not None:
+            self._old += [engine.dispose for engine in sessions._engines.values()]
+            sessions._engines, sessions._sessions = {}, {}
+        consumer: Any = getattr(backend, "result_consumer", None)
+        if getattr(consumer, "_pubsub", None) is not None or getattr(consumer, "_connection", None) is not None:
+            self._old.append(consumer.on_after_fork)
+
+    def close_old(self) -> None:
+        """Close what was exchanged."""
+        old, self._old = self._old, []
+        for close in old:
+            with contextlib.suppress(Exception):
+                close()
+
+
+def _default_sessions(backend: Any) -> Any:
+    """Return what holds the engines of a database in a Celery before 5.7; None for other stores."""
+    method = getattr(type(backend), "ResultSession", None)
+    return None if method is None else (method.__defaults__ or (None,))[0]
+
+
+def watch_handlers(on_raise: Callable[[], None]) -> None:
+    """Call ``on_raise`` when the handler of a signal raises, before the exception goes on; whoever sets it, and when.
+
+    Handlers are called by way of one of ours, which nobody gets to see.
+    """
+    # Where the functions of `signal` look for these at each call: some have imported those by name.
+    module: Any = sys.modules["_signal"]
+    set_handler, get_handler = module.signal, module.getsignal
+
+    def signal(signalnum: int, handler: Any) -> Any:
+        return _inside(set_handler(signalnum, _Watched(handler, on_raise) if callable(handler) else handler))
+
+    def getsignal(signalnum: int) -> Any:
+        return _inside(get_handler(signalnum))
+
+    module.signal, module.getsignal = signal, getsignal
+    for signum in valid_signals():
+        handler = get_handler(signum)
+        if callable(handler):
+            signal(signum, handler)
+
+
+class _Watched:
+    """A handler that tells when it raises."""
+
+    __slots__ = ("handler", "on_raise")
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any], on_raise: Callable[[], None]) -> None:
+        self.handler = handler
+        self.on_raise = on_raise
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        try:
+            self.handler(signum, frame)
+        except BaseException:
+            self.on_raise()
+            raise
+
+
+def _inside(handler: Any) -> Any:
+    return handler.handler if type(handler) is _Watched else handler

@@ -1,0 +1,94 @@
+"""A Celery application whose Redis connections pause between a request and its reply, for a signal to strike there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from typing import Any
+
+import redis.connection
+
+from tests.celery.proj.app import make_app
+
+app = make_app({**json.loads(os.environ.get("PROJ_SETTINGS", "{}")), "include": ()})
+
+#: The command behind which connections pause.
+_pausing = ""
+_pause_s = 20.0
+_send = redis.connection.Connection.send_command
+
+
+def _send_and_pause(self: Any, *args: Any, **options: Any) -> None:
+    _send(self, *args, **options)
+    if args[0] == _pausing:
+        time.sleep(_pause_s)
+
+
+redis.connection.Connection.send_command = _send_and_pause  # type: ignore[method-assign]
+
+
+class Struck(Exception):
+    """What the application's own alarm raises."""
+
+
+def _strike(*arguments: object) -> None:
+    raise Struck("by the alarm")
+
+
+@app.task(name="struck", bind=True)
+def struck(self: Any, where: str, by_alarm: bool, catches: bool) -> str:
+    """Be struck while a state is stored or a message is sent."""
+    global _pausing
+    before = signal.signal(signal.SIGALRM, _strike)
+    if by_alarm:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        if where == "store":
+            # Another command than the one that stores: its reply is no "OK".
+            _pausing = "GET"
+            self.backend.get_state(self.request.id)
+        else:
+            _pausing = "LPUSH"
+            app.send_task("echo", ["sent"], ignore_result=True, queue="nobody")
+    except Exception:
+        if not catches:
+            raise
+    finally:
+        _pausing = ""
+        signal.signal(signal.SIGALRM, before)
+    return "caught"
+
+
+@app.task(name="ends_in_time")
+def ends_in_time(command: str) -> str:
+    """Have the pause in the midst of what records this task's end."""
+    global _pausing, _pause_s
+    _pausing, _pause_s = command, 1.0
+    return command
+
+
+@app.task(name="reset")
+def reset() -> None:
+    """Have no pauses any more."""
+    global _pausing, _pause_s
+    _pausing, _pause_s = "", 20.0
+
+
+@app.task(name="collect")
+def collect(values: list[Any]) -> list[Any]:
+    return values
+
+
+@app.task(name="echo", bind=True)
+def echo(self: Any, number: int) -> list[Any]:
+    """Return what the task's own store and broker say by the child's connections."""
+    self.update_state(state="PROGRESS", meta={"number": number})
+    state = self.backend.get_task_meta(self.request.id, cache=False)
+    return [number, state["status"], state["result"]]
+
+
+@app.task(name="fail")
+def fail(number: int) -> None:
+    raise ValueError(number)
