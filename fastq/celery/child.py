@@ -36,6 +36,7 @@ from celery.utils.saferepr import saferepr
 
 from fastq.celery._request import faster, request_fields, to_context
 from fastq.celery.bodies import Bodies
+from fastq.celery.chords import free_claim, name_claims
 from fastq.celery.connections import Connections, watch_handlers
 from fastq.celery.hookpoints import is_genuine, touched
 from fastq.celery.replies import divert
@@ -167,6 +168,8 @@ class CeleryRunner:
             or (plan.stores_here and not _ignores(plan.task, request))
             or (self._deduplicates and call.redelivered)
         ):
+            if call.redelivered and embed.get("chord"):
+                free_claim(plan.task.backend, call.id, request["group"])
             self._trace(plan, call, args, kwargs, request)
         else:
             self._run(plan, call, args, kwargs, request)
@@ -507,6 +510,7 @@ class CeleryChildMain:
         self._options = options
         self._runner = CeleryRunner(app, options, results)
         self._runner.prepare()
+        name_claims()
 
     def __call__(self, sock: int, shared: int, slot: int) -> int:
         """Run calls until the main process says stop or goes away; returns the exit code."""

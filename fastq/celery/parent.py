@@ -25,6 +25,7 @@ from kombu.exceptions import ContentDisallowed
 
 from fastq._child import Child
 from fastq._core import Core
+from fastq.celery.chords import end_part, free_claim
 from fastq.celery.consumer import Heart, Pool, Worker
 from fastq.celery.requests import message_of, modern_form, request_of
 from fastq.celery.strategies import Strategies
@@ -248,6 +249,7 @@ class CeleryHooks(Hooks):
             on_ack=lambda *_: verdicts.append(_ACK),
             on_reject=lambda _logger, _errors, requeue=False: verdicts.append(_REQUEUE if requeue else _REJECT),
         )
+        free_claim(request.task.backend, request.id, request.group)
         if kind in ("expired", "revoked"):
             self.log_revoked(request.name, request.id)
             request._announce_revoked(kind, False, None, kind == "expired")
@@ -260,6 +262,7 @@ class CeleryHooks(Hooks):
             request.on_failure(pickle.loads(detail), return_ok=True)  # noqa: S301  a child of ours has written it
         else:
             request.on_failure(_lost(detail))
+            end_part(request)
 
     def _unknown(self, found: dict[str, Any], name: str, task_id: str) -> None:
         self._log.unregistered(name, task_id)
