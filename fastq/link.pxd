@@ -131,6 +131,7 @@ cdef class AmqpLink(Source):
     cdef uint64_t confirmed_to
     cdef dict unconfirmed
 
+    cdef int let_go(self) except -1
     cdef int parse(self) except -1
     cdef int moderate(self, Py_ssize_t count) except -1
     cdef int on_frame(self, uint8_t kind, uint16_t channel, const uint8_t *p, Py_ssize_t size) except -1

@@ -174,6 +174,7 @@ cdef class AmqpLink(Source):
         if self.on_lost is not None:
             on_lost, self.on_lost = self.on_lost, None
             on_lost(exc)
+        self.let_go()
 
     def pause_writing(self) -> None:
         pass
@@ -181,10 +182,19 @@ cdef class AmqpLink(Source):
     def resume_writing(self) -> None:
         pass
 
+    cdef int let_go(self) except -1:
+        """Keep nothing of the connection but what was not confirmed: the collector, which would find the cycles, is rarely asked."""
+        self.on_method = self.on_returned = self.on_unknown_queue = self.postpone = None
+        self.transport = self.write_bytes = self.view = None
+        self.buffer = bytearray()
+        return 0
+
     # --- for the cold half
 
     def write(self, bytes data) -> None:
-        """Send bytes that are frames already."""
+        """Send bytes that are frames already; nothing when the connection is gone."""
+        if self.dead:
+            return
         if self.out.size:
             self.write_out()
         self.sent_at = monotonic_ns() * 1e-9
@@ -202,6 +212,8 @@ cdef class AmqpLink(Source):
         self.dead = True
         if self.transport is not None:
             self.transport.abort()
+        else:
+            self.let_go()
 
     def fail(self, error: Exception) -> None:
         """End the connection because of ``error``."""
@@ -482,8 +494,7 @@ cdef class AmqpLink(Source):
         if self.dead:
             self.owing.clear()
             self.owed_count = 0
-            self.out.size = 0
-            return 0
+            return self.write_out()
         # Half the window is the latest moment that keeps the broker sending.
         if self.owed_count and (now or self.owed_count >= 64 or (self.window and 2 * self.owed_count >= self.window)):
             self.write_acks()
@@ -492,6 +503,9 @@ cdef class AmqpLink(Source):
         return 0
 
     cdef int write_out(self) except -1:
+        if self.dead:
+            self.out.size = 0
+            return 0
         self.sent_at = monotonic_ns() * 1e-9
         self.write_bytes(self.out.take())
         return 0

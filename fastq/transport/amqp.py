@@ -84,7 +84,7 @@ class AmqpConnection:
     async def _connect(self) -> None:
         tls = self.url.tls
         try:
-            await self._loop.create_connection(
+            transport, _ = await self._loop.create_connection(
                 lambda: cast("Any", self.link),
                 self.url.host,
                 self.url.port,
@@ -95,7 +95,7 @@ class AmqpConnection:
             raise tls_failed(self.url, error) from None
         except OSError as error:
             raise (tls_failed if tls and isinstance(error, ConnectionError) else unreachable)(self.url, error) from None
-        tune_transport(self.link.transport)
+        tune_transport(transport)
         self.link.write(PROTOCOL_HEADER)
         if (failure := await self._opened) is not None:
             raise failure
@@ -223,6 +223,9 @@ class AmqpConnection:
         if not self.lost.done():
             self.lost.set_result(error)
         self._fail_waiting(error, None)
+        # Nobody is told of anything any more, and nothing that is kept refers to itself.
+        self.on_cancelled = lambda tag: None
+        self.is_vital = lambda channel: False
 
     def _fail_waiting(self, error: Exception, channel: int | None) -> None:
         for (each, _), answers in self._waiting.items():
