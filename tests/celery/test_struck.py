@@ -59,3 +59,15 @@ def test_the_limit_does_not_strike_where_the_end_of_a_task_is_recorded(stage: Ce
     finally:
         stage.get(client.send_task("reset"))
     assert stage.get(client.send_task("echo", [1])) == [1, "PROGRESS", {"number": 1}]
+
+
+@pytest.mark.redis
+def test_what_strikes_when_a_call_has_been_answered_ends_the_child_and_no_call(stage: CeleryStage) -> None:
+    [pid] = stage.worker.children()
+    call = stage.client.send_task("struck_late")
+    assert stage.get(call) == "answered"
+    assert stage.get(stage.client.send_task("echo", [1])) == [1, "PROGRESS", {"number": 1}]
+    stage.until(lambda: stage.worker.children() not in ([pid], []), "another child")
+    assert stage.client.AsyncResult(call.id).result == "answered"
+    assert " was due" not in stage.worker.log()
+    stage.worker.wait_for_log(r"exited with 'exitcode 70'")

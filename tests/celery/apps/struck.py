@@ -10,6 +10,8 @@ from typing import Any
 
 import redis.connection
 
+from fastq.celery.child import CeleryRunner
+from fastq.wire.message import Call
 from tests.celery.proj.app import make_app
 
 app = make_app({**json.loads(os.environ.get("PROJ_SETTINGS", "{}")), "include": ()})
@@ -87,6 +89,24 @@ def echo(self: Any, number: int) -> list[Any]:
     self.update_state(state="PROGRESS", meta={"number": number})
     state = self.backend.get_task_meta(self.request.id, cache=False)
     return [number, state["status"], state["result"]]
+
+
+@app.task(name="struck_late")
+def struck_late() -> str:
+    return "answered"
+
+
+_finish = CeleryRunner._finish
+
+
+def _finish_and_strike(self: CeleryRunner, call: Call, *arguments: Any) -> None:
+    """Be struck when the call's end has been reported."""
+    _finish(self, call, *arguments)
+    if call.name == "struck_late":
+        raise Struck("late")
+
+
+CeleryRunner._finish = _finish_and_strike  # type: ignore[method-assign]
 
 
 @app.task(name="fail")

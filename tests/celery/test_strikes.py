@@ -1,0 +1,110 @@
+"""Limits and alarms that strike while a child sends, stores or ends a call: each call has one end all the same.
+
+FASTQ_TEST_STRIKES=10000 makes that many calls of each kind, instead of what takes some ten seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from celery.exceptions import TimeoutError as NoResult
+
+from tests.celery.conftest import _marks
+from tests.celery.stage import CeleryStage, Servers, opened
+
+CALLS = int(os.environ.get("FASTQ_TEST_STRIKES", "60"))
+APPS = {"celery": "tests.celery.apps.strikes", "fastq": "tests.celery.apps.strikes_fastq"}
+POOLS = ("prefork",)
+KINDS = [
+    pytest.param((pool, application, broker, backend), id=f"{pool}-{application}-{broker}-{backend}",
+                 marks=_marks(broker, backend))
+    for pool in POOLS
+    for application, broker, backend in (
+        ("fastq", "redis", "redis"), ("fastq", "amqp", "rpc"),
+        ("celery", "redis", "redis"), ("celery", "amqp", "rpc"), ("celery", "amqp", "database"),
+    )
+]  # fmt: skip
+SIZES = (0, 0, 100, 3_000, 40_000, 130_000, 140_000, 300_000, 1_000_000, 4_000_000)
+#: Calls on the way at a time: a caller's memory and broker hold what is drawn.
+AT_A_TIME = 50
+#: kombu makes an EncodeError of whatever is raised while it encodes.
+ENDS = {"SoftTimeLimitExceeded", "Struck", "WorkerLostError", "EncodeError"}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> tuple[Any, ...]:
+    return tuple(request.param)
+
+
+@pytest.fixture
+def stage(kind: tuple[Any, ...], servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CeleryStage]:
+    pool, application, broker, backend = kind
+    with opened(servers, tmp_path_factory, "fastq", broker, backend) as stage:
+        stage.start_worker("-c", "4", "-P", pool, app=APPS[application], log_level="WARNING", await_ready=False)
+        yield stage
+
+
+def drawn(draw: random.Random, number: int, backend: str) -> dict[str, Any]:
+    """Return the arguments and options of one call."""
+    # 300 states fill the ring; to a database file they are 300 transactions.
+    weights = (4, 0 if backend == "database" else 1, 4)
+    steps = draw.choices(("state", "states", "send"), weights=weights, k=draw.randrange(4))
+    at_s = 10 ** draw.uniform(-3.5, -0.7)
+    way = draw.choice(("none", "limit", "limit", "alarm", "loose"))
+    return {
+        "args": [number, draw.choice(SIZES), steps, at_s if way in ("alarm", "loose") else 0, way == "loose",
+                 draw.random() < 0.3],
+        "soft_time_limit": at_s if way == "limit" else None,
+    }  # fmt: skip
+
+
+@pytest.mark.timeout(180 + CALLS)
+def test_every_call_has_one_end_whatever_strikes_when(stage: CeleryStage, kind: tuple[Any, ...]) -> None:
+    seed = int(os.environ.get("FASTQ_TEST_SEED", random.randrange(2**32)))
+    print(f"FASTQ_TEST_SEED={seed} FASTQ_TEST_STRIKES={CALLS}")
+    draw = random.Random(seed)
+    ends: Counter[str] = Counter()
+    wrong: list[str] = []
+    for first in range(0, CALLS, AT_A_TIME):
+        calls = []
+        for number in range(first, min(first + AT_A_TIME, CALLS)):
+            options = drawn(draw, number, kind[3])
+            if kind[1] == "celery" and draw.random() < 0.3:
+                options["link"] = stage.client.signature("follow")
+            calls.append((number, options, stage.client.send_task("work", **options)))
+        for number, options, result in calls:
+            end = end_of(stage, result, number, options["args"][1])
+            ends[end] += 1
+            if end != "SUCCESS" and end not in ENDS:
+                wrong.append(f"{number} {options} {result.id}: {end}")
+    print(kind, dict(ends))
+    assert not wrong, "\n".join([*wrong[:20], stage.logs()])
+    # Loose alarms, which end children too, have struck by now.
+    assert stage.client.send_task("work", [CALLS, 10, [], 0, False, False], retry=False).get(30) == [CALLS, "r" * 10]
+    sent = Counter(note["number"] for note in stage.notes("sent"))
+    stage.until(
+        lambda: sent <= Counter(note["number"] for note in stage.notes("followed")),
+        "what tasks have sent has run",
+        60,
+    )
+    stage.wait_for_empty(timeout_s=30)
+    log = stage.worker.log()
+    assert "damaged" not in log, stage.logs()
+    assert " was due" not in log, stage.logs()
+    assert stage.worker.stop(30) == 0, stage.logs()
+
+
+def end_of(stage: CeleryStage, result: Any, number: int, size: int) -> str:
+    """Return how a call has ended: SUCCESS with the right value, the error's name, or what is wrong."""
+    try:
+        value = result.get(60, propagate=False, disable_sync_subtasks=False)
+    except NoResult:
+        return "no end"
+    if isinstance(value, BaseException):
+        return type(value).__name__
+    return "SUCCESS" if value == [number, "r" * size] else f"wrong value {value!r:.100}"
