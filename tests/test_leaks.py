@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +20,7 @@ from fastq.transport import open_consumer, open_saver
 from fastq.transport.bus import open_bus
 from fastq.worker.clock import LamportClock
 from tests.faults import FaultProxy
+from tests.loop import Running, run_loop
 
 MIB = 1 << 20
 TIMES, BEFORE = 25, 5
@@ -126,3 +129,25 @@ def test_a_connection_that_is_refused_leaves_nothing_behind(
     grown = grown_by(lose)
     print(f"{make.__name__}: {grown:.1f} MiB after {TIMES} refusals")
     assert grown < 2.5
+
+
+def test_a_child_that_has_ended_leaves_nothing_behind(no_collector: None) -> None:
+    children = 40
+    counts: list[tuple[int, int]] = []
+
+    async def body(running: Running) -> None:
+        for end in ("noop", "die") * (children // 2):
+            tag = running.broker.put(end)
+            await running.broker.until(lambda tag=tag: running.broker.verdict(tag) is not None)
+            counts.append(held_memory())
+
+    run_loop(body, max_tasks_per_child=1, max_child_deaths=1, timeout_s=60)
+    # Five: the child, its replacement, those that are ending, and the memory in which nobody writes.
+    assert max(mapped for mapped, _ in counts[5:]) <= 5, counts
+    assert max(opened for _, opened in counts) - min(opened for _, opened in counts[:5]) <= 12, counts
+
+
+def held_memory() -> tuple[int, int]:
+    """Return how many memories that are shared with children are mapped here, and how many descriptors are open."""
+    maps = Path("/proc/self/maps").read_text()
+    return maps.count("memfd:fastq-"), len(os.listdir("/proc/self/fd"))
