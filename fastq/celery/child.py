@@ -56,8 +56,10 @@ _FOR_HOOKS = 2  # FLAG_FOR_HOOKS
 
 #: How soon it is looked again whether a task runs that its soft limit is to end.
 _AGAIN_S = 0.01
-#: Modules whose functions the tracer calls besides the task.
-_TRACERS_OWN = ("celery.app.trace", "celery.backends.", "celery.loaders.", "celery.utils.", "logging")
+#: Modules whose functions the tracer calls besides the task, and the names by which it calls that through one of them.
+_TRACERS_OWN = ("celery._state", "celery.app.task", "celery.app.trace", "celery.backends.", "celery.loaders.",
+                "celery.utils.", "logging")  # fmt: skip
+_CALLS_OF_TASKS = ("__call__", "__protected_call__")
 
 #: What monitors are told of a message that is put back into its queue.
 _REQUEUED: Mapping[str, Any] = {"requeue": True}
@@ -177,6 +179,9 @@ class CeleryRunner:
     def _internal_error(self, task: Any, call: Call, fields: dict[str, Any], error: Exception) -> None:
         """What is around a task has failed, its result store for one: tell, and record a failure if that can be."""
         trace._signal_internal_error(task, call.id, fields["args"], fields["kwargs"], fields, error)
+        self._record_internal(task, call, fields, error)
+
+    def _record_internal(self, task: Any, call: Call, fields: dict[str, Any], error: Exception) -> None:
         logger.error("Task %s[%s] met an internal error: %r\n%s", call.name, call.id, error, format_exc())
         with contextlib.suppress(Exception):
             TraceInfo(FAILURE, error).handle_error_state(task, to_context(fields), eager=False)
@@ -315,6 +320,10 @@ class CeleryRunner:
         else:
             outcome = task.__trace__(call.id, args, kwargs, fields)
         value, info, _, text = outcome
+        if not info and isinstance(value, ExceptionInfo):
+            # It was struck before it had a request, and has stored nothing.
+            self._record_internal(task, call, fields, value.exception)
+            return
         if not info:
             meta = self._unaddressed_meta(call, task, fields, SUCCESS, value, None)
             self._finish(call, SUCCESS, meta, {"result": text}, False)
@@ -434,7 +443,8 @@ def _is_tracing(frame: FrameType | None) -> bool:
         if frame.f_code.co_name == "trace_task" and frame.f_globals is vars(trace):
             if inner is None or frame.f_locals.get("state") is not None:
                 return True
-            return str(inner.f_globals.get("__name__")).startswith(_TRACERS_OWN)
+            is_own = str(inner.f_globals.get("__name__")).startswith(_TRACERS_OWN)
+            return is_own and inner.f_code.co_name not in _CALLS_OF_TASKS
         inner, frame = frame, frame.f_back
     return False
 

@@ -7,8 +7,10 @@ soft time limit, and after whatever handlers the application has.
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from signal import valid_signals
 from types import FrameType
 from typing import Any
@@ -32,9 +34,12 @@ class Connections:
         return bool(self._old)
 
     def exchange(self) -> None:
-        """Have new connections made from now on. Safe between any two steps: it takes no lock and closes nothing."""
+        """Have new connections made from now on. Safe between any two steps: it takes no lock and closes no object."""
+        for pool in list(pools.connections.values()):
+            for connection in pool._dirty.copy():
+                _hang_up(connection)
         for group in (pools.producers, pools.connections):
-            self._old += [pool.force_close_all for pool in list(group.values())]
+            self._old += [partial(_close_pool, pool) for pool in list(group.values())]
             group.clear()
         self._app._pool = None
         amqp = vars(self._app).get("amqp")
@@ -56,7 +61,7 @@ class Connections:
             sessions._engines, sessions._sessions = {}, {}
         consumer: Any = getattr(backend, "result_consumer", None)
         if getattr(consumer, "_pubsub", None) is not None or getattr(consumer, "_connection", None) is not None:
-            self._old.append(consumer.on_after_fork)
+            self._old += [partial(_hang_up, getattr(consumer, "_connection", None)), consumer.on_after_fork]
 
     def close_old(self) -> None:
         """Close what was exchanged."""
@@ -64,6 +69,19 @@ class Connections:
         for close in old:
             with contextlib.suppress(Exception):
                 close()
+
+
+def _close_pool(pool: Any) -> None:
+    for resource in [*pool._dirty, *pool._resource.queue]:
+        _hang_up(resource)
+    pool.force_close_all()
+
+
+def _hang_up(connection: Any) -> None:
+    """End kombu's connection if it speaks AMQP: with half a frame sent, a goodbye would never be answered."""
+    transport: Any = getattr(getattr(connection, "_connection", None), "_transport", None)
+    with contextlib.suppress(OSError, AttributeError):  # one that is not open
+        transport.sock.shutdown(socket.SHUT_RDWR)
 
 
 def _default_sessions(backend: Any) -> Any:

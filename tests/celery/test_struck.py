@@ -71,3 +71,18 @@ def test_what_strikes_when_a_call_has_been_answered_ends_the_child_and_no_call(s
     assert stage.client.AsyncResult(call.id).result == "answered"
     assert " was due" not in stage.worker.log()
     stage.worker.wait_for_log(r"exited with 'exitcode 70'")
+
+
+@pytest.mark.redis
+@pytest.mark.rabbitmq
+@pytest.mark.parametrize("by_alarm", [False, True], ids=["limit", "alarm"])
+def test_a_connection_that_waits_for_the_rest_of_a_message_is_closed_at_once(
+    servers: Servers, tmp_path_factory: pytest.TempPathFactory, by_alarm: bool
+) -> None:
+    with opened(servers, tmp_path_factory, "fastq", "amqp", "redis") as stage:
+        stage.start_worker("-c", "1", app=APP)
+        call = stage.client.send_task("struck", ["half", by_alarm, False], soft_time_limit=None if by_alarm else 1)
+        assert type(stage.error(call)).__name__ == ("Struck" if by_alarm else "SoftTimeLimitExceeded")
+        for number in range(3):
+            assert stage.get(stage.client.send_task("echo", [number])) == [number, "PROGRESS", {"number": number}]
+        assert stage.worker.stop() == 0

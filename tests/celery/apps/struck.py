@@ -8,6 +8,7 @@ import signal
 import time
 from typing import Any
 
+import amqp.transport
 import redis.connection
 
 from fastq.celery.child import CeleryRunner
@@ -31,6 +32,21 @@ def _send_and_pause(self: Any, *args: Any, **options: Any) -> None:
 redis.connection.Connection.send_command = _send_and_pause  # type: ignore[method-assign]
 
 
+_write = amqp.transport._AbstractTransport.write
+
+
+def _write_half(self: Any, data: bytes) -> None:
+    global _pausing
+    if _pausing == "half":
+        _pausing = ""
+        _write(self, data[: len(data) // 2])
+        time.sleep(_pause_s)
+    _write(self, data)
+
+
+amqp.transport._AbstractTransport.write = _write_half
+
+
 class Struck(Exception):
     """What the application's own alarm raises."""
 
@@ -52,7 +68,8 @@ def struck(self: Any, where: str, by_alarm: bool, catches: bool) -> str:
             _pausing = "GET"
             self.backend.get_state(self.request.id)
         else:
-            _pausing = "LPUSH"
+            app.send_task("echo", ["first"], ignore_result=True, queue="nobody")
+            _pausing = "half" if where == "half" else "LPUSH"
             app.send_task("echo", ["sent"], ignore_result=True, queue="nobody")
     except Exception:
         if not catches:
