@@ -200,3 +200,23 @@ def test_a_bad_answer_once_the_worker_had_been_connected_is_not_its_end(
     assert name not in target.broker.replies
     assert target.worker.exit_code is None
     assert "Traceback" not in log
+
+
+def test_a_flood_of_notices_that_it_blocks_publishers_is_one_line_a_while(start: Callable[..., Target]) -> None:
+    target = start([])
+    target.worker.wait_for_log("ready\\.", 15)
+    blocked, unblocked = method("connection.blocked", reason="short of memory"), method("connection.unblocked")
+    before = memory_of(target.worker.pid, "VmRSS")
+    target.broker.send_all(blocked * 20_000)
+    target.worker.wait_for_log("blocks publishers", 10)
+    target.broker.send_all((unblocked + blocked) * 20_000 + unblocked)
+    # What is said last is how it is.
+    target.worker.wait_for_log("takes messages again", 30)
+    log = target.worker.log()
+    lines = [line for line in log.splitlines() if "blocks publishers" in line or "takes messages again" in line]
+    print("\n".join(lines))
+    # Three connections, each with two changes to tell.
+    assert len(lines) <= 3 * 3
+    assert memory_of(target.worker.pid, "VmHWM") - before < GROWTH
+    assert target.worker.exit_code is None
+    assert LOST not in log

@@ -10,6 +10,7 @@ import ssl
 import time
 from collections.abc import Sequence
 
+from fastq.amqp.addresses import connect_first
 from fastq.amqp.url import AmqpUrl, tls_context
 from fastq.errors import ConnectionLost, FastqError, SettingsError
 
@@ -17,7 +18,7 @@ from fastq.errors import ConnectionLost, FastqError, SettingsError
 def connect_socket(url: AmqpUrl, deadline: float) -> socket.socket:
     """Return a connected socket, with TLS where the URL says so. Raises ConnectionLost or SettingsError."""
     try:
-        sock = socket.create_connection((url.host, url.port), timeout=max(deadline - time.monotonic(), 0.1))
+        sock = connect_first(url.host, url.port, max(deadline - time.monotonic(), 0.1))
     except OSError as error:
         raise unreachable(url, error) from None
     tune_socket(sock)

@@ -10,7 +10,7 @@ import functools
 import logging
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
@@ -141,12 +141,22 @@ def unusable(text: str, reason: str) -> SettingsError:
 
 
 def parse_query(text: str, parts: SplitResult) -> dict[str, str]:
-    """Return the URL's parameters. Raises SettingsError for one that nobody reads."""
+    """Return the URL's parameters. One that nobody reads is ignored with a warning."""
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     known = {*OTHER_NAMES, *TLS_NAMES, *(f"ssl_{name}" for name in TLS_NAMES), *TLS_IGNORED}
-    if unknown := sorted(set(query) - known):
-        raise unusable(text, f"unknown parameter {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    return query
+    for name in sorted(set(query) - known):
+        warn_ignored(f"broker URL {mask_one(text)}", "parameter", name, known)
+    return {name: value for name, value in query.items() if name in known}
+
+
+def warn_ignored(where: str, kind: str, name: str, known: Iterable[str]) -> None:
+    """Log, once, that an option is not known and changes nothing."""
+    _warn_once(f"{where}: unknown {kind} {name!r} is ignored; known: {', '.join(sorted(known))}")
+
+
+@functools.lru_cache(maxsize=256)
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def parse_mechanism(text: str, value: str | None) -> str | None:
@@ -168,14 +178,15 @@ def parse_seconds(text: str, value: str | None) -> float | None:
 
 
 def parse_tls(text: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the TLS options among ``options`` by TlsOptions' names. Raises SettingsError for an unknown one."""
+    """Return the TLS options among ``options`` by TlsOptions' names; an unknown one is ignored with a warning."""
     found: dict[str, Any] = {}
     for name, value in options.items():
         short = name.removeprefix("ssl_")
         if name in TLS_IGNORED or name in OTHER_NAMES:
             continue
         if short not in TLS_NAMES:
-            raise unusable(text, f"unknown TLS option {name!r}; known: {', '.join(sorted(TLS_NAMES))}")
+            warn_ignored(f"broker_use_ssl or {mask_one(text)}", "TLS option", name, TLS_NAMES)
+            continue
         if short in ("cert_reqs", "verify"):
             found["insecure"] = found.get("insecure", False) or means_unchecked(value)
         elif short == "insecure":

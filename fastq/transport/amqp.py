@@ -11,12 +11,12 @@ import itertools
 import logging
 import os
 import socket
-import ssl
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from fastq.amqp.addresses import connect_first_on
 from fastq.amqp.delays import DelayQueues
 from fastq.amqp.handshake import Handshake, closed_early, frame
 from fastq.amqp.native_delays import binding_steps, delay_steps
@@ -26,6 +26,7 @@ from fastq.amqp.topology import QueueSpec, Topology
 from fastq.amqp.url import AmqpUrl, Endpoints, tls_context
 from fastq.errors import ConnectionLost, FastqError, RemoteProtocolError, SettingsError
 from fastq.link import AmqpLink
+from fastq.transport.notices import Notices
 from fastq.transport.task_queues import TaskQueues
 from fastq.wire.amqp import METHODS, decode_method
 from fastq.wire.frames import HEARTBEAT, PROTOCOL_HEADER
@@ -64,6 +65,7 @@ class AmqpConnection:
         self._open_channels: set[int] = set()
         self._declaring = asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
+        self._notices = Notices(url, self._loop)
         self._handshake = Handshake(url, heartbeat_s, f"fastq {purpose} {os.getpid()}@{socket.gethostname()}")
         self._heartbeat_s: float = self._handshake.heartbeat_s
 
@@ -84,17 +86,18 @@ class AmqpConnection:
     async def _connect(self) -> None:
         tls = self.url.tls
         try:
+            sock = await connect_first_on(self._loop, self.url.host, self.url.port)
+        except OSError as error:
+            raise unreachable(self.url, error) from None
+        try:
             transport, _ = await self._loop.create_connection(
                 lambda: cast("Any", self.link),
-                self.url.host,
-                self.url.port,
+                sock=sock,
                 ssl=tls_context(tls) if tls else None,
                 server_hostname=(tls.server_name or self.url.host) if tls else None,
             )
-        except ssl.SSLError as error:
-            raise tls_failed(self.url, error) from None
         except OSError as error:
-            raise (tls_failed if tls and isinstance(error, ConnectionError) else unreachable)(self.url, error) from None
+            raise (tls_failed if tls else unreachable)(self.url, error) from None
         tune_transport(transport)
         self.link.write(PROTOCOL_HEADER)
         if (failure := await self._opened) is not None:
@@ -173,10 +176,10 @@ class AmqpConnection:
             raise refusal(self.url, fields)
         if name == "connection.blocked":
             self.blocked = str(fields["reason"])
-            logger.warning("RabbitMQ at %s blocks publishers: %s. What tasks send waits", self.url, self.blocked)
+            self._notices.tell(self.blocked)
         elif name == "connection.unblocked":
             self.blocked = None
-            logger.warning("RabbitMQ at %s takes messages again", self.url)
+            self._notices.tell(None)
         elif name == "connection.close-ok":
             raise ConnectionLost(f"the connection to {self.url} was closed")
 
@@ -216,6 +219,7 @@ class AmqpConnection:
         """End the connection; everybody who waits for something on it gets ``error``."""
         if self._timer is not None:
             self._timer.cancel()
+        self._notices.close()
         self.link.on_lost = None
         self.link.abort()
         if not self._opened.done():
