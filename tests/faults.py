@@ -97,6 +97,10 @@ class FaultProxy:
         """Reset new connections at once: a port where nothing answers."""
         self._call(lambda: setattr(self, "_refusing", refusing))
 
+    def altered(self, direction: Direction, chunk: bytes) -> bytes:
+        """Return what is forwarded instead of a chunk; for a proxy that means harm."""
+        return chunk
+
     # -- inside, on the proxy's thread
 
     def _call(self, function: Callable[[], T]) -> T:
@@ -158,6 +162,7 @@ class FaultProxy:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             while chunk := await reader.read(CHUNK_BYTES):
                 await self._delay(direction)
+                chunk = self.altered(direction, chunk)
                 limit = self._cut_after[direction]
                 if limit is not None and len(chunk) > limit:
                     writer.write(chunk[:limit])

@@ -1,4 +1,7 @@
-"""A broker that means harm: it speaks as much AMQP as a worker needs to start consuming, then sends what it is told.
+"""Brokers that mean harm.
+
+``HostileBroker`` speaks as much AMQP as a worker needs to start consuming, then sends what it is told. ``HostileRedis``
+stands before a real Redis and spoils its replies.
 
 Blocking sockets, a thread for each connection. Every rule it keeps it keeps by ``fastq.wire``; what it breaks, the test
 has spelled out in bytes.
@@ -6,6 +9,7 @@ has spelled out in bytes.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import struct
@@ -16,6 +20,7 @@ from typing import Any
 
 from fastq.wire.amqp import METHODS, decode_method, encode_method
 from fastq.wire.frames import PROTOCOL_HEADER, FrameReader, method_frame
+from tests.faults import Direction, FaultProxy
 
 FRAME_METHOD, FRAME_HEADER, FRAME_BODY = 1, 2, 3
 TIMEOUT_S = 20.0
@@ -94,6 +99,12 @@ class HostileBroker:
         """Where it is."""
         return f"amqp://guest:guest@127.0.0.1:{self.port}//"
 
+    def send_all(self, data: bytes) -> None:
+        """Send bytes on every connection that stands."""
+        for each in list(self._sockets):
+            with contextlib.suppress(OSError):
+                each.sendall(data)
+
     def drop_connections(self) -> None:
         """Close every connection without a word."""
         for each in self._sockets:
@@ -160,6 +171,35 @@ class Peer:
 
     socket: socket.socket
     brings_tasks: bool = True  # until it has said what it is for
+
+
+class HostileRedis(FaultProxy):
+    """A proxy before a real Redis. ``spoil`` gets each piece of replies and returns what the client is sent instead."""
+
+    spoil: Callable[[bytes], bytes] | None = None
+
+    def altered(self, direction: Direction, chunk: bytes) -> bytes:
+        return self.spoil(chunk) if self.spoil is not None and direction == "to_client" else chunk
+
+    def flood(self, head: bytes, piece: bytes, total: int) -> list[int]:
+        """Send a head and then a piece again and again, at most ``total`` bytes, on one connection after the other.
+
+        Returns how many were taken before the client closed it.
+        """
+        return asyncio.run_coroutine_threadsafe(self._flood(head, piece, total), self._loop).result(60)
+
+    async def _flood(self, head: bytes, piece: bytes, total: int) -> list[int]:
+        taken = []
+        for pair in list(self._pairs):
+            sent = 0
+            with contextlib.suppress(OSError, RuntimeError):  # closed meanwhile, by either side
+                pair.client.write(head)
+                while sent < total and not pair.client.is_closing():
+                    pair.client.write(piece)
+                    await pair.client.drain()
+                    sent += len(piece)
+            taken.append(sent)
+        return taken
 
 
 def _receive_exactly(connection: socket.socket, size: int) -> bytes:

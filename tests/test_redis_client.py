@@ -106,20 +106,28 @@ def test_what_the_url_of_results_leaves_out_comes_from_settings() -> None:
         ("http://h", {}, "unknown scheme 'http'"),
         ("redis://h/x", {}, "database 'x' is not a number"),
         ("redis://h:port", {}, "port"),
-        ("redis://h?nonsense=1", {}, "unknown parameter 'nonsense'"),
         ("redis://h?credential_provider=a.B", {}, "name username and password"),
         ("redis://h?ssl_cert_reqs=none", {}, "write rediss://"),
         ("redis+socket://", {}, "path is missing"),
         ("redis://:secret#x@h", {}, "special characters"),
         ("", {}, "broker_url is empty"),
         ("sentinel://h", {}, "'master_name'"),
-        ("redis://h", {"broker_use_ssl": {"ssl_nonsense": 1}}, r"broker_use_ssl: unknown TLS option 'ssl_nonsense'"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_remedy(text: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message) as caught:
         parse(text, **settings)
     assert "secret" not in str(caught.value)
+
+
+def test_what_nobody_reads_is_ignored_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        url = parse("redis://:secret@h?nonsense=1&lib_name=proj", broker_use_ssl={"ssl_validate_ocsp": False})
+    assert url == RedisUrl("h", password="secret", tls=TlsOptions())
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "unknown parameter 'nonsense' is ignored" in caplog.text
+    assert "broker_use_ssl: unknown TLS option 'ssl_validate_ocsp' is ignored" in caplog.text
+    assert "secret" not in caplog.text
 
 
 def test_secrets_are_not_shown() -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -883,6 +884,114 @@ def test_large_messages_come_a_few_at_a_time(url: str, publisher: Publisher, con
 
 
 # --- what can go wrong ------------------------------------------------------------------------------------------------
+
+
+def test_scripts_that_the_server_has_forgotten_are_sent_again_on_the_same_connection(
+    publisher: Publisher, client: Client, consume: Callable[..., Consuming], short_leases: None
+) -> None:
+    """All of them, each as the first one that is asked for."""
+    consumer = consume()
+
+    def forget() -> None:
+        client.script_flush("SYNC")
+
+    forget()
+    publisher.publish([message(n) for n in range(5)])
+    rows = {row[3]: row[0] for row in consumer.rows(5)}  # CLAIM
+    forget()
+    consumer.settle(ACK, rows[b"0"])  # SETTLE
+    consumer.fence()
+    assert client.hlen("unacked") == client.zcard("unacked_index") == 4
+    forget()
+    consumer.settle(REJECT, rows[b"1"])  # READ and MOVE
+    consumer.fence()
+    assert client.llen("celery.dead") == 1
+    forget()
+    consumer.publish((1, postponed(consumer, (rows[b"2"],), time.time() - 1)))  # POSTPONE
+    consumer.stored(1)
+    assert client.zcard("celery.delayed") == 1
+    forget()
+    consumer.run(consumer.consumer._bring_back())  # BRING_BACK
+    assert client.exists("celery.delayed") == 0
+    owner = consumer.consumer.source.owner
+    forget()
+    until = client.zscore("unacked_index.leases", owner)
+    assert within(TIMEOUT_S, lambda: client.zscore("unacked_index.leases", owner) > until)  # RENEW
+    forget()
+    consumer.run(consumer.consumer.cancel())
+    forget()
+    consumer.settle(RETURN, rows[b"3"], rows[b"4"])
+    consumer.run(consumer.consumer.settled())
+    assert not consumer.consumer.lost.done()
+    assert client.llen("celery") + client.hlen("unacked") == 3
+
+
+def test_what_arrives_by_a_forgotten_script_has_arrived_when_it_is_cancelled(
+    publisher: Publisher, client: Client, consume: Callable[..., Consuming]
+) -> None:
+    consumer = consume()
+    client.script_flush("SYNC")
+    publisher.publish([message(1)])
+    consumer.run(consumer.consumer.cancel())
+    count = len(consumer.record.rows)
+    publisher.publish([message(2)])
+    time.sleep(0.3)
+    assert len(consumer.record.rows) == count
+    assert client.llen("celery") == 2 - count
+
+
+def test_a_settle_that_is_refused_for_now_is_told_again(
+    publisher: Publisher, client: Client, consume: Callable[..., Consuming], caplog: pytest.LogCaptureFixture
+) -> None:
+    publisher.publish([message(n) for n in range(1200)])
+    consumer = consume(window=2000)
+    rows = consumer.rows(1200)
+    # A key of another type stands for whatever Redis may answer with.
+    client.rename("unacked", "kept")
+    client.set("unacked", "no hash")
+    consumer.settle(ACK, *(row[0] for row in rows))
+    assert within(TIMEOUT_S, lambda: "cannot be settled for now" in caplog.text)
+    client.rename("kept", "unacked")
+    assert within(TIMEOUT_S, lambda: client.hlen("unacked") == 0)
+    assert within(TIMEOUT_S, lambda: client.zcard("unacked_index") == 0)
+    assert not consumer.consumer.lost.done()
+
+
+def test_a_server_that_is_busy_with_a_script_is_waited_for(
+    url: str, publisher: Publisher, client: Client, consume: Callable[..., Consuming], short_leases: None
+) -> None:
+    publisher.publish([message(n) for n in range(20)])
+    consumer = consume(window=10)
+    rows = consumer.rows(10)
+    client.config_set("busy-reply-threshold", 50)
+    try:
+        with redis_py.Redis.from_url(url) as other:
+            spinning = threading.Thread(target=spin, args=(other,))
+            spinning.start()
+            assert within(TIMEOUT_S, lambda: is_busy(client))
+            consumer.settle(ACK, *(row[0] for row in rows))
+            consumer.allow(10)
+            time.sleep(1.0)
+            client.script_kill()
+            spinning.join(TIMEOUT_S)
+        assert len(consumer.rows(20)) == 20
+        assert within(TIMEOUT_S, lambda: client.hlen("unacked") == 10)
+        assert not consumer.consumer.lost.done()
+    finally:
+        client.config_set("busy-reply-threshold", 5000)
+
+
+def spin(client: Client) -> None:
+    with contextlib.suppress(redis_py.ResponseError):
+        client.eval("while true do end", 0)
+
+
+def is_busy(client: Client) -> bool:
+    try:
+        client.ping()
+    except redis_py.exceptions.ResponseError as error:
+        return "BUSY" in str(error)
+    return False
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,25 @@ def test_a_retry_of_what_is_acknowledged_already_survives_a_restart(
     stage.wait_for_settled()
 
 
+def test_a_server_that_forgets_its_scripts_has_nothing_run_twice(
+    start_redis: Callable[..., Redis], open_stage: Callable[..., Stage]
+) -> None:
+    """As one does after SCRIPT FLUSH, a failover, or by the hand of who manages it."""
+    server = start_redis()
+    stage = open_stage(server.url())
+    worker = stage.start_worker("-c", "2")
+    numbers = stage.send(600, "work", 0.002)
+    flushed = 0
+    while len(stage.ledger.done()) < 600 and worker.exit_code is None and flushed < 3000:
+        ask(server, "SCRIPT", "FLUSH", "SYNC")
+        flushed += 1
+    stage.wait_for(numbers, 20)
+    stage.wait_for_settled()
+    print(f"the scripts were forgotten {flushed} times")
+    assert stage.ledger.started() == dict.fromkeys(numbers, 1)
+    assert "Connection to broker lost" not in worker.log()
+
+
 def test_connections_cut_while_it_postpones_lose_nothing_and_run_nothing_twice(
     start_redis: Callable[..., Redis],
     open_stage: Callable[..., Stage],

@@ -6,18 +6,18 @@ Who owns it watches ``lost`` and makes a new one. Not for use across a fork: loo
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, NoReturn, TypeAlias, cast
 
+from fastq.amqp.addresses import connect_first_on
 from fastq.amqp.tcp import tune_socket
 from fastq.errors import ConnectionLost, LocalProtocolError, RedisError, RemoteProtocolError
-from fastq.redis import login
-from fastq.redis.blocking import MORE, new_reader, pack
+from fastq.redis import login, scripts
+from fastq.redis.blocking import pack
 from fastq.redis.login import Command
+from fastq.redis.replies import MAX_MESSAGE_BYTES, ReplyReader, Shape, fits
 from fastq.redis.url import RedisUrl, tls_context
 
 #: Chosen: a server that says nothing is asked for a sign of life after so long, and given up after as long again.
@@ -38,7 +38,11 @@ class AsyncRedis:
     lost: asyncio.Future[Exception]
 
     def __init__(
-        self, urls: Sequence[RedisUrl], name: str = "", health_check_interval_s: float = HEALTH_CHECK_S
+        self,
+        urls: Sequence[RedisUrl],
+        name: str = "",
+        health_check_interval_s: float = HEALTH_CHECK_S,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         self.url = urls[0]
         self.on_push: Callable[[list[Any]], None] = _ignore
@@ -46,11 +50,13 @@ class AsyncRedis:
         self._urls = list(urls)
         self._name = name
         self._interval_s = health_check_interval_s or HEALTH_CHECK_S
+        self._max_message_bytes = max_message_bytes
         self._timeout_s = 0.0
         self._loop: asyncio.AbstractEventLoop
         self._wire: _Wire | None = None
-        self._reader = new_reader()
+        self._reader = ReplyReader(max_message_bytes)
         self._batches: deque[_Batch] = deque()
+        self._spelled_out = 0  # batches that are sent again with the scripts in them
         self._is_open = False
         self._is_subscribed = False
         self._has_pinged = False
@@ -120,6 +126,24 @@ class AsyncRedis:
             raise LocalProtocolError(f"{commands[0][0]!r} on a connection that listens to channels; open another one")
         self._write(commands, done)
 
+    def expect(self, reply: Any, shape: Shape) -> Any:
+        """Return a reply that its command can have; for another one end the connection and raise ConnectionLost."""
+        if not fits(reply, shape):
+            self.refuse(reply)
+        return reply
+
+    def refuse(self, reply: Any) -> NoReturn:
+        """End the connection because of a reply that its command cannot have. Raises ConnectionLost."""
+        error = login.odd_reply(self.url, reply)
+        self._fail(error)
+        raise error
+
+    async def fence(self) -> None:
+        """Return when everything that was sent so far has been answered. Raises ConnectionLost."""
+        await self.call("PING")
+        while self._spelled_out:
+            await self.call("PING")
+
     def subscribe(self, *channels: str | bytes) -> None:
         """Ask for the messages of channels; from now on this connection takes no other commands."""
         self._listen("SUBSCRIBE", channels)
@@ -151,10 +175,13 @@ class AsyncRedis:
                 await self._loop.create_unix_connection(make, url.path)
                 return
             context, name = (tls_context(tls), tls.server_name or url.host) if tls else (None, None)
-            await self._loop.create_connection(make, url.host, url.port, ssl=context, server_hostname=name)
+            sock = await connect_first_on(self._loop, url.host, url.port)
         except OSError as error:
-            is_tls = tls is not None and isinstance(error, (ssl.SSLError, ConnectionError))
-            raise (login.tls_failed if is_tls else login.unreachable)(url, error) from None
+            raise login.unreachable(url, error) from None
+        try:
+            await self._loop.create_connection(make, sock=sock, ssl=context, server_hostname=name)
+        except OSError as error:
+            raise (login.tls_failed if tls else login.unreachable)(url, error) from None
         if self._wire is None:  # it was closed at once
             raise ConnectionLost(str(self.lost.result()))
         tune_socket(self._wire.transport.get_extra_info("socket"))
@@ -163,12 +190,12 @@ class AsyncRedis:
         """Return the master that the first Sentinel to answer names."""
         failures: list[ConnectionLost] = []
         for sentinel in url.sentinels:
-            asked = AsyncRedis([sentinel], self._name)
+            asked = AsyncRedis([sentinel], self._name, max_message_bytes=self._max_message_bytes)
             try:
                 await asked.open(self._timeout_s / len(url.sentinels))
                 (reply,) = await asked.pipeline([("SENTINEL", "GET-MASTER-ADDR-BY-NAME", url.service)])
                 if isinstance(reply, list):
-                    return replace(url, host=reply[0].decode(), port=int(reply[1]), sentinels=())
+                    return login.at_master(url, sentinel, reply)
                 error = login.no_master(sentinel, reply)
                 if not isinstance(error, ConnectionLost):
                     raise error
@@ -193,8 +220,22 @@ class AsyncRedis:
         if not self._batches:
             # Silence counts from the question on, not from the last answer.
             self._heard_at = self._loop.time()
-        self._batches.append(_Batch(len(commands), done, waiting))
+        kept = commands if any(map(scripts.is_script, commands)) else ()
+        self._batches.append(_Batch(len(commands), done, waiting, kept))
         self._wire.transport.write(pack(commands))
+
+    def _spell_out(self, batch: _Batch) -> None:
+        """Run again, on the same connection, those scripts that the server does not know."""
+        places = [place for place, reply in enumerate(batch.replies) if scripts.is_unknown(reply)]
+
+        def done(replies: list[Any]) -> None:
+            self._spelled_out -= 1
+            for place, reply in zip(places, replies, strict=True):
+                batch.replies[place] = reply
+            batch.done(batch.replies)
+
+        self._spelled_out += 1
+        self._write([scripts.spelled_out(batch.commands[place]) for place in places], done, batch.waiting)
 
     def _listen(self, command: str, names: Sequence[str | bytes]) -> None:
         self._is_subscribed = True
@@ -205,11 +246,14 @@ class AsyncRedis:
         self._heard_at = self._loop.time()
         self._has_pinged = False
         try:
-            self._reader.feed(data)
-            while (reply := self._reader.gets()) is not MORE:
+            for reply in self._reader.take(data):
+                if self._wire is None:
+                    return
                 self._on_reply(reply)
         except RemoteProtocolError as error:
-            self._fail(ConnectionLost(f"{self.url} does not speak Redis's protocol: {error}"))
+            self._fail(login.no_redis(self.url, error))
+        except ConnectionLost as error:  # a reply that its command cannot have
+            self._fail(error)
 
     def _on_reply(self, reply: Any) -> None:
         if login.is_away(reply) and self._is_open:
@@ -219,14 +263,19 @@ class AsyncRedis:
             batch.replies.append(reply)
             if len(batch.replies) == batch.count:
                 self._batches.popleft()
-                batch.done(batch.replies)
+                if batch.commands and any(map(scripts.is_unknown, batch.replies)):
+                    self._spell_out(batch)
+                else:
+                    batch.done(batch.replies)
         elif isinstance(reply, RedisError) and self._is_subscribed and self.on_refused is not None:
             self.on_refused(reply)
         elif isinstance(reply, RedisError) and self._is_subscribed and reply.code == "NOPERM":
             self._fail(login.may_not_listen(self.url, reply))
         elif isinstance(reply, RedisError):
             self._fail((login.went_away if self._is_open else login.turned_away)(self.url, reply))
-        elif isinstance(reply, list) and reply[0] != b"pong":  # that one is a sign of life, no more
+        elif not self._is_subscribed or not fits(reply, list):
+            self._fail(login.odd_reply(self.url, reply))
+        elif login.is_push(reply):
             self.on_push(reply)
 
     # --- inside: signs of life
@@ -248,7 +297,7 @@ class AsyncRedis:
             return
         if self._wire is not None:
             if not self._is_subscribed:
-                self._batches.append(_Batch(1, _ignore, None))
+                self._batches.append(_Batch(1, _ignore))
             self._wire.transport.write(pack([("PING",)]))
         self._has_pinged = True
         self._check_alive_at(now + self._interval_s)
@@ -275,7 +324,8 @@ class AsyncRedis:
     def _end(self, error: Exception) -> None:
         """Everybody who waits gets the error."""
         self._is_open = self._has_pinged = False
-        self._reader = new_reader()
+        self._reader = ReplyReader(self._max_message_bytes)
+        self._spelled_out = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -307,9 +357,17 @@ class _Wire(asyncio.Protocol):
 class _Batch:
     """Commands of one write and the replies to them so far."""
 
-    __slots__ = ("count", "done", "replies", "waiting")
+    __slots__ = ("commands", "count", "done", "replies", "waiting")
 
-    def __init__(self, count: int, done: Done, waiting: asyncio.Future[list[Any]] | None) -> None:
+    def __init__(
+        self,
+        count: int,
+        done: Done,
+        waiting: asyncio.Future[list[Any]] | None = None,
+        commands: Sequence[Command] = (),
+    ) -> None:
+        #: Kept where one is a script, which the server may not know.
+        self.commands = commands
         self.count = count
         self.done = done
         self.waiting = waiting

@@ -16,15 +16,16 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from typing import Any, Final, NoReturn, cast
 
 import hiredis
 
+from fastq.amqp.addresses import connect_first
 from fastq.amqp.tcp import tune_socket
 from fastq.errors import ConnectionLost, FastqError, LocalProtocolError, RedisError, RemoteProtocolError
 from fastq.redis import login
 from fastq.redis.login import Command
+from fastq.redis.replies import MAX_MESSAGE_BYTES, ReplyReader, Shape, fits
 from fastq.redis.url import RedisUrl, tls_context
 
 REPLY_BYTES: Final = 1 << 13  # most replies are a few bytes; for longer ones it is asked again
@@ -35,15 +36,17 @@ IDLE_CHECK_S: Final = 1.0
 PING_EVERY_S: Final = 10.0
 FOREVER_S: Final = 1e9
 
-#: What the reader returns when a reply is not complete yet.
-MORE: Final = object()
-
 
 class BlockingRedis:
     """A connection to the first of several servers that takes one. ``timeout_s`` bounds connecting, and each reply."""
 
     def __init__(
-        self, urls: Sequence[RedisUrl], timeout_s: float, name: str = "", connect_timeout_s: float | None = None
+        self,
+        urls: Sequence[RedisUrl],
+        timeout_s: float,
+        name: str = "",
+        connect_timeout_s: float | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         self._urls = list(urls)
         self._timeout_s = max(timeout_s, 0.001) if timeout_s else FOREVER_S
@@ -52,7 +55,8 @@ class BlockingRedis:
         self._pid = 0
         self._sock: socket.socket | None = None
         self._url = self._urls[0]
-        self._reader = new_reader()
+        self._max_message_bytes = max_message_bytes
+        self._reader = ReplyReader(max_message_bytes)
         self._replies: deque[Any] = deque()
         self._is_subscribed = False
         self._used_at = 0.0
@@ -120,6 +124,12 @@ class BlockingRedis:
             if login.is_away(reply):
                 self._fail(login.went_away(self._url, reply))
         return replies
+
+    def expect(self, reply: Any, shape: Shape) -> Any:
+        """Return a reply that its command can have; for another one end the connection and raise ConnectionLost."""
+        if not fits(reply, shape):
+            self._fail(login.odd_reply(self._url, reply))
+        return reply
 
     # --- replies that nobody waits for
 
@@ -192,8 +202,10 @@ class BlockingRedis:
             if isinstance(push, RedisError):
                 make = login.may_not_listen if push.code == "NOPERM" else login.went_away
                 self._fail(make(self._url, push))
-            if isinstance(push, list) and push[0] != b"pong":
+            if login.is_push(push):
+                assert isinstance(push, list)
                 return push
+            self.expect(push, list)
         return None
 
     def receive(self, timeout_s: float) -> bool:
@@ -250,7 +262,7 @@ class BlockingRedis:
         if url.sentinels:
             url = self._find_master(url, deadline)
         self._url = url
-        self._reader, self._is_subscribed = new_reader(), False
+        self._reader, self._is_subscribed = ReplyReader(self._max_message_bytes), False
         self._replies.clear()
         self._sock, self._pid = connect_socket(url, deadline), os.getpid()
         try:
@@ -265,8 +277,6 @@ class BlockingRedis:
     def _log_in(self, url: RedisUrl, commands: Sequence[Command], deadline: float) -> list[Any]:
         try:
             return self._exchange(commands, deadline)
-        except RemoteProtocolError as error:
-            raise ConnectionLost(f"{url} does not speak Redis's protocol: {error}") from None
         except ConnectionLost:
             if self._replies and isinstance(self._replies[-1], RedisError):
                 raise login.turned_away(url, self._replies[-1]) from None
@@ -278,13 +288,13 @@ class BlockingRedis:
         for sentinel in url.sentinels:
             left_s = max(deadline - time.monotonic(), 0.1) / max(len(url.sentinels) - len(failures), 1)
             until = time.monotonic() + left_s
-            asked = BlockingRedis([sentinel], left_s, self._name)
+            asked = BlockingRedis([sentinel], left_s, self._name, max_message_bytes=self._max_message_bytes)
             try:
                 asked.open()
                 asked.limit(until - time.monotonic())
                 (reply,) = asked.pipeline([("SENTINEL", "GET-MASTER-ADDR-BY-NAME", url.service)])
                 if isinstance(reply, list):
-                    return replace(url, host=reply[0].decode(), port=int(reply[1]), sentinels=())
+                    return login.at_master(url, sentinel, reply)
                 error = login.no_master(sentinel, reply)
                 if not isinstance(error, ConnectionLost):
                     raise error
@@ -312,19 +322,23 @@ class BlockingRedis:
             sock.sendall(pack_one(command))
             if not (data := sock.recv(REPLY_BYTES)):
                 self._fail(self._lost(None))
-            self._reader.feed(data)
-            reply = self._reader.gets()
+            replies = self._reader.take(data)
         except (TimeoutError, BlockingIOError):
             self._fail(login.silent(self._url, self._timeout_s))
         except (OSError, ValueError) as error:
             self._fail(self._lost(error))
+        except RemoteProtocolError as error:
+            self._fail(login.no_redis(self._url, error))
         except BaseException:
             # A reply that comes later would be taken for that of another command.
             self.close()
             raise
         self._used_at = self._heard_at = time.monotonic()
-        if reply is MORE:
-            (reply,) = self._await_replies(1, self._used_at + self._timeout_s)
+        if not replies:
+            replies = self._await_replies(1, self._used_at + self._timeout_s)
+        elif len(replies) > 1:
+            self._fail(login.odd_reply(self._url, replies[1]))
+        reply = replies[0]
         if login.is_away(reply):
             self._fail(login.went_away(self._url, reply))
         return reply
@@ -348,7 +362,10 @@ class BlockingRedis:
                 data = self._receive(left_s, is_bounded=left_s > 0.9 * self._timeout_s)
                 if data:
                     self._feed(data)
-            return [self._replies.popleft() for _ in range(count)]
+            found = [self._replies.popleft() for _ in range(count)]
+            if self._replies:
+                self._fail(login.odd_reply(self._url, self._replies[0]))
+            return found
         except BaseException:
             # A reply that comes later would be taken for that of another command.
             self.close()
@@ -399,13 +416,10 @@ class BlockingRedis:
 
     def _feed(self, data: bytes) -> None:
         self._heard_at = time.monotonic()
-        self._reader.feed(data)
         try:
-            while (reply := self._reader.gets()) is not MORE:
-                self._replies.append(reply)
-        except RemoteProtocolError:
-            self.close()
-            raise
+            self._replies += self._reader.take(data)
+        except RemoteProtocolError as error:
+            self._fail(login.no_redis(self._url, error))
 
     def _is_healthy(self) -> bool:
         """Whether an unused connection still stands: nothing has come, and it was not closed."""
@@ -453,7 +467,7 @@ def connect_socket(url: RedisUrl, deadline: float) -> socket.socket:
 def _connect_plain(url: RedisUrl, timeout_s: float) -> socket.socket:
     try:
         if not url.path:
-            sock = socket.create_connection((url.host, url.port), timeout=timeout_s)
+            sock = connect_first(url.host, url.port, timeout_s)
             tune_socket(sock)
             return sock
         sock = socket.socket(socket.AF_UNIX)
@@ -481,8 +495,3 @@ pack_one: Callable[[Command], bytes] = cast("Any", hiredis.pack_command)
 def pack(commands: Sequence[Command]) -> bytes:
     """Return commands as bytes of the protocol."""
     return b"".join([pack_one(command) for command in commands])
-
-
-def new_reader() -> hiredis.Reader:
-    """Return what turns bytes into replies, error replies into RedisError objects."""
-    return hiredis.Reader(protocolError=RemoteProtocolError, replyError=RedisError, notEnoughData=MORE)

@@ -6,19 +6,26 @@ Source: Redis's documentation of AUTH, SELECT, ROLE and Sentinel, and the error 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final, TypeAlias
 
 from fastq.amqp import tcp
-from fastq.errors import ConnectionLost, FastqError, RedisError, SettingsError
+from fastq.errors import ConnectionLost, FastqError, RedisError, RemoteProtocolError, SettingsError
+from fastq.redis.replies import Shape, fits
 from fastq.redis.url import RedisUrl
 
 #: A command as it is sent: its name and arguments.
 Command: TypeAlias = "tuple[str | bytes | int | float, ...]"
 
+#: The channel on which a server tells of changed keys, as a list; nil when all are gone.
+INVALIDATED: Final = "__redis__:invalidate"
+
 #: The server cannot serve now, or is no master any more: connect anew, to another one perhaps.
 AWAY_CODES: Final = frozenset({"READONLY", "LOADING", "MASTERDOWN", "UNBLOCKED"})
 #: No repetition will help.
 LOGIN_CODES: Final = frozenset({"NOAUTH", "WRONGPASS", "DENIED"})
+#: The server is short of memory, disk or replicas, or busy with a script: try again on the same connection.
+PASSING_CODES: Final = frozenset({"OOM", "MISCONF", "NOREPLICAS", "BUSY", "TRYAGAIN", "CLUSTERDOWN"})
 
 
 def login_commands(url: RedisUrl, name: str) -> list[Command]:
@@ -40,7 +47,7 @@ def check_login(url: RedisUrl, commands: Sequence[Command], replies: Sequence[An
     for command, reply in zip(commands, replies, strict=True):
         if isinstance(reply, RedisError):
             _refuse(url, str(command[0]), reply)
-    if url.service and (not isinstance(replies[-1], list) or replies[-1][0] != b"master"):
+    if url.service and (not isinstance(replies[-1], list) or replies[-1][:1] != [b"master"]):
         raise ConnectionLost(f"Redis at {url} is not the master of {url.service!r} yet, or no longer")
 
 
@@ -74,6 +81,33 @@ def is_away(reply: Any) -> bool:
 def went_away(url: RedisUrl, error: Exception) -> ConnectionLost:
     """Return the error for a server that said so."""
     return ConnectionLost(f"Redis at {url} does not take commands any more: {error}")
+
+
+def no_redis(url: RedisUrl, error: Exception) -> ConnectionLost:
+    """Return the error for a server that breaks the protocol."""
+    return ConnectionLost(f"{url} does not speak Redis's protocol: {error}")
+
+
+def odd_reply(url: RedisUrl, reply: Any) -> ConnectionLost:
+    """Return the error for a reply that its command cannot have, or that no command asked for."""
+    return no_redis(url, RemoteProtocolError(f"it answered {repr(reply)[:60]}, which nothing has asked for"))
+
+
+def is_push(message: Any) -> bool:
+    """Whether it is a message of a subscription, such as ``[b"message", channel, payload]``; a pong is none."""
+    if not fits(message, list) or not message or not isinstance(message[0], bytes):
+        return False
+    if message[:2] == [b"message", INVALIDATED.encode()]:
+        return len(message) == 3
+    return fits(message, _PUSHES.get(message[0], int))
+
+
+_SUBSCRIBED: Final = [bytes, (bytes, type(None)), int]
+_PUSHES: Final[dict[bytes, Shape]] = {
+    b"message": [bytes, bytes, bytes],
+    b"pmessage": [bytes, bytes, bytes, bytes],
+    **{name + b"subscribe": _SUBSCRIBED for name in (b"", b"un", b"p", b"pun")},
+}
 
 
 def may_not_listen(url: RedisUrl, error: Exception) -> SettingsError:
@@ -128,6 +162,13 @@ def tls_failed(url: RedisUrl, error: Exception) -> FastqError:
 def none_reachable(failures: Sequence[ConnectionLost]) -> ConnectionLost:
     """Return the only error, or one that names them all."""
     return tcp.none_reachable(failures, "Redis")
+
+
+def at_master(url: RedisUrl, sentinel: RedisUrl, reply: Any) -> RedisUrl:
+    """Return where the master is that a Sentinel has named. Raises ConnectionLost."""
+    if not fits(reply, [bytes, bytes]) or not reply[1].isdigit():
+        raise odd_reply(sentinel, reply)
+    return replace(url, host=reply[0].decode(errors="replace"), port=int(reply[1]), sentinels=())
 
 
 def no_master(url: RedisUrl, reply: Any) -> FastqError:

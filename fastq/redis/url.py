@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from fastq.amqp.url import mask_one, means_unchecked, split_urls
+from fastq.amqp.url import mask_one, means_unchecked, split_urls, warn_ignored
 from fastq.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -49,8 +49,10 @@ TLS_IGNORED: Final = frozenset({"ssl", "min_version", "version", "ssl_version"})
 #: redis-py's parameters that change nothing here: time-outs come from settings, connections are our own.
 QUERY_IGNORED: Final = frozenset(
     {
-        "client_name", "decode_responses", "encoding", "health_check_interval", "max_connections", "protocol",
-        "retry_on_timeout", "socket_connect_timeout", "socket_keepalive", "socket_timeout",
+        "client_name", "decode_responses", "driver_info", "encoding", "encoding_errors", "health_check_interval",
+        "legacy_responses", "lib_name", "lib_version", "max_connections", "protocol", "retry_on_error",
+        "retry_on_timeout", "socket_connect_timeout", "socket_keepalive", "socket_keepalive_options",
+        "socket_read_size", "socket_timeout", "socket_type",
     }
 )  # fmt: skip
 QUERY_NAMES: Final = frozenset({"virtual_host", "db", "username", "password"})
@@ -208,14 +210,14 @@ def _parse_sentinels(parts: list[tuple[str, SplitResult]], context: _Context) ->
 
 
 def _parse_query(text: str, parts: SplitResult) -> dict[str, str]:
-    """Return the URL's parameters. Raises SettingsError for one that nobody reads."""
+    """Return the URL's parameters. One that nobody reads is ignored with a warning."""
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     if "credential_provider" in query:
         raise unusable(text, "credential_provider is redis-py's; name username and password")
     known = {*QUERY_NAMES, *QUERY_IGNORED, *(f"ssl_{name}" for name in TLS_NAMES)}
-    unknown = sorted(set(query) - known - TLS_IGNORED - {f"ssl_{name}" for name in TLS_IGNORED})
-    if unknown:
-        raise unusable(text, f"unknown parameter {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    for name in query:
+        if name not in known and not name.startswith("ssl_") and name not in TLS_IGNORED:
+            warn_ignored(f"Redis URL {mask_one(text)}", "parameter", name, known)
     return query
 
 
@@ -226,15 +228,15 @@ def _parse_database(text: str, value: str) -> int:
 
 
 def parse_tls(where: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return Celery's TLS options by TlsOptions' names. Raises SettingsError for an unknown one, naming ``where``."""
+    """Return Celery's TLS options by TlsOptions' names; of an unknown one only a warning names ``where``."""
     found: dict[str, Any] = {}
     for name, value in options.items():
         short = name.removeprefix("ssl_")
         if name in TLS_IGNORED or short in TLS_IGNORED:
             continue
         if short not in TLS_NAMES:
-            known = ", ".join(f"ssl_{each}" for each in sorted(TLS_NAMES))
-            raise SettingsError(f"{where}: unknown TLS option {name!r}; known: {known}")
+            warn_ignored(where, "TLS option", name, (f"ssl_{each}" for each in TLS_NAMES))
+            continue
         if short == "cert_reqs":
             found["insecure"] = means_unchecked(value)
         elif short == "check_hostname":

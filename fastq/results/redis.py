@@ -23,6 +23,7 @@ from fastq.states import SUCCESS
 if TYPE_CHECKING:
     from fastq.interfaces import Meta, Unwatch
     from fastq.redis.login import Command
+    from fastq.redis.replies import Shape
     from fastq.settings import Settings
 
 
@@ -33,6 +34,7 @@ class RedisStore:
         self._urls = parse_redis_url(url, settings, "results")
         self._layout = ResultLayout(settings)
         self._codec = PayloadCodec(settings)
+        self._max_message_bytes = settings.fastq_max_message_bytes
         self._timeout_s = min(settings.redis_socket_timeout or 1e9, settings.fastq_publish_timeout)
         self._connect_timeout_s = settings.redis_socket_connect_timeout or settings.broker_connection_timeout
         self._start_over()
@@ -51,7 +53,7 @@ class RedisStore:
 
     def load(self, task_id: str) -> Meta | None:
         """Return the stored meta, or None when nothing is known of the task. Raises ConnectionLost, DecodeError."""
-        (payload,) = self._use([("GET", self._layout.key(task_id))])
+        (payload,) = self._look([self._layout.key(task_id)])
         return None if payload is None else self._codec.decode(payload)
 
     def wait(self, task_id: str, timeout_s: float | None) -> Meta:
@@ -80,13 +82,13 @@ class RedisStore:
     def save(self, task_id: str, state: str, meta: bytes) -> None:
         """Store an encoded meta and announce it, unless a SUCCESS is there and this is none. Raises ConnectionLost."""
         payload = self._codec.encode(meta)
-        reply = self._use(self._layout.store(task_id, state, payload))[0]
+        reply = self._use(self._layout.store(task_id, state, payload), (int, bytes))[0]
         if isinstance(reply, bytes) and reply != b"OK" and self._codec.decode(reply)["status"] != SUCCESS:
-            self._use(self._layout.replace(task_id, state, payload))
+            self._use(self._layout.replace(task_id, state, payload), (int, bytes))
 
     def forget(self, task_id: str) -> None:
         """Drop what is stored of a task."""
-        self._use([("DEL", self._layout.key(task_id))])
+        self._use([("DEL", self._layout.key(task_id))], int)
 
     def close(self) -> None:
         """Release the connections and the thread; a later call opens them again."""
@@ -100,7 +102,7 @@ class RedisStore:
 
     def _new_connection(self) -> BlockingRedis:
         name = f"fastq results {os.getpid()}"
-        return BlockingRedis(self._urls, self._timeout_s, name, self._connect_timeout_s)
+        return BlockingRedis(self._urls, self._timeout_s, name, self._connect_timeout_s, self._max_message_bytes)
 
     def _listening(self) -> Listener:
         listener = self._listener
@@ -115,7 +117,7 @@ class RedisStore:
 
     def _look(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return what is stored under keys now."""
-        found: list[bytes | None] = self._use([("GET", key) for key in keys])
+        found: list[bytes | None] = self._use([("GET", key) for key in keys], (bytes, type(None)))
         return found
 
     def _distrust(self) -> None:
@@ -126,16 +128,20 @@ class RedisStore:
             finally:
                 self._lock.release()
 
-    def _use(self, commands: Sequence[Command]) -> list[Any]:
+    def _use(self, commands: Sequence[Command], kind: Shape = object) -> list[Any]:
         """Return the replies to commands that may be repeated: once more on a new connection if this one was lost."""
         with self._lock:
             try:
-                replies = self._redis.pipeline(commands)
+                return self._ask(commands, kind)
             except ConnectionLost:
-                replies = self._redis.pipeline(commands)
+                return self._ask(commands, kind)
+
+    def _ask(self, commands: Sequence[Command], kind: Shape) -> list[Any]:
+        replies = self._redis.pipeline(commands)
         for reply in replies:
             if isinstance(reply, RedisError):
                 raise reply
+            self._redis.expect(reply, kind)
         return replies
 
     def forget_after_fork(self) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from fastq.amqp.topology import QueueSpec, Topology
 from fastq.errors import ConnectionLost, RedisError, SettingsError
 from fastq.redis.aio import AsyncRedis
+from fastq.redis.login import INVALIDATED, PASSING_CODES
+from fastq.redis.scripts import run_script
 from fastq.redis.url import parse_redis_url
 from fastq.transport import redis_scripts as scripts
 from fastq.transport.fixed import NoAnswers
@@ -26,8 +28,7 @@ from fastq.transport.redis_commands import (
     refused,
 )
 from fastq.transport.redis_layout import read_layout
-from fastq.transport.redis_source import MAX_CLAIM, RedisSource
-from fastq.transport.redis_unacked import run_script
+from fastq.transport.redis_source import MAX_CLAIM, RETRY_S, RedisSource
 
 if TYPE_CHECKING:
     from fastq._core import Core
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 #: Together at most 15 s (reliability rules, section 3): a lease runs out, is seen to have run out, and is not renewed.
 LEASE_S: Final = 8.0
 RENEW_EVERY_S: Final = 3.0
@@ -43,7 +47,6 @@ GRACE_S: Final = 2.0
 
 POLL_S: Final = 0.1  # chosen: without server-assisted tracking the queues are looked at so often
 CLOSE_S: Final = 3.0
-INVALIDATED: Final = "__redis__:invalidate"
 
 
 class RedisConsumer(NoAnswers):
@@ -144,7 +147,7 @@ class RedisConsumer(NoAnswers):
         for pattern in [pattern for pattern, queue in self._patterns.items() if queue == name]:
             del self._patterns[pattern]
         self._receive_from_lists()
-        await self._redis.call("PING")
+        await self._redis.fence()
 
     async def cancel(self) -> None:
         """Stop receiving; nothing new arrives after it returns. Settling goes on."""
@@ -152,13 +155,13 @@ class RedisConsumer(NoAnswers):
         self._patterns.clear()
         self._receive_from_lists()
         # Replies come in order: a claim that was under way has arrived by then.
-        await self._redis.call("PING")
+        await self._redis.fence()
 
     async def settled(self) -> None:
         """Return when everything that was handed over so far has been carried out. Raises ConnectionLost."""
         while self._tasks:
             await asyncio.wait(self._tasks)
-        await self._redis.call("PING")
+        await self._redis.fence()
 
     async def close(self) -> None:
         """Give back what is not settled, and leave. After a loss the next connection of this process does it."""
@@ -187,6 +190,17 @@ class RedisConsumer(NoAnswers):
         if now - self._warned.get(text, -60.0) >= 60.0:
             self._warned = {text: now}
             logger.error("%s", text)
+
+    async def patiently(self, work: Callable[P, Awaitable[T]], *arguments: P.args, **options: P.kwargs) -> T:
+        """Return what the work returns; done again as long as the server refuses it for now."""
+        while True:
+            try:
+                return await work(*arguments, **options)
+            except RedisError as error:
+                if error.code not in PASSING_CODES:
+                    raise
+                self.warn(f"Redis at {self._redis.url} refuses for now: {error}")
+                await asyncio.sleep(RETRY_S)
 
     def doubts_lease(self) -> bool:
         """Whether this process stood still for so long that others may have taken over.
@@ -218,7 +232,7 @@ class RedisConsumer(NoAnswers):
     # --- inside: new messages
 
     async def _connect(self) -> AsyncRedis:
-        redis = AsyncRedis(self._urls, self.name)
+        redis = AsyncRedis(self._urls, self.name, max_message_bytes=self._settings.fastq_max_message_bytes)
         await redis.open(self._settings.broker_connection_timeout)
         redis.lost.add_done_callback(lambda lost: self.fail(lost.result()))
         return redis
@@ -227,7 +241,7 @@ class RedisConsumer(NoAnswers):
         self._may_listen = self._loop.create_future()
         signals.on_refused = self._on_refused
         try:
-            number = await signals.call("CLIENT", "ID")
+            number = signals.expect(await signals.call("CLIENT", "ID"), int)
             signals.subscribe(INVALIDATED)
             either: list[asyncio.Future[Any]] = [self._may_listen, signals.lost]
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -248,7 +262,9 @@ class RedisConsumer(NoAnswers):
             self.warn(f"Redis at {self._redis.url} refuses to listen to a fanout exchange: {error}")
 
     def _on_looked(self, replies: list[Any]) -> None:
-        if isinstance(replies[0], RedisError):
+        if isinstance(replies[0], RedisError) and replies[0].code in PASSING_CODES:
+            self._poll_later()
+        elif isinstance(replies[0], RedisError):
             self.fail(replies[0])
         elif replies[0]:
             self.source.wake()
@@ -298,8 +314,8 @@ class RedisConsumer(NoAnswers):
         try:
             while True:
                 await asyncio.sleep(min(RENEW_EVERY_S, self._layout.visibility_timeout_s / 4))
-                await self._renew(joins=False)
-                await self._bring_back()
+                await self.patiently(self._renew, joins=False)
+                await self.patiently(self._bring_back)
                 # Whatever was missed is found now.
                 self.source.wake()
         except (ConnectionLost, RedisError) as error:
@@ -309,7 +325,7 @@ class RedisConsumer(NoAnswers):
         """Take the lease up again, unless somebody has taken this worker for dead; then the connection ends."""
         is_trusted = False
         try:
-            await self._renew(joins=False)
+            await self.patiently(self._renew, joins=False)
             is_trusted = True
         finally:
             self._is_asking = False
@@ -339,7 +355,8 @@ class RedisConsumer(NoAnswers):
             # This process stood still while it was asking: the answer may have been there all the time.
             await self._renew(joins)
             return
-        is_trusted, buried, overdue = check(replies[-1:])[0]
+        texts = [bytes, ...]
+        is_trusted, buried, overdue = self._redis.expect(check(replies[-1:])[0], [int, texts, texts])
         if not is_trusted:
             raise ConnectionLost(f"{self.source.owner} was taken for dead: it did not renew its lease in time")
         self._renewed_at = asked_at
@@ -353,9 +370,9 @@ class RedisConsumer(NoAnswers):
     async def _inherit(self, owner: str) -> None:
         """Give back what a dead owner held, and forget the owner."""
         self._inherited.add(owner)
-        fields = await self.source.unacked.fields_of(owner)
-        count = await self.source.give_back(fields)
-        await self._redis.call("ZREM", self._layout.leases, owner)
+        fields = await self.patiently(self.source.unacked.fields_of, owner)
+        count = await self.patiently(self.source.give_back, fields)
+        await self.patiently(self._redis.call, "ZREM", self._layout.leases, owner)
         if count:
             logger.warning("gave back %d messages that a dead worker (%s) held", count, owner)
         self._inherited.discard(owner)

@@ -156,8 +156,10 @@ class Backlog:
             return
         try:
             for reply in self._redis.replies(wait_s):
-                if isinstance(reply, RedisError):
+                if isinstance(reply, RedisError) and self._unanswered:
                     self._take_error(reply)
+                else:
+                    self._redis.expect(reply, int if self._unanswered else ())
                 self._unanswered.popleft()
                 self._heard_at = time.monotonic()
         except FastqError as error:

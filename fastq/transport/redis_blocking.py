@@ -59,7 +59,7 @@ class RedisPublisher:
             self._open_by(deadline)
             try:
                 if len(messages) == 1 and not messages[0].exchange:
-                    self._redis.call(*push_command(self._layout, messages[0]))
+                    self._redis.expect(self._redis.call(*push_command(self._layout, messages[0])), int)
                 else:
                     self._publish_many(messages)
             except ConnectionLost as error:
@@ -81,12 +81,13 @@ class RedisPublisher:
             # Counted and dropped in one step: what comes in between must not be lost uncounted.
             commands: list[Command] = [("MULTI",), *counts, ("DEL", *places), ("EXEC",)]
             replies = check(self._redis.pipeline(commands))
-        return sum(check(replies[-1])[: len(counts)])
+            found = self._redis.expect(check(self._redis.expect(replies[-1], list)), [int] * (len(counts) + 1))
+        return sum(found[: len(counts)])
 
     def depth(self, queue: str) -> int:
         """Return how many messages wait in a queue, those included that wait there for their time."""
         with self._lock:
-            return sum(check(self._redis.pipeline(self._counts(queue))))
+            return sum(self._redis.expect(check(self._redis.pipeline(self._counts(queue))), [int, ...]))
 
     def close(self) -> None:
         """Close the connection; a later call opens a new one."""
@@ -106,7 +107,8 @@ class RedisPublisher:
 
     def _redis_of(self, settings: Settings) -> BlockingRedis:
         timeout_s, connect_s = settings.fastq_publish_timeout, settings.broker_connection_timeout
-        return BlockingRedis(self._urls, timeout_s, "fastq-producer", min(timeout_s, connect_s))
+        connect_s = min(timeout_s, connect_s)
+        return BlockingRedis(self._urls, timeout_s, "fastq-producer", connect_s, self._max_message_bytes)
 
     def _counts(self, queue: str) -> list[Command]:
         lists = self._layout.lists_of(queue)
@@ -115,14 +117,15 @@ class RedisPublisher:
     def _publish_many(self, messages: Sequence[Message]) -> None:
         # Everything is encoded before anything is sent.
         commands = list(chain.from_iterable(self._commands(message) for message in messages))
-        check(self._redis.pipeline(commands))
+        self._redis.expect(check(self._redis.pipeline(commands)), [int, ...])
 
     def _commands(self, message: Message) -> list[Command]:
         if not message.exchange:
             return [push_command(self._layout, message)]
         if message.exchange in self._fanouts:
             return [fanout_command(self._layout, message)]
-        return routed(self._layout, message, self._redis.call("SMEMBERS", self._layout.bindings_of(message.exchange)))
+        members = self._redis.call("SMEMBERS", self._layout.bindings_of(message.exchange))
+        return routed(self._layout, message, self._redis.expect(members, [bytes, ...]))
 
 
 def unknown_fate(error: ConnectionLost) -> PublishError:

@@ -45,8 +45,9 @@ class RedisBus(LosableBus):
         self._mailbox = Mailbox(settings)
         urls = parse_redis_url(url, settings)
         self._layout = read_layout(settings, urls[0].db)
-        self._sending = AsyncRedis(urls, "fastq-control")
-        self._listening = AsyncRedis(urls, "fastq-control")
+        most = settings.fastq_max_message_bytes
+        self._sending = AsyncRedis(urls, "fastq-control", max_message_bytes=most)
+        self._listening = AsyncRedis(urls, "fastq-control", max_message_bytes=most)
         self._on_request: OnRequest | None = None
         self._is_subscribed = asyncio.Event()
         self._unanswered = 0
@@ -118,7 +119,10 @@ class RedisBus(LosableBus):
         await self._sending.pipeline([*box.opening(), box.broadcast(headers)])
         await asyncio.wait([self.lost], timeout=timeout_s)
         (items, *_) = await self._sending.pipeline([("LRANGE", box.key, 0, -1), *box.closing()])
-        return [reply for item in reversed(items) for reply in box.read(item)] if isinstance(items, list) else []
+        if isinstance(items, RedisError):
+            return []
+        self._sending.expect(items, [bytes, ...])
+        return [reply for item in reversed(items) for reply in box.read(item)]
 
     async def close(self) -> None:
         """Close both connections."""
@@ -159,7 +163,9 @@ class BlockingRedisBus:
             while (left_s := deadline - time.monotonic()) > 0 and (missing or not destination):
                 # Redis takes 0 for "for ever".
                 item = connection.call("BRPOP", box.key, f"{max(left_s, 0.01):.3f}")
-                for node, reply in box.read(item[1]) if item is not None else ():
+                if item is None:
+                    continue
+                for node, reply in box.read(connection.expect(item, [bytes, bytes])[1]):
                     yield node, reply
                     missing.discard(node)
         finally:
@@ -180,9 +186,8 @@ class BlockingRedisBus:
 
     def events(self) -> Iterator[tuple[Mapping[str, Any], bytes]]:
         """Listen to every event's channel and return what is published."""
-        connection = self._listening = BlockingRedis(
-            self._urls, self._settings.broker_connection_timeout, "fastq-events"
-        )
+        timeout_s, most = self._settings.broker_connection_timeout, self._settings.fastq_max_message_bytes
+        connection = self._listening = BlockingRedis(self._urls, timeout_s, "fastq-events", max_message_bytes=most)
         connection.psubscribe(self._layout.channel(self._settings.event_exchange, "*"))
         # Whoever is told to show himself now is heard.
         if connection.read_push(time.monotonic() + _SUBSCRIBE_TIMEOUT_S) is None:
@@ -209,8 +214,8 @@ class BlockingRedisBus:
         """Return a connection whose replies may take that much longer than the network does."""
         if self._sending is not None:
             self._sending.close()
-        timeout_s = self._settings.broker_connection_timeout
-        self._sending = BlockingRedis(self._urls, timeout_s + patience_s, "fastq-control", timeout_s)
+        timeout_s, most = self._settings.broker_connection_timeout, self._settings.fastq_max_message_bytes
+        self._sending = BlockingRedis(self._urls, timeout_s + patience_s, "fastq-control", timeout_s, most)
         return self._sending
 
 

@@ -5,10 +5,12 @@ Source: kombu 5.7, transport ``redis``, its options in ``broker_transport_option
 
 from __future__ import annotations
 
+import contextlib
 import re
 from bisect import bisect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -153,6 +155,10 @@ def _option(options: Mapping[str, Any], name: str, default: V, kind: Callable[..
 
 def _positive(options: Mapping[str, Any], name: str, default: float) -> float:
     value = options.get(name, default)
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    with contextlib.suppress(ValueError):
+        value = float(value) if isinstance(value, str) else value
     if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
         raise SettingsError(f"broker_transport_options[{name!r}] is {value!r}; expected seconds above 0")
     return float(value)

@@ -13,11 +13,13 @@ from typing import Final
 #: Error code of an owner who may take nothing any more.
 LEASE_LOST: Final = "LEASELOST"
 
-#: Takes up to ARGV[3] messages (and about ARGV[4] bytes) from all queues: by urgency, then in turns, or from each queue
-#: all that it has before the next one (queue to begin with: -1).
+#: Takes up to ARGV[3] messages, and no more once they have ARGV[4] bytes, from all queues: by urgency, then in turns,
+#: or from each queue all that it has before the next one (queue to begin with: -1). Of one that is longer than ARGV[5]
+#: only the first ARGV[6] bytes are returned.
 #: KEYS: leases, unacked, its index, then each queue's lists, the most urgent first.
-#: ARGV: owner, number for the first message, how many, bytes, lists per queue, queue to begin with, then for each queue
-#: the end of its records. Returns [1 when nothing was left, error text, queue, [envelopes], queue, [envelopes]...].
+#: ARGV: owner, number for the first message, how many, bytes, the longest, bytes of one that is longer, lists per
+#: queue, queue to begin with, then for each queue the end of its records.
+#: Returns [1 when nothing was left, error text, queue, [envelopes], queue, [envelopes]...].
 CLAIM: Final = """
 local lease = redis.call('ZSCORE', KEYS[1], ARGV[1])
 if not lease or tonumber(lease) == 0 then
@@ -27,12 +29,12 @@ end
 redis.call('HLEN', KEYS[2])
 redis.call('ZCARD', KEYS[3])
 local number, wanted, room = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local steps, first = tonumber(ARGV[5]), tonumber(ARGV[6])
-local count = #ARGV - 6
+local longest, sample = tonumber(ARGV[5]), tonumber(ARGV[6])
+local steps, first = tonumber(ARGV[7]), tonumber(ARGV[8])
+local count = #ARGV - 8
 local clock = redis.call('TIME')
 local now = string.format('%d.%06d', clock[1], clock[2])
 local reply = {1, ''}
-local chunk = 4
 local strict = first < 0
 for look = 0, strict and steps * count - 1 or steps - 1 do
     local active, step = {}, look + 1
@@ -51,26 +53,31 @@ for look = 0, strict and steps * count - 1 or steps - 1 do
                 reply[1] = 0
                 return reply
             end
-            local size = math.min(share, wanted, chunk)
-            local taken = redis.pcall('RPOP', KEYS[3 + queue * steps + step], size)
-            if taken and taken.err then
-                reply[2] = KEYS[3 + queue * steps + step] .. ': ' .. taken.err
-            elseif taken then
-                local records, scores, largest = {}, {}, 1
-                for place, envelope in ipairs(taken) do
-                    local field = string.format('%s:%d', ARGV[1], number)
-                    records[2 * place - 1], records[2 * place] = field, '[' .. envelope .. ARGV[7 + queue]
-                    scores[2 * place - 1], scores[2 * place] = now, field
-                    number, room, largest = number + 1, room - #envelope, math.max(largest, #envelope)
+            local size = math.min(share, wanted, 100)
+            local list, taken, records, scores = KEYS[3 + queue * steps + step], {}, {}, {}
+            -- One by one: how long the next one is cannot be asked for.
+            while #taken < size and room > 0 do
+                local envelope = redis.pcall('RPOP', list)
+                if not envelope then
+                    break
+                elseif envelope.err then
+                    reply[2] = list .. ': ' .. envelope.err
+                    break
                 end
+                local field = string.format('%s:%d', ARGV[1], number)
+                number, room = number + 1, room - #envelope
+                records[#records + 1], records[#records + 2] = field, '[' .. envelope .. ARGV[9 + queue]
+                scores[#scores + 1], scores[#scores + 2] = now, field
+                taken[#taken + 1] = #envelope > longest and string.sub(envelope, 1, sample) or envelope
+            end
+            if #taken > 0 then
                 redis.call('HSET', KEYS[2], unpack(records))
                 redis.call('ZADD', KEYS[3], unpack(scores))
                 reply[#reply + 1], reply[#reply + 2] = queue, taken
                 wanted = wanted - #taken
-                chunk = math.max(1, math.min(100, math.floor(room / largest)))
-                if #taken == size then
-                    left[#left + 1] = queue
-                end
+            end
+            if #taken == size or room <= 0 then
+                left[#left + 1] = queue
             end
         end
         active = left
@@ -86,15 +93,40 @@ redis.call('ZREM', KEYS[2], unpack(ARGV))
 return count
 """
 
+#: Reads the records of taken messages until they have ARGV[1] bytes; of one that is longer than ARGV[2] only where it
+#: goes back to, behind an empty envelope. KEYS: unacked. ARGV: bytes, the longest, fields.
+#: Returns the records of the first fields, false for those that are not there.
+READ: Final = """
+local room, longest, records = tonumber(ARGV[1]), tonumber(ARGV[2]), {}
+for at = 3, #ARGV do
+    local record = redis.call('HGET', KEYS[1], ARGV[at])
+    if record and #record > longest then
+        local place = string.match(string.sub(record, -2000), ', "[^"]*", "[^"]*"%]$')
+        record = place and '[' .. place or record
+    end
+    room = room - (record and #record or 0)
+    if room < 0 and #records > 0 then
+        break
+    end
+    records[#records + 1] = record
+end
+return records
+"""
+
 #: Moves taken messages to lists, those that are still there. KEYS: unacked, its index. ARGV: the command that pushes,
-#: then for each message its field, its envelope, how many lists, the lists. Returns how many were moved.
+#: then for each message its field, its envelope (empty: as it is there), how many lists, the lists.
+#: Returns how many were moved.
 MOVE: Final = """
 local at, moved = 2, 0
 while at <= #ARGV do
-    local count = tonumber(ARGV[at + 2])
+    local count, envelope = tonumber(ARGV[at + 2]), ARGV[at + 1]
+    if envelope == '' and count > 0 then
+        local record = redis.call('HGET', KEYS[1], ARGV[at])
+        envelope = record and string.match(record, '^%[(.*), "[^"]*", "[^"]*"%]$') or ''
+    end
     if redis.call('HDEL', KEYS[1], ARGV[at]) == 1 then
         for each = 1, count do
-            redis.call(ARGV[1], ARGV[at + 2 + each], ARGV[at + 1])
+            redis.call(ARGV[1], ARGV[at + 2 + each], envelope)
         end
         moved = moved + 1
     end

@@ -9,11 +9,15 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from fastq.errors import EncodeError, PublishError, RedisError
 from fastq.link import BatchSource
 from fastq.redis.aio import AsyncRedis
+from fastq.redis.login import PASSING_CODES
+from fastq.redis.replies import CLAIM_BYTES, longest_envelope
+from fastq.redis.scripts import run_script
 from fastq.transport import redis_scripts as scripts
 from fastq.transport.redis_commands import (
     fanout_command,
@@ -23,7 +27,7 @@ from fastq.transport.redis_commands import (
 )
 from fastq.transport.redis_layout import Layout
 from fastq.transport.redis_records import end_of_record
-from fastq.transport.redis_unacked import POSTPONED, Unacked, run_script
+from fastq.transport.redis_unacked import FIELDS, POSTPONED, Unacked
 from fastq.wire.envelope import decode_claim
 from fastq.wire.message import Message, scan
 
@@ -35,8 +39,9 @@ logger = logging.getLogger(__name__)
 
 ACK, REJECT, REQUEUE, RETURN = range(4)  # fastq.link's verdicts
 
-CLAIM_BYTES: Final = 16 << 20  # chosen: what one call may bring, as the server does nothing else meanwhile
+SAMPLE_BYTES: Final = 4096  # of a message that is too long to be taken, to be logged
 MAX_CLAIM: Final = 1 << 31
+RETRY_S: Final = 1.0  # chosen: what the server refuses for now is tried again so often
 RECHECK_S: Final = 0.01  # chosen: with worker_disable_prefetch busy children are looked at so often
 FANOUT_TAG: Final = 1 << 62  # what pub/sub brings is not in Redis any more: its tags are beyond all others
 
@@ -47,14 +52,14 @@ class RedisSource(BatchSource):
     def __init__(self, consumer: RedisConsumer, redis: AsyncRedis, layout: Layout, settings: Settings) -> None:
         super().__init__()
         self.owner = f"fastq-{secrets.token_hex(8)}"
-        self.unacked = Unacked(redis, layout)
+        self.unacked = Unacked(redis, layout, settings.fastq_max_message_bytes)
         self._consumer = consumer
         self._redis = redis
         self._layout = layout
         self._keeps_dead_letters = settings.fastq_reliable
         self._takes_when_free = settings.worker_disable_prefetch
         self._recheck: asyncio.TimerHandle | None = None
-        self._max_message_bytes = settings.fastq_max_message_bytes
+        self._longest = longest_envelope(settings.fastq_max_message_bytes)
         self._queues: list[str] = []
         self._names: list[bytes] = []
         self._lists: list[str] = []
@@ -115,7 +120,7 @@ class RedisSource(BatchSource):
     def take_fanout(self, queue: str, envelope: bytes) -> None:
         """Hand over what pub/sub has brought for a queue."""
         self._next_fanout += 1
-        self.receive(decode_claim([0, [envelope]], [queue.encode()], self._next_fanout, self._max_message_bytes))
+        self.receive(decode_claim([0, [envelope]], [queue.encode()], self._next_fanout, self._longest))
 
     def go_on(self, is_trusted: bool) -> None:
         """Carry out what was held back while the lease was in doubt; of what is not ours any more, nothing.
@@ -131,7 +136,7 @@ class RedisSource(BatchSource):
         elif verdicts:
             # What nobody has put back yet need not run again.
             fields = self._fields(tag for tag, verdict in verdicts if verdict == ACK and tag < FANOUT_TAG)
-            self.unacked.settle(fields, self._on_settled)
+            self._forget(fields)
 
     # --- called by the core
 
@@ -150,7 +155,7 @@ class RedisSource(BatchSource):
         self._held.difference_update(tag for tag, _ in own)
         done = self._fields(tag for tag, verdict in own if verdict == ACK or self._is_dropped(verdict))
         if done:
-            self.unacked.settle(done, self._on_settled)
+            self._forget(done)
         others = [each for each in own if each[1] != ACK and not self._is_dropped(each[1])]
         if others:
             self._returning += 1
@@ -191,11 +196,14 @@ class RedisSource(BatchSource):
         wanted = min(self._limit - self._taken, self._free())
         if wanted <= 0 or self._is_claiming or self._is_drained or self._returning or self.dead or not self._queues:
             return
-        room = max(1, min(CLAIM_BYTES, self.max_held_bytes - self.held_bytes))
+        room = min(CLAIM_BYTES, self.max_held_bytes - self.held_bytes)
+        if room <= 0:
+            return  # until something is settled
         keys = [self._layout.leases, self._layout.unacked, self._layout.unacked_index, *self._lists]
         command = run_script(
             scripts.CLAIM, keys,
-            self.owner, self._next_tag, wanted, room, len(self._layout.steps), self._first_queue, *self._ends,
+            self.owner, self._next_tag, wanted, room, self._longest, SAMPLE_BYTES,
+            len(self._layout.steps), self._first_queue, *self._ends,
         )  # fmt: skip
         self._is_claiming = True
         if self._first_queue >= 0:
@@ -220,12 +228,20 @@ class RedisSource(BatchSource):
     def _on_claimed(self, names: list[bytes], reply: Any) -> None:
         self._is_claiming = False
         if isinstance(reply, RedisError):
-            self._consumer.fail(reply)
+            if reply.code not in PASSING_CODES:
+                self._consumer.fail(reply)
+                return
+            self._consumer.warn(f"cannot receive from Redis for now: {reply}")
+            asyncio.get_running_loop().call_later(RETRY_S, self._claim_again)
             return
         if self.dead:
             return
+        self._redis.expect(reply, list)
+        self._redis.expect(reply, [int, bytes, *([int, [bytes, ...]] * (len(reply) // 2 - 1))])
+        if any(not 0 <= queue < len(names) for queue in reply[2::2]):
+            self._redis.refuse(reply)
         is_drained, problem = reply[0] == 1, reply[1]
-        rows = decode_claim(reply[2:], names, self._next_tag, self._max_message_bytes)
+        rows = decode_claim(reply[2:], names, self._next_tag, self._longest)
         self._next_tag += len(rows)
         self._taken += len(rows)
         self._held.update(row[0] for row in rows)
@@ -273,10 +289,26 @@ class RedisSource(BatchSource):
     def _is_dropped(self, verdict: int) -> bool:
         return verdict == REJECT and not self._keeps_dead_letters
 
-    def _on_settled(self, replies: list[Any]) -> None:
-        for reply in replies:
+    def _forget(self, fields: Sequence[str]) -> None:
+        """Have messages forgotten that are done."""
+        if fields:
+            self.unacked.settle(fields, partial(self._on_settled, fields))
+
+    def _on_settled(self, fields: Sequence[str], replies: list[Any]) -> None:
+        refused: list[str] = []
+        for place, reply in enumerate(replies):
             if isinstance(reply, RedisError):
-                self._consumer.fail(reply)
+                refused += fields[place * FIELDS : (place + 1) * FIELDS]
+                self._consumer.warn(f"calls that have run cannot be settled for now: Redis answered {reply}")
+            else:
+                self._redis.expect(reply, int)
+        if refused:
+            # Not the end of the connection: with it they would run again.
+            self._consumer.spawn(self._forget_later(refused))
+
+    async def _forget_later(self, fields: Sequence[str]) -> None:
+        await asyncio.sleep(RETRY_S)
+        self._forget(fields)
 
     async def give_back(self, fields: Sequence[str], counted: bool = True) -> int:
         """Put messages back into their queues, the last one first; return how many were still there."""
@@ -293,9 +325,9 @@ class RedisSource(BatchSource):
         tags = {each: sorted(tag for tag, verdict in verdicts if verdict == each) for each in (REQUEUE, RETURN)}
         try:
             for reason, buried in rejected.items():
-                await self.unacked.bury(self._fields(buried), reason)
-            await self.give_back(self._fields(reversed(tags[REQUEUE])), counted=True)
-            await self.give_back(self._fields(reversed(tags[RETURN])), counted=False)
+                await self._consumer.patiently(self.unacked.bury, self._fields(buried), reason)
+            for verdict, counted in ((REQUEUE, True), (RETURN, False)):
+                await self._consumer.patiently(self.give_back, self._fields(reversed(tags[verdict])), counted)
         finally:
             self._returning -= 1
         self.wake()
@@ -305,8 +337,8 @@ class RedisSource(BatchSource):
             if message.exchange in self._consumer.fanouts:
                 commands = [fanout_command(self._layout, message)]
             else:
-                bindings = await self._redis.call("SMEMBERS", self._layout.bindings_of(message.exchange))
-                commands = routed(self._layout, message, bindings)
+                members = await self._redis.call("SMEMBERS", self._layout.bindings_of(message.exchange))
+                commands = routed(self._layout, message, self._redis.expect(members, [bytes, ...]))
         except (PublishError, EncodeError) as error:
             self.publish_failed([token], str(error))
             return
@@ -319,5 +351,6 @@ class RedisSource(BatchSource):
             reason = str(refused(next(iter(failures.values()))))
             self._consumer.warn(reason)
             self.publish_failed(list(failures), reason)
+        self._redis.expect([reply for reply in replies if not isinstance(reply, RedisError)], [int, ...])
         if stored:
             self.published(stored)

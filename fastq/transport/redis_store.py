@@ -15,6 +15,7 @@ from fastq.codecs.payload import PayloadCodec
 from fastq.errors import ConnectionLost, DecodeError, RedisError
 from fastq.link import BatchSource
 from fastq.redis.aio import HEALTH_CHECK_S, AsyncRedis
+from fastq.redis.login import PASSING_CODES
 from fastq.redis.results import ResultLayout
 from fastq.redis.url import parse_redis_url
 from fastq.states import READY_STATES, SUCCESS
@@ -32,8 +33,6 @@ CLOSE_S: Final = 2.0
 
 #: Chosen: results that the server refuses for now are offered again so often.
 RETRY_S: Final = 1.0
-#: The server is short of memory, disk or replicas, or busy with a script.
-PASSING_CODES: Final = frozenset({"OOM", "MISCONF", "NOREPLICAS", "BUSY", "TRYAGAIN", "CLUSTERDOWN"})
 
 
 class RedisResults(BatchSource):
@@ -103,7 +102,7 @@ class RedisResults(BatchSource):
     def _has_succeeded(self, payload: bytes) -> bool:
         """Whether a compressed state that was found is a SUCCESS, which is kept."""
         try:
-            return bool(self._codec.decode(payload)["status"] == SUCCESS)
+            return bool(self._codec.decode(self._redis.expect(payload, bytes))["status"] == SUCCESS)
         except DecodeError:
             return False
 
@@ -136,7 +135,8 @@ class RedisSaver:
         """Connect. Raises ConnectionLost (try again) or SettingsError (do not)."""
         settings = self._settings
         interval_s = settings.redis_backend_health_check_interval or HEALTH_CHECK_S
-        self._redis = AsyncRedis(self._urls, f"fastq results {self.name}", interval_s)
+        name = f"fastq results {self.name}"
+        self._redis = AsyncRedis(self._urls, name, interval_s, settings.fastq_max_message_bytes)
         self.source = self.source_class(self._redis, settings)
         await self._redis.open(settings.redis_socket_connect_timeout or settings.broker_connection_timeout)
         self.lost = self._redis.lost

@@ -6,17 +6,17 @@ Nothing here knows whether the one who took a message is a fastq or a Celery wor
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from fastq.redis.replies import CLAIM_BYTES, longest_envelope
+from fastq.redis.scripts import run_script
 from fastq.transport import redis_scripts as scripts
 from fastq.transport.redis_records import Record, read_record
 from fastq.wire.message import Message
 
 if TYPE_CHECKING:
     from fastq.redis.aio import AsyncRedis
-    from fastq.redis.login import Command
     from fastq.transport.redis_layout import Layout
 
 CHUNK: Final = 50  # chosen: messages that are read and written in one step when they go back
@@ -30,35 +30,29 @@ AHEAD_S: Final = 5  # chosen: less than what is worth postponing, more than the 
 BROUGHT_BACK: Final = 500  # chosen: messages that one call brings back, as the server does nothing else meanwhile
 
 FIELDS: Final = 1000  # chosen: fields in one call; Lua takes up to 8,000 values
-SHA: Final = {
-    text: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-    for text in (
-        scripts.CLAIM,
-        scripts.SETTLE,
-        scripts.MOVE,
-        scripts.POSTPONE,
-        scripts.BRING_BACK,
-        scripts.RENEW,
-    )
-}
-
-
-def run_script(text: str, keys: Sequence[str], *arguments: str | bytes | float) -> Command:
-    """Return the command that runs a loaded script."""
-    return ("EVALSHA", SHA[text], len(keys), *keys, *arguments)
+SCRIPTS: Final = (
+    scripts.CLAIM,
+    scripts.SETTLE,
+    scripts.READ,
+    scripts.MOVE,
+    scripts.POSTPONE,
+    scripts.BRING_BACK,
+    scripts.RENEW,
+)
 
 
 class Unacked:
     """The taken messages of one database."""
 
-    def __init__(self, redis: AsyncRedis, layout: Layout) -> None:
+    def __init__(self, redis: AsyncRedis, layout: Layout, max_message_bytes: int) -> None:
         self._redis = redis
         self._layout = layout
+        self._longest = longest_envelope(max_message_bytes)
         self._keys = (layout.unacked, layout.unacked_index)
 
     async def load_scripts(self) -> None:
-        """Make the scripts known to the server; it forgets them when it restarts. Raises RedisError."""
-        for text in SHA:
+        """Make the scripts known to the server. Raises RedisError where it runs none."""
+        for text in SCRIPTS:
             await self._redis.call("SCRIPT", "LOAD", text)
 
     def settle(self, fields: Sequence[str], done: Callable[[list[Any]], None]) -> None:
@@ -79,9 +73,8 @@ class Unacked:
     async def bring_back(self) -> str:
         """Put what is due soon back into its queue; return the key of one that cannot take it, or ""."""
         while True:
-            moved, broken = await self._redis.call(
-                *run_script(scripts.BRING_BACK, [self._layout.schedule], AHEAD_S, BROUGHT_BACK)
-            )
+            bring_back = run_script(scripts.BRING_BACK, [self._layout.schedule], AHEAD_S, BROUGHT_BACK)
+            moved, broken = self._redis.expect(await self._redis.call(*bring_back), [int, bytes])
             if moved < BROUGHT_BACK:
                 return str(broken, "utf-8", "replace")
 
@@ -108,29 +101,32 @@ class Unacked:
         """Return the fields of all messages that an owner has taken, the last one first."""
         cursor, numbers = b"0", set[int]()
         while True:
-            cursor, found = await self._redis.call(
-                "ZSCAN", self._layout.unacked_index, cursor, "MATCH", f"{owner}:*", "COUNT", 1000
-            )
+            scan = ("ZSCAN", self._layout.unacked_index, cursor, "MATCH", f"{owner}:*", "COUNT", 1000)
+            cursor, found = self._redis.expect(await self._redis.call(*scan), [bytes, [bytes, ...]])
             numbers.update(int(field.rpartition(b":")[2]) for field in found[::2])
             if cursor == b"0":
                 return [f"{owner}:{number}" for number in sorted(numbers, reverse=True)]
 
     async def _move(self, command: str, fields: Sequence[str], place: Callable[[Record], Awaitable[Placed]]) -> int:
-        moved = 0
-        for at in range(0, len(fields), CHUNK):
-            chunk = fields[at : at + CHUNK]
-            values = await self._redis.call("HMGET", self._layout.unacked, *chunk)
+        moved = at = 0
+        while at < len(fields):
+            read = run_script(scripts.READ, self._keys[:1], CLAIM_BYTES, self._longest, *fields[at : at + CHUNK])
+            values = self._redis.expect(await self._redis.call(*read), [(bytes, type(None)), ...])
+            chunk = fields[at : at + len(values)]
+            at += max(len(values), 1)
             arguments: list[str | bytes | int] = []
             for field, value in zip(chunk, values, strict=True):
                 envelope, lists = (b"", []) if value is None else await place(read_record(value))
                 arguments += [field, envelope, len(lists), *lists]
-            moved += await self._redis.call(*run_script(scripts.MOVE, self._keys, command, *arguments))
+            move = run_script(scripts.MOVE, self._keys, command, *arguments)
+            moved += self._redis.expect(await self._redis.call(*move), int)
         return moved
 
     async def _lists_of(self, record: Record) -> list[str]:
         """Return the lists that a message goes back to; a Celery worker's may have come through an exchange."""
         queues = [record.routing_key]
         if record.exchange:
-            bindings = await self._redis.call("SMEMBERS", self._layout.bindings_of(record.exchange))
+            members = await self._redis.call("SMEMBERS", self._layout.bindings_of(record.exchange))
+            bindings = self._redis.expect(members, [bytes, ...])
             queues = self._layout.queues_for(bindings, record.routing_key)
         return [self._layout.list_of(queue, record.priority) for queue in queues]

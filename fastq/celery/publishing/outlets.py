@@ -193,7 +193,8 @@ class RedisOutlet:
         urls = parse_redis_url(url, settings)
         options = settings.broker_transport_options
         timeout_s = options.get("socket_timeout", SOCKET_TIMEOUT_S) or SOCKET_TIMEOUT_S
-        self._redis = BlockingRedis(urls, float(timeout_s), "", settings.broker_connection_timeout)
+        connect_s, most = settings.broker_connection_timeout, settings.fastq_max_message_bytes
+        self._redis = BlockingRedis(urls, float(timeout_s), "", connect_s, most)
         self._backlog = Backlog(self._redis, float(timeout_s)) if confirm_behind else None
         self._layout = read_layout(settings, urls[0].db)
         self._app = app
@@ -214,7 +215,7 @@ class RedisOutlet:
         with self._lock:
             self._redis.open()
             try:
-                self._redis.call("LPUSH", key, envelope)
+                self._redis.expect(self._redis.call("LPUSH", key, envelope), int)
             except ConnectionLost as error:
                 raise unknown_fate(error) from None
 
