@@ -322,7 +322,9 @@ cdef class Core(Keeper):
         if self.revoked_ids is not None and self.is_revoked(delivery):
             return self.fail(delivery, "revoked", None, ACK)
         if delivery.head.eta and delivery.head.eta > read_clock():
-            if len(self.etas) >= self.max_etas and delivery.source.postpone is not None and self.postpone(delivery):
+            # Those that are large would take the place of all others before they are many (rules, section 6.2: 64 of 256 MiB).
+            is_full = len(self.etas) >= self.max_etas or 4 * delivery.source.held_bytes > delivery.source.max_held_bytes
+            if is_full and delivery.source.postpone is not None and self.postpone(delivery):
                 return 0
             return self.wait_until(delivery, delivery.head.eta)
         if delivery.head.retries > 0 and self.runs_already(delivery):

@@ -113,15 +113,15 @@ class Settings:
     worker_send_task_events: bool = False
     event_exchange: str = "celeryev"
     event_queue_prefix: str = "celeryev"
-    event_queue_ttl: float = 5.0
-    event_queue_expires: float = 60.0
+    event_queue_ttl: float | None = 5.0
+    event_queue_expires: float | None = 60.0
     event_queue_exclusive: bool = True
     event_queue_durable: bool = False
 
     # Worker.
     worker_direct: bool = False  # a queue of its own, <node name>.dq2
     worker_concurrency: int | None = None
-    worker_prefetch_multiplier: int = 4
+    worker_prefetch_multiplier: float = 4
     worker_disable_prefetch: bool = False  # Redis only: take a message only when a child is free
     worker_eta_task_limit: int | None = None  # messages that wait for their time in the worker's memory
     worker_cancel_long_running_tasks_on_connection_loss: bool = False  # those that are acknowledged late
@@ -158,6 +158,7 @@ class Settings:
     fastq_reliable: bool = True
     fastq_publish_timeout: float = 10.0
     fastq_max_message_bytes: int = 128 * 1024 * 1024
+    fastq_max_held_bytes: int = 256 * 1024 * 1024  # of messages in a worker, above which it takes no more
     fastq_max_deliveries: int = 20
     fastq_max_child_deaths: int = 3
     fastq_grace_s: float = 25.0
@@ -352,6 +353,11 @@ def _absent(name: str) -> str | None:
     """Return what there is instead of a setting of Celery's that is not here; None for other names."""
     found = _ABSENT.get(name)
     return found or next((hint for start, hint in _ABSENT.items() if start[-1] == "_" and name.startswith(start)), None)
+
+
+def takes_none(name: str) -> bool:
+    """Whether a setting may be None."""
+    return _fits(None, _hints()[_known(name)])
 
 
 def _fits(value: Any, hint: Any) -> bool:

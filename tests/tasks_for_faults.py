@@ -34,6 +34,15 @@ def work(number: int, seconds: float = 0.0, *ignored: object) -> int:
     return number
 
 
+@app.task(name="until")
+def wait_until(number: int, gate: str) -> None:
+    """Wait until a file exists."""
+    record_start(LEDGER, number)
+    while not os.path.exists(gate):
+        time.sleep(0.01)
+    record_done(LEDGER, number)
+
+
 @app.task(name="kill_own_child")
 def kill_own_child(number: int) -> None:
     """End the process that runs this, as a segmentation fault or the memory killer does."""

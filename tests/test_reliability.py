@@ -20,8 +20,10 @@ from fastq.wire.ids import new_id
 from fastq.wire.message import encode_task
 from tests.conftest import missing
 from tests.faults import Direction, FaultProxy
+from tests.malformed import MIB
 from tests.servers import RabbitMQ, Redis, ServerMissing
 from tests.stage import QUEUE, Kind, Stage, open_stage, until
+from tests.test_malformed import memory_of
 from tests.workers import WorkerProcess
 
 pytestmark = pytest.mark.rabbitmq
@@ -427,3 +429,42 @@ def test_a_dead_letter_says_which_task_and_why(kind: Kind, request: pytest.Fixtu
         until(look, 10, f"{wanted} among the dead letters")
     finally:
         stage.close()
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+HELD = 16 * MIB
+LARGE = 2 * MIB
+
+
+@pytest.mark.parametrize("stage", ["amqp", "redis", "sqlite"], indirect=True)
+def test_what_a_worker_holds_is_bounded_by_bytes(stage: Stage, tmp_path: Path) -> None:
+    """Whatever the prefetch allows. Each broker brings a message as it can: in frames, in base64, or as it is."""
+    gate = tmp_path / "gate"
+    worker = stage.start_worker("-c", "1", "--prefetch-multiplier", "100", fastq_max_held_bytes=HELD)
+    numbers = stage.send(1, "until", str(gate))
+    stage.ledger.wait_for_starts(1, 10)
+    before = memory_of(worker.pid, "VmRSS")
+    for _ in range(30):
+        numbers += stage.send(1, "work", 0.0, "x" * LARGE)
+    until(lambda: memory_of(worker.pid, "VmRSS") - before > HELD, 30, "it has taken what it may hold")
+    gate.touch()
+    stage.wait_for(numbers, 60)
+    stage.wait_for_settled(20)
+    growth = memory_of(worker.pid, "VmHWM") - before
+    print(f"memory grew by {growth / MIB:.0f} MiB")
+    # The one that is too much, and what is on its way in and out: as read, as received, and for the child.
+    assert growth < HELD + 12 * LARGE
+    assert "Connection to broker lost" not in worker.log()
+    assert stage.ledger.started() == dict.fromkeys(numbers, 1)
+
+
+@pytest.mark.parametrize("stage", ["amqp", "redis"], indirect=True)
+def test_large_messages_that_wait_for_their_time_leave_room_for_others(stage: Stage) -> None:
+    """They go back to the broker, or they would fill what may be held until they are due."""
+    worker = stage.start_worker("-c", "1", fastq_max_held_bytes=HELD)
+    for _ in range(12):
+        stage.send(1, "work", 0.0, "x" * LARGE, eta=time.time() + 3600)
+    number = stage.send(1)
+    stage.wait_for(number, 30)
+    assert worker.exit_code is None

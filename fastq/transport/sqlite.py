@@ -111,11 +111,11 @@ class SqliteSource(BatchSource):
     def __init__(self, thread: SqliteThread) -> None:
         super().__init__()
         self._thread = thread
-        self._taken = 0
+        self._taken = self._taken_bytes = 0
 
     def pull(self, n: int) -> None:
         """Allow ``n`` more deliveries, those included that are on their way here."""
-        self._thread.allow(self._taken + n)
+        self._thread.allow(self._taken + n, self._taken_bytes + self.max_held_bytes - self.held_bytes)
 
     def settle(self, batch: list[tuple[int, int]]) -> None:
         """Tell the verdicts on deliveries."""
@@ -140,6 +140,7 @@ class SqliteSource(BatchSource):
             self.publish_failed(outcome.refused, outcome.refusal)
         if outcome.rows:
             self._taken += len(outcome.rows)
+            self._taken_bytes += sum(map(tables.size_of, outcome.rows))
             self.receive(outcome.rows)
 
 

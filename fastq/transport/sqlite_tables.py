@@ -6,6 +6,7 @@ each one lets go of the interpreter's lock and has to get it back.
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
@@ -75,14 +76,23 @@ def message_row(queue: int, message: Message) -> MessageRow:
 # --- claim ------------------------------------------------------------------------------------------------------------
 
 
-def claim(cursor: sqlite3.Cursor, owner: int, queue: int, name: bytes, limit: int) -> list[Row]:
-    """Take up to ``limit`` ready messages of a queue for a worker: by priority, then oldest first."""
+def claim(
+    cursor: sqlite3.Cursor, owner: int, queue: int, name: bytes, limit: int, max_bytes: float = math.inf
+) -> list[Row]:
+    """Take up to ``limit`` ready messages of a queue for a worker: by priority, then oldest first.
+
+    None after the one with which they have ``max_bytes``.
+    """
     # Not UPDATE ... RETURNING: that rewrites every message and hands the rows out in no promised order.
-    rows: list[Row] = cursor.execute(
+    found = cursor.execute(
         "SELECT r.id, ?3, m.props, m.body, r.deliveries + 1 FROM ready r CROSS JOIN messages m ON m.id = r.id "
         "WHERE r.queue = ?1 ORDER BY r.rank, r.id LIMIT ?2",
         (queue, limit, name),
-    ).fetchall()
+    )
+    rows: list[Row] = []
+    while max_bytes > 0 and (row := found.fetchone()) is not None:
+        rows.append(row)
+        max_bytes -= size_of(row)
     if rows:
         cursor.execute(
             "INSERT INTO claimed SELECT id, ?1, deliveries + 1 FROM ready WHERE queue = ?2 ORDER BY rank, id LIMIT ?3",
@@ -95,12 +105,25 @@ def claim(cursor: sqlite3.Cursor, owner: int, queue: int, name: bytes, limit: in
     return rows
 
 
+def size_of(row: Row) -> int:
+    """Return how many bytes a delivery holds."""
+    return len(row[2]) + len(row[3])
+
+
 def claim_fairly(
-    cursor: sqlite3.Cursor, owner: int, queues: Sequence[tuple[int, bytes]], limit: int, turn: int
+    cursor: sqlite3.Cursor,
+    owner: int,
+    queues: Sequence[tuple[int, bytes]],
+    limit: int,
+    turn: int,
+    max_bytes: float = math.inf,
 ) -> list[Row]:
-    """Take up to ``limit`` messages: the same share of each queue that has any, the rest where there are more."""
+    """Take up to ``limit`` messages: the same share of each queue that has any, the rest where there are more.
+
+    None after the one with which they have ``max_bytes``.
+    """
     if len(queues) == 1:
-        return claim(cursor, owner, *queues[0], limit)
+        return claim(cursor, owner, *queues[0], limit, max_bytes)
     ids = _json(queue for queue, _ in queues)
     found = cursor.execute(
         "SELECT value FROM json_each(?) WHERE EXISTS (SELECT 1 FROM ready WHERE ready.queue = value)", (ids,)
@@ -110,12 +133,13 @@ def claim_fairly(
     start = turn % len(waiting) if waiting else 0
     waiting = waiting[start:] + waiting[:start]
     rows: list[Row] = []
-    while waiting and len(rows) < limit:
+    while waiting and len(rows) < limit and max_bytes > 0:
         share = -(-(limit - len(rows)) // len(waiting))
         more = []
         for queue in waiting:
-            taken = claim(cursor, owner, queue, names[queue], min(share, limit - len(rows)))
+            taken = claim(cursor, owner, queue, names[queue], min(share, limit - len(rows)), max_bytes)
             rows += taken
+            max_bytes -= sum(size_of(row) for row in taken)
             if len(taken) == share:
                 more.append(queue)
         waiting = more

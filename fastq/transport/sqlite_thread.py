@@ -116,6 +116,7 @@ class SqliteThread(threading.Thread):
         self._inbox: deque[Work] = deque()
         self._questions: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._limit = 0
+        self._max_bytes = math.inf
         self._asleep = False
         self._stopping = False
         self._waker = Waker()
@@ -133,7 +134,7 @@ class SqliteThread(threading.Thread):
         self._me = 0
         self._queues: list[tuple[int, bytes]] = []
         self._work = Work()
-        self._claimed = 0
+        self._claimed = self._claimed_bytes = 0
         self._turns = 0
         self._is_alone = False  # no other worker was there at the last check
         self._is_rung = False
@@ -160,10 +161,10 @@ class SqliteThread(threading.Thread):
         if self._asleep:
             self._waker.wake()
 
-    def allow(self, limit: int) -> None:
-        """Set how many messages may be claimed in all since the start."""
-        was_stuck = self._limit <= self._claimed
-        self._limit = limit
+    def allow(self, limit: int, max_bytes: float = math.inf) -> None:
+        """Set how many messages may be claimed in all since the start, and up to how many bytes."""
+        was_stuck = not self._has_room()
+        self._limit, self._max_bytes = limit, max_bytes
         if was_stuck and self._asleep:
             self._waker.wake()
 
@@ -291,7 +292,10 @@ class SqliteThread(threading.Thread):
         return (until if repeat_s is None else min(until, now + repeat_s)) - now
 
     def _wanted(self) -> int:
-        return max(0, self._limit - self._claimed) if self._queues else 0
+        return self._limit - self._claimed if self._queues and self._has_room() else 0
+
+    def _has_room(self) -> bool:
+        return self._limit > self._claimed and self._max_bytes > self._claimed_bytes
 
     def _take_inbox(self) -> None:
         while self._questions:
@@ -342,6 +346,7 @@ class SqliteThread(threading.Thread):
         self._transaction(lambda: self._write(work, outcome))
         self._work = Work()
         self._claimed += len(outcome.rows)
+        self._claimed_bytes += sum(map(tables.size_of, outcome.rows))
         self._turns += 1
         if outcome.notices:
             self._announcer.send(outcome.notices)
@@ -417,8 +422,10 @@ class SqliteThread(threading.Thread):
         if self._is_due():
             tables.make_due_ready(cursor, time.time())
             self._next_due = tables.next_due(cursor)
-        outcome.rows = tables.claim_fairly(cursor, self._me, self._queues, wanted, self._turns)
-        self._drained = len(outcome.rows) < wanted
+        room = self._max_bytes - self._claimed_bytes
+        outcome.rows = tables.claim_fairly(cursor, self._me, self._queues, wanted, self._turns, room)
+        is_full = sum(map(tables.size_of, outcome.rows)) >= room
+        self._drained = len(outcome.rows) < wanted and not is_full
 
     def _something_to_claim(self) -> bool:
         """Return whether a claim would find anything: looking takes no lock, for which other workers may wait."""

@@ -240,6 +240,7 @@ class Life:
         await consumer.open()
         self._consumer = consumer
         consumer.source.window = self._window()
+        consumer.source.max_held_bytes = settings.fastq_max_held_bytes
         try:
             self._choose_store(consumer)
             if self.core.answers_all:
@@ -304,7 +305,7 @@ class Life:
         multiplier = self.options.prefetch_multiplier
         if multiplier == 0:
             return UNBOUNDED_WINDOW
-        return (multiplier or 4) * self._slots
+        return max(1, int((multiplier or 4) * self._slots))
 
     async def _adapt(self, consumer: Consumer) -> None:
         """Widen the window while tasks are short or waiting ETA tasks fill it; narrow it when tasks are long."""
