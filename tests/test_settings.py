@@ -77,7 +77,7 @@ def test_an_unknown_setting_that_resembles_nothing_says_so() -> None:
         ("worker_concurrency", "4", "an int >= 0 or None"),
         ("worker_concurrency", True, "an int >= 0 or None"),
         ("worker_concurrency", -1, "an int >= 0 or None"),
-        ("worker_prefetch_multiplier", 2.5, "an int >= 0"),
+        ("worker_max_tasks_per_child", 2.5, "an int >= 0 or None"),
         ("task_time_limit", "1 hour", "a number >= 0 or None"),
         ("task_time_limit", float("inf"), "a number >= 0 or None"),
         ("task_always_eager", "yes", "True or False"),

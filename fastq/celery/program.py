@@ -27,7 +27,7 @@ from fastq.celery.hookpoints import REQUEST, STRATEGY, has_own
 from fastq.celery.inside import Inside, show_state
 from fastq.celery.options import as_celery_means, celery_options, overrides_of, read_user_options
 from fastq.celery.serializers import register_serializers
-from fastq.celery.settings import own_store, settings_of_app
+from fastq.celery.settings import blaming, number_of, own_store, settings_of_app
 from fastq.celery.steps import Steps
 from fastq.errors import SettingsError
 from fastq.pool.zygote import ChildMain, CompanionMain
@@ -227,7 +227,13 @@ class CeleryProgram:
     def _options_of(self, task: Any, reliable: bool) -> TaskOptions:
         from fastq._child import TaskOptions  # after the fork: children have no message loop
 
-        limited = not self.app.conf.worker_disable_rate_limits
+        limits = {}
+        for name in ("time_limit", "soft_time_limit"):
+            value = getattr(task, name)
+            limits[name] = number_of(f"{name} of task {task.name} (or task_{name})", value) if value else 0
+        if task.rate_limit and not self.app.conf.worker_disable_rate_limits:
+            with blaming(f"rate_limit of task {task.name}", "task_default_rate_limit"):
+                limits["rate_limit"] = float(rate(task.rate_limit))
         return TaskOptions(
             task.name,
             acks_late=bool(task.acks_late) or reliable,
@@ -236,9 +242,7 @@ class CeleryProgram:
             handed_over=has_own(task, STRATEGY),
             handed_in_turn=has_own(task, REQUEST),
             ignore_result=bool(task.ignore_result),
-            time_limit=task.time_limit or 0,
-            soft_time_limit=task.soft_time_limit or 0,
-            rate_limit=rate(task.rate_limit) if limited and task.rate_limit else 0,
+            **limits,
         )
 
     def child_main(self, options: child.ChildOptions) -> ChildMain:

@@ -6,7 +6,9 @@ Celery reads the configuration: every spelling, namespace, default and environme
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -18,7 +20,7 @@ from kombu import Connection, Exchange, Queue
 from kombu.exceptions import KombuError
 
 from fastq.errors import SettingsError
-from fastq.settings import Settings
+from fastq.settings import Settings, takes_none
 
 #: Result stores that the worker writes itself, by their class; every other one is written in the child.
 OWN_STORES = {
@@ -62,8 +64,21 @@ _PLAIN = (
     *("worker_log_datefmt", "worker_task_log_datefmt", "worker_redirect_stdouts", "worker_redirect_stdouts_level"),
 )
 
-#: Settings that Celery declares as text although they are numbers.
-_NUMBERS = {"task_default_priority": "int", "task_queue_max_priority": "int"}
+#: Settings that Celery declares as something else, or not at all, although they are numbers.
+_NUMBERS = {
+    "task_default_priority": "int",
+    "task_queue_max_priority": "int",
+    "redis_backend_health_check_interval": "float",
+    "worker_prefetch_multiplier": "float",
+}
+
+#: A part of one of these is one more: a child is replaced after its second task where 1.5 are allowed.
+_ROUNDED_UP = {
+    "broker_connection_max_retries",
+    "worker_eta_task_limit",
+    "worker_max_memory_per_child",
+    "worker_max_tasks_per_child",
+}
 
 _DELIVERY_MODES = {"transient": 1, "persistent": 2, "1": 1, "2": 2}
 
@@ -81,12 +96,16 @@ def settings_of_app(app: celery.Celery, queues: Sequence[str] = ()) -> Settings:
     ``queues`` are the names that the worker was told to read: Celery's own code decides how those that it does not know
     are made. Raises SettingsError for a value that the worker cannot use.
     """
+    with blaming("task_annotations"):
+        for each in app.annotations:
+            _ = each.annotate  # one that is named by its place is imported
     app.finalize()
     settings = Settings()
     # Celery acknowledges early and forgets what a lost worker held; an application that wants more says so.
     settings.load({"fastq_reliable": False})
     settings.load({name: value for name, value in _values(app) if _says_something(app, settings, name, value)})
-    settings.load({"task_queues": list(_queues(app, queues))})
+    with blaming("task_queues", "a setting of queues"):
+        settings.load({"task_queues": list(_queues(app, queues))})
     # As if assigned: Celery has read the environment, and its own code in the children follows that.
     settings.broker_url = broker_url_of(app)
     settings.result_backend = result_backend_of(app)
@@ -123,7 +142,8 @@ def _says_something(app: celery.Celery, settings: Settings, name: str, value: An
     if name not in settings:
         return False
     if is_given(app, name):
-        return value is not None or settings[name] is not None
+        # None where there must be something is no wish either.
+        return value is not None or (settings[name] is not None and takes_none(name))
     # Celery's None is a default of its own code; whether acknowledgements are late follows from fastq_reliable.
     return value is not None and value != settings[name] and name != "task_acks_late"
 
@@ -149,21 +169,43 @@ def _typed(name: str, value: Any, kind: str = "") -> Any:
         return value
     if name in ("result_expires", "result_failure_expires") and not value:
         return None  # both mean: for ever
-    if value is None or kind not in ("int", "float", "bool", "list"):
+    if kind == "bool":
+        return None if value is None and takes_none(name) else bool(value)
+    if kind == "string":
+        return _as_text(value)
+    if value is None or kind not in ("int", "float", "list"):
         return value
     if kind == "list":
-        return [value] if isinstance(value, str) else list(value)
-    if kind == "bool":
-        return bool(value)
-    return _number(name, value, kind)
+        with blaming(name):
+            return [value] if isinstance(value, str) else list(value)
+    # As for Celery, nothing in whatever form is not given.
+    return None if value in ("", (), [], {}) else number_of(f"setting {name!r}", value, kind, name in _ROUNDED_UP)
 
 
-def _number(name: str, value: Any, kind: str) -> Any:
+def _as_text(value: Any) -> Any:
+    """Return a number as text: a password or virtual host of digits is written as one."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def number_of(what: str, value: Any, kind: str = "float", rounds_up: bool = False) -> Any:
+    """Return a number that may be text, or a span of time in seconds. Raises SettingsError that says what it is not."""
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise SettingsError(f"setting {name!r} is {value!r:.80}; expected a number") from None
-    return int(number) if kind == "int" and number == int(number) else number
+        number = value.total_seconds() if isinstance(value, timedelta) else float(value)
+        if kind == "int" and (rounds_up or number == int(number)):
+            return math.ceil(number)
+    except (TypeError, ValueError, OverflowError):
+        raise SettingsError(f"{what} is {str(value)[:80]!r}; expected a number") from None
+    return number
+
+
+@contextmanager
+def blaming(*names: str) -> Iterator[None]:
+    """Have what Celery's own code makes of a setting's value fail with an error that names the setting."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        shown = f"{type(error).__name__}: {error}"
+        raise SettingsError(f"{' or '.join(names)} cannot be used: {shown}") from error
 
 
 @cache
@@ -176,14 +218,18 @@ def _types() -> dict[str, str]:
 
 def broker_url_of(app: celery.Celery) -> str:
     """Return the URL from which the worker consumes, or several with ``;`` between. It may hold a password."""
-    conf = app.conf
+    with blaming("broker_url", *(f"broker_{name}" for name in ("user", "password", "vhost", "port", "transport"))):
+        return _broker_url(app.conf)
+
+
+def _broker_url(conf: Any) -> str:
     url = conf.broker_read_url
     if isinstance(url, (list, tuple)):
         url = ";".join(url)
     parts = {
-        "userid": conf.broker_user,
-        "password": conf.broker_password,
-        "virtual_host": conf.broker_vhost,
+        "userid": _as_text(conf.broker_user),
+        "password": _as_text(conf.broker_password),
+        "virtual_host": _as_text(conf.broker_vhost),
         "port": conf.broker_port,
         "transport": conf.broker_transport,
     }
@@ -207,8 +253,9 @@ def result_backend_of(app: celery.Celery) -> str:
 def backend_of(app: celery.Celery) -> Any:
     """Return the application's result store as Celery makes it. Raises SettingsError when Celery cannot."""
     try:
-        return app.backend
-    except (ImproperlyConfigured, ImportError, KombuError) as error:
+        with blaming("result_backend", "another setting of results"):
+            return app.backend
+    except (ImproperlyConfigured, KombuError) as error:
         raise SettingsError(f"setting 'result_backend' cannot be used: {error}") from error
 
 
@@ -270,7 +317,7 @@ def _binding(binding: Any) -> dict[str, Any]:
 
 def _exchange(exchange: Exchange) -> dict[str, Any]:
     return {
-        "exchange": exchange.name,
+        "exchange": str(exchange.name or ""),
         "exchange_type": exchange.type,
         "exchange_durable": bool(exchange.durable),
         "exchange_auto_delete": bool(exchange.auto_delete),
