@@ -211,6 +211,26 @@ def test_a_result_that_is_here_already_is_seen_at_once(store: RpcStore, worker: 
     assert seen.wait()["result"] == 7
 
 
+def test_the_thread_of_watches_ends_when_nobody_watches(
+    store: RpcStore, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rpc, "LINGER_S", 0.2)
+    queue, seen = store.reply_address(), Seen()
+    unwatch = store.watch(new_id(), seen)
+    thread = store._watcher
+    assert thread is not None
+    time.sleep(0.6)
+    assert thread.is_alive()
+    unwatch()
+    thread.join(5.0)
+    assert not thread.is_alive()
+    # The next one makes another.
+    task_id = new_id()
+    store.watch(task_id, seen)
+    worker.reply(queue, task_id, 1)
+    seen.wait()
+
+
 def test_a_watch_that_was_ended_is_not_kept(store: RpcStore, worker: Worker) -> None:
     queue, task_id = store.reply_address(), new_id()
     ended, seen = Seen(), Seen()

@@ -185,6 +185,7 @@ class CeleryHooks(Hooks):
             self.recorder.put(partial(self._mark_revoked, task_id, names.get(task_id)))
 
     def _mark_revoked(self, task_id: str, name: str | None) -> None:
+        close_databases(self._app)
         try:
             task = self._app.tasks.get(name)
             backend = self._app.backend if task is None else task.backend
@@ -223,18 +224,26 @@ class CeleryHooks(Hooks):
 
     def _record(self, kind: str, name: str, task_id: str, detail: Any, delivery: Delivery) -> None:
         verdicts: list[int] = []
-        try:
-            found = delivery.describe()
-            if kind == "unknown":
-                verdicts.append(_REJECT)
-                self._unknown(found, name, task_id)
-            elif kind == "refused":
-                verdicts.append(_REJECT)
-                self._tell_refused(found, name, task_id, detail)
-            else:
-                self._request_method(kind, found, detail, verdicts)
-        except Exception:
-            logger.exception("the failure of task %s[%s] could not be recorded", name, task_id)
+        found = delivery.describe()
+        if kind == "unknown":
+            self._log.unregistered(name, task_id)
+        for is_last in (False, True):
+            close_databases(self._app)
+            try:
+                if kind == "unknown":
+                    verdicts.append(_REJECT)
+                    self._unknown(found, name, task_id)
+                elif kind == "refused":
+                    verdicts.append(_REJECT)
+                    self._tell_refused(found, name, task_id, detail)
+                else:
+                    self._request_method(kind, found, detail, verdicts)
+                break
+            except Exception:
+                # Once more, as a store's connection that nobody has used for long fails the first who does.
+                if is_last:
+                    logger.exception("the failure of task %s[%s] could not be recorded", name, task_id)
+        close_databases(self._app)
         verdict = verdicts[0] if verdicts else _ACK
         reason = f"Reject: {_reason_of(detail)}" if kind == "rejected" else None
         assert self.core is not None
@@ -265,7 +274,6 @@ class CeleryHooks(Hooks):
             end_part(request)
 
     def _unknown(self, found: dict[str, Any], name: str, task_id: str) -> None:
-        self._log.unregistered(name, task_id)
         message = message_of(self._app, found)
         error = NotRegistered(name)
         headers = {key: value for key, value in message.headers.items() if isinstance(key, str)}
@@ -293,6 +301,14 @@ class CeleryHooks(Hooks):
         if not (ignores if ignores is not None or task is None else task.ignore_result):
             (self._app if task is None else task).backend.mark_as_failure(task_id, error, request=request)
         self.consumer.event_dispatcher.send("task-failed", uuid=task_id, exception=repr(error))
+
+
+def close_databases(app: celery.Celery) -> None:
+    """Close this thread's connections of Django, as Celery's fix-up does around each task: a server ends idle ones."""
+    for fixup in app._fixups or ():
+        worker = getattr(fixup, "worker_fixup", None)
+        if worker is not None:
+            worker.close_database()
 
 
 def _reason_of(rejection: bytes) -> str:

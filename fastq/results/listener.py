@@ -263,7 +263,7 @@ class Listener:
                 if watched:
                     leave_at = now + LINGER_S
                 self._lead_or_follow(self._poked, min(look_at, register_at), self._has_news)
-            except FastqError as error:
+            except (FastqError, OSError) as error:
                 if not self._closed.is_set():
                     logger.error("cannot look for results, trying again: %s", error)
                     self._poked.wait(RETRY_S)

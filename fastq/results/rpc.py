@@ -242,8 +242,11 @@ class RpcStore:
 
     # --- reading: by the thread that leads
 
-    def _lead(self, done: Callable[[], bool], deadline: float) -> None:
-        """Read replies until ``done`` or the deadline. The caller has taken the lead; it is given up here."""
+    def _lead(self, done: Callable[[], bool], deadline: float, connected_by: float | None = None) -> None:
+        """Read replies until ``done`` or the deadline. The caller has taken the lead; it is given up here.
+
+        A connection that is lost meanwhile is made again by ``connected_by``, or the deadline.
+        """
         try:
             connection = self._connection
             if connection is None:
@@ -255,7 +258,7 @@ class RpcStore:
                     return
                 self._take(connection, [event, *connection.take_events()])
         except FastqError as error:
-            self._recover(error, deadline)
+            self._recover(error, deadline if connected_by is None else connected_by)
         finally:
             self._stop_leading()
 
@@ -424,9 +427,10 @@ class RpcStore:
                 self._watch_some()
 
     def _watch_some(self) -> None:
-        """Lead until somebody is due."""
+        """Lead for a while, until somebody is due or nobody watches any more."""
         try:
-            self._lead(lambda: bool(self._due), time.monotonic() + FOREVER_S)
+            now = time.monotonic()
+            self._lead(lambda: bool(self._due) or not self._watched, now + LINGER_S, connected_by=now + FOREVER_S)
         except FastqError as error:
             self._lose(str(error))
 

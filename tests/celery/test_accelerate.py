@@ -34,7 +34,7 @@ from fastq.errors import EncodeError, SettingsError
 from fastq.wire.ids import new_uuid4
 from tests.celery.conftest import OpenStage
 from tests.faults import FaultProxy
-from tests.servers import RabbitMQ, Redis
+from tests.servers import RabbitMQ, Redis, wait_until
 
 TIMEOUT_S = 20.0
 
@@ -500,6 +500,39 @@ def test_a_forked_child_opens_a_connection_of_its_own(broker_url: str) -> None:
         app.add.delay(number)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert sorted(message.payload[0][0] for message in taken(broker_url, count=21)) == list(range(1, 22))
+    app.close()
+
+
+@pytest.mark.redis
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex")  # Celery's
+def test_a_forked_child_waits_for_results_on_a_connection_of_its_own(redis_server: Redis) -> None:
+    """Celery's consumer of results would go on with the parent's, and each would read what is for the other."""
+    url = redis_server.url(12)
+    app = make(url, result_backend=url, task_ignore_result=False)
+    ids = [new_uuid4() for _ in range(2)]
+    handles = [app.AsyncResult(task_id) for task_id in ids]
+    for handle in handles:
+        app.backend.add_pending_result(handle)  # as a call does: subscribed before the fork
+    name, consumer = app.thread_oid, app.backend.result_consumer
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            mine = app.AsyncResult(ids[0])
+            is_new = app.backend.result_consumer is not consumer and app.thread_oid != name
+            status = 0 if is_new and mine.get(timeout=TIMEOUT_S) == 1 else 2
+        finally:
+            os._exit(status)
+    with RedisClient.from_url(url) as client:
+        wait_until(
+            lambda: client.pubsub_numsub(app.backend.get_key_for_task(ids[0]))[0][1] == 2,
+            TIMEOUT_S,
+            lambda: TimeoutError("the child has not subscribed"),
+        )
+    for number, task_id in enumerate(ids, start=1):
+        app.backend.store_result(task_id, number, "SUCCESS")
+    assert [handle.get(timeout=TIMEOUT_S) for handle in handles] == [1, 2]
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     app.close()
 
 

@@ -102,8 +102,9 @@ class Sender:
             plan.outlet.close()
 
     def forget_after_fork(self) -> None:
-        """In a forked child: another thread of the parent may have held the lock."""
+        """In a forked child: another thread of the parent may have held the lock, and results are the parent's."""
         self._lock = threading.Lock()
+        leave_results(self._app)
 
     def send_task(self, name: str, args: Any = None, kwargs: Any = None, *rest: Any, **options: Any) -> Any:
         """Send a task by its name, as Celery's ``send_task``. Returns its AsyncResult."""
@@ -311,6 +312,24 @@ def forget_locks() -> None:
 
 
 os.register_at_fork(after_in_child=forget_locks)
+
+#: What a forked child has left to its parent; to collect it would close the parent's connection.
+INHERITED: list[Any] = []
+
+
+def leave_results(app: Any) -> None:
+    """In a forked child: what waits for results is made anew. On the parent's connection each would take the other's.
+
+    Celery does the same after a fork by multiprocessing, but not after a plain one.
+    """
+    vars(app._local).pop("oid", None)  # the reply queue of rpc:// is named after it
+    backend = getattr(app, "_backend_cache", None) or getattr(app._local, "backend", None)
+    consumer = getattr(backend, "result_consumer", None)
+    if backend is not None and consumer is not None:
+        INHERITED.append(consumer)
+        backend.result_consumer = backend.ResultConsumer(
+            backend, backend.app, backend.accept, backend._pending_results, backend._pending_messages
+        )
 
 
 def is_plain(plan: Plan, args: Any, kwargs: Any, options: dict[str, Any]) -> bool:
