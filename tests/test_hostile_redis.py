@@ -17,6 +17,7 @@ from fastq.settings import Settings
 from fastq.transport import open_publisher
 from fastq.transport.bus import open_blocking_bus
 from tests.conformance import message
+from tests.consuming import Consuming
 from tests.hostile import HostileRedis
 from tests.malformed import MIB
 from tests.servers import Redis
@@ -84,6 +85,28 @@ def test_a_worker_survives_false_replies_and_comes_back(stage: Stage, proxy: Hos
     assert worker.exit_code is None
     assert "Traceback" not in worker.log()
     assert "which nothing has asked for" in worker.log()
+
+
+def test_what_was_taken_by_a_claim_that_was_answered_falsely_is_put_back(stage: Stage, proxy: HostileRedis) -> None:
+    """The server has handed it out, and nobody has heard of it."""
+    consumer = Consuming(proxy.url(stage.url), Settings({}), ("celery",), 10)
+    try:
+        left = 1
+
+        def spoil(chunk: bytes) -> bytes:
+            nonlocal left
+            if b'"body"' not in chunk or left == 0:
+                return chunk
+            left = 0
+            return b"-WRONGTYPE no such thing\r\n"
+
+        proxy.spoil = spoil
+        stage.send(3)
+        assert "WRONGTYPE" in str(consumer.lost())
+    finally:
+        consumer.close()
+    with Consuming(stage.url, Settings({}), ("celery",), 10) as other:
+        assert len(other.rows(3)) == 3
 
 
 def test_a_reply_without_end_is_given_up(stage: Stage, proxy: HostileRedis) -> None:

@@ -381,7 +381,11 @@ class RedisConsumer(NoAnswers):
         await self.cancel()
         await self.settled()
         await self.source.give_back(self.source.held_fields())
-        await self._redis.call("ZREM", self._layout.leases, self.source.owner)
+        if self.lost.done():
+            # It may have taken what it never heard of: whoever renews a lease next puts that back.
+            await self._redis.call("ZADD", self._layout.leases, "XX", 0, self.source.owner)
+        else:
+            await self._redis.call("ZREM", self._layout.leases, self.source.owner)
         self._has_left = True
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
