@@ -204,8 +204,9 @@ def blaming(*names: str) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
-        shown = f"{type(error).__name__}: {error}"
-        raise SettingsError(f"{' or '.join(names)} cannot be used: {shown}") from error
+        others = f" (or is it {', '.join(names[1:])}?)" if names[1:] else ""
+        text = f"setting {names[0]!r} cannot be used: {type(error).__name__}: {error}{others}"
+        raise SettingsError(text) from error
 
 
 @cache

@@ -10,6 +10,7 @@ from typing import Any
 
 import celery
 import pytest
+from celery import _state
 
 from fastq.amqp.topology import Topology
 from fastq.amqp.url import Endpoints
@@ -67,7 +68,10 @@ def settle(app: celery.Celery) -> tuple[Settings, WorkerOptions]:
 def start_celery(app: celery.Celery) -> Any:
     """Do what Celery's worker does before it connects. Raises what it fails with."""
     app.finalize()
-    worker = app.Worker(pool="solo")
+    try:
+        worker = app.Worker(pool="threads")
+    finally:
+        _state._set_task_join_will_block(False)  # this process is no child of a worker
     app.connection_for_read()
     list(app.amqp.queues.values())
     _ = app.backend
