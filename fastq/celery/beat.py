@@ -13,19 +13,22 @@ from typing import NoReturn
 import celery
 from celery.beat import EmbeddedService
 
+from fastq.errors import SettingsError
 from fastq.pool.process import set_name
+from fastq.worker.files import check_file
 
 logger = logging.getLogger("celery.beat")
 
 
 class Beat:
-    """What runs in the beat's process."""
+    """What runs in the beat's process. Making one raises SettingsError for a schedule file of no use."""
 
     def __init__(self, app: celery.Celery, schedule_filename: str, scheduler: str) -> None:
         conf = app.conf
         self._app = app
         self._filename = schedule_filename or conf.beat_schedule_filename
         self._scheduler = scheduler or conf.beat_scheduler
+        self._check_file()
 
     def __call__(self) -> int:
         """Schedule until SIGTERM, which lets it keep its schedule; return the exit code."""
@@ -46,6 +49,19 @@ class Beat:
         sys.stdout.flush()
         sys.stderr.flush()
         return code
+
+    def _check_file(self) -> None:
+        # What the database behind a shelve makes of the name depends on which one it is.
+        for suffix in ("", ".db", ".dat", ".dir", ".bak"):
+            try:
+                check_file(self._filename + suffix)
+            except FileNotFoundError:
+                return  # the folder; it is said where the file is made
+            except OSError as error:
+                raise SettingsError(
+                    f"schedule file {self._filename + suffix!r} cannot be used: {error.strerror}. Name another file "
+                    "with --schedule, or give --uid"
+                ) from error
 
     def _run(self) -> None:
         service = EmbeddedService(self._app, schedule_filename=self._filename, scheduler_cls=self._scheduler)

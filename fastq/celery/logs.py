@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import celery
 from celery._state import get_current_task
+from celery.app import log
 
 from fastq.pool.process import DUMP_SIGNAL
 from fastq.worker import messages
 from fastq.worker.log import TaskFields, log_stream, move
+from fastq.worker.logfile import LogFile
 from fastq.worker.options import WorkerOptions, expand_path
 
 #: Logging has one level less than the option.
@@ -24,6 +26,8 @@ _LEVELS = {"FATAL": "CRITICAL"}
 
 def set_up(app: celery.Celery, options: WorkerOptions) -> bool:
     """Set logging up in the main process; return whether the application did so itself (signal ``setup_logging``)."""
+    # The class that Celery opens log files with; ours follows no links of somebody else's.
+    log.WatchedFileHandler = LogFile
     handled = app.log.setup(
         _LEVELS.get(options.loglevel, options.loglevel),
         options.logfile or None,

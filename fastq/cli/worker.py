@@ -1,8 +1,7 @@
 """``fastq worker``: reads the options, prepares the process, runs the worker. What a worker does is in fastq.worker.
 
-Order: working directory, umask, detach, log and pid file, user and group, application, logging, banner, worker. Files
-are opened while we still may; user code is imported only after root was given up, and after all forking into the
-background.
+Order: working directory, umask, detach, user and group, application, pid and log file, logging, banner, worker. User
+code is imported and files are opened only after root was given up, and after all forking into the background.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -152,8 +150,8 @@ class WorkerCommand(click.Command):
 @click.option("--heartbeat-interval", type=float, help="Seconds between two such events.")
 @click.option("-D", "--detach", is_flag=True, help="Go on in the background.")
 @click.option("--workdir", default="", help="Change to this directory first.")
-@click.option("--uid", default="", help="Become this user once the files are open.")
-@click.option("--gid", default="", help="Become this group once the files are open.")
+@click.option("--uid", default="", help="Become this user first; files are opened as that user.")
+@click.option("--gid", default="", help="Become this group first.")
 @click.option("--umask", default="", metavar="OCTAL", help="File mode mask.")
 @click.option("-B", "--beat", is_flag=True, help="Celery: send periodic tasks too, from a process beside the worker.")
 @click.option("-s", "--schedule-filename", "--schedule", default="", help="Celery: file of the schedule.")
@@ -209,14 +207,12 @@ class Start:
     daemon: Daemon | None = None
 
     def run(self) -> int:
-        """Open the files, drop privileges, load the application, and run the worker until it ends."""
-        early = self._load_program() if self._needs_node() else None
-        handler = open_handler(self.options.logfile, self.options.hostname)
-        with Pidfile(expand_path(self.options.pidfile, self.options.hostname)), ExitStack() as closing:
-            drop_privileges(self.uid, self.gid, handler.stream)
-            program = early or self._load_program()
-            handler, pidfile = self._follow_settings(program, handler)
-            closing.enter_context(pidfile)
+        """Drop privileges, load the application, open the files, and run the worker until it ends."""
+        drop_privileges(self.uid, self.gid)
+        program = self._load_program()
+        self._follow_settings(program)
+        with Pidfile(expand_path(self.options.pidfile, self.options.hostname)):
+            handler = open_handler(self.options.logfile, self.options.hostname)
             program.begin(self.options.resolved(program.settings))
             full = self.options.resolved(program.settings)
             program.setup_logging(handler, full)
@@ -233,20 +229,14 @@ class Start:
                 self.daemon.started()
             return self._work(program, full)
 
-    def _follow_settings(
-        self, program: Program, handler: logging.StreamHandler[Any]
-    ) -> tuple[logging.StreamHandler[Any], Pidfile]:
+    def _follow_settings(self, program: Program) -> None:
         """Do what the command line has left to the settings; what they say is known only once they are imported."""
-        given, said = self.options, program.process_settings
-        self.options = program.complete(given)
+        said = program.process_settings
+        self.options = program.complete(self.options)
         if said["umask"] and not self.umask:
             set_umask(said["umask"])
-        if self.options.logfile != given.logfile:
-            handler = open_handler(self.options.logfile, self.options.hostname)
-        pidfile = "" if self.options.pidfile == given.pidfile else self.options.pidfile
         if not self.uid and not self.gid:
-            drop_privileges(said["uid"], said["gid"], handler.stream)
-        return handler, Pidfile(expand_path(pidfile, self.options.hostname))
+            drop_privileges(said["uid"], said["gid"])
 
     def _work(self, program: Program, options: WorkerOptions) -> int:
         # Imported only now: it brings the event loop, which a start that fails has no use for.
@@ -270,11 +260,6 @@ class Start:
             return
         for queue, text in unread_queues(program.app, declared_queues(settings) | {*options.queues}):
             logger.warning("queue %r is not read: %s", queue, text)
-
-    def _needs_node(self) -> bool:
-        """Return whether a file is named after the node, and the node after the kind of application."""
-        names = (self.options.logfile, self.options.pidfile)
-        return "@" not in self.options.given_name and any("%n" in name or "%p" in name for name in names)
 
     def _load_program(self) -> Program:
         from fastq.cli.loader import import_module, load_tasks

@@ -9,10 +9,9 @@ import grp
 import logging
 import os
 import pwd
-import stat
 import sys
 from collections.abc import Mapping, Sequence
-from typing import IO, Final
+from typing import Final
 
 from fastq.errors import SettingsError
 from fastq.worker.exitcodes import EX_FAILURE, EX_OK
@@ -100,8 +99,8 @@ def set_umask(text: str) -> None:
     os.umask(mask)
 
 
-def drop_privileges(user: str, group: str, log: IO[str]) -> None:
-    """Become that user and group for good, and give them the log file; empty means: stay (the group is the user's).
+def drop_privileges(user: str, group: str) -> None:
+    """Become that user and group for good; empty means: stay (the group is the user's).
 
     Raises SettingsError when a name is unknown, when we may not change, or when root could be had back.
     """
@@ -110,7 +109,6 @@ def drop_privileges(user: str, group: str, log: IO[str]) -> None:
     account = _account(user) if user else None
     gid = _group_id(group) if group else account.pw_gid if account else os.getgid()
     try:
-        _give(log, account.pw_uid if account else -1, gid)
         if account and os.geteuid() == 0:
             os.initgroups(account.pw_name, gid)
         if gid != os.getgid():
@@ -135,14 +133,6 @@ def _group_id(group: str) -> int:
         return int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
     except KeyError:
         raise SettingsError(f"--gid {group!r} is no group of this machine; give a name or number that is") from None
-
-
-def _give(log: IO[str], uid: int, gid: int) -> None:
-    """Make a log file that root has opened the worker's own, so that it can be opened again after a restart."""
-    facts = os.fstat(log.fileno())
-    # Not a terminal or pipe, and not a file that somebody has linked here from elsewhere.
-    if os.geteuid() == 0 and facts.st_uid == 0 and stat.S_ISREG(facts.st_mode) and facts.st_nlink == 1:
-        os.fchown(log.fileno(), uid, gid)
 
 
 def _can_become_root() -> bool:

@@ -1,7 +1,7 @@
 """Logging in Celery's shape: format, colours, log file, and the standard streams turned into log records.
 
-It decides where records go and how they look, never what is logged. ``open_handler`` may run before privileges are
-dropped, ``setup_logging`` once the settings are known, ``ChildLogging`` in every forked child.
+It decides where records go and how they look, never what is logged. ``setup_logging`` runs once the settings are known,
+``ChildLogging`` in every forked child.
 """
 
 from __future__ import annotations

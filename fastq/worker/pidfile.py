@@ -11,6 +11,7 @@ import os
 from types import TracebackType
 
 from fastq.worker.exitcodes import CannotCreate
+from fastq.worker.files import open_file
 
 _MODE = 0o644
 
@@ -44,29 +45,32 @@ class Pidfile:
             if _read_pid(self.path) == os.getpid():
                 os.unlink(self.path)
         except OSError:
-            # After --uid the directory may no longer be ours to write; the next start sees that the pid is stale.
-            pass
+            pass  # the next start sees that the pid is stale
 
     def _try_acquire(self) -> bool:
         """Write our pid and return True; False when the file was removed between opening and locking it."""
-        try:
-            descriptor = _open(self.path)
-        except PermissionError:
-            # Written by root before --uid; after a restart by exec it still says the truth.
-            if _read_pid(self.path) == os.getpid():
-                return True
-            raise
+        descriptor = _open(self.path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if not _is_same_file(descriptor, self.path):
                 return False
-            self._check_owner(_parse_pid(os.read(descriptor, 64)))
+            text = os.read(descriptor, 64)
+            self._check_content(text)
+            self._check_owner(_parse_pid(text))
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
             self._owner = os.getpid()
             return True
         finally:
             os.close(descriptor)
+
+    def _check_content(self, text: bytes) -> None:
+        # After a crash of the machine it may be empty, or hold zeros.
+        if text.strip(b"0123456789 \t\r\n\0"):
+            raise CannotCreate(
+                f"pid file {self.path!r} holds something else than a pid and is left as it is. "
+                "Remove it, or name another file with --pidfile"
+            )
 
     def _check_owner(self, pid: int | None) -> None:
         # Our own pid stands there after a restart by exec (HUP), or when a container gave us the same number again.
@@ -108,17 +112,17 @@ def _answers_signal(pid: int) -> bool:
 
 
 def _open(path: str) -> int:
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_RDWR | os.O_NOFOLLOW
     while True:
         try:
-            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, _MODE)
+            descriptor = open_file(path, flags | os.O_CREAT | os.O_EXCL, _MODE)
         except FileExistsError:
             pass
         else:
             os.fchmod(descriptor, _MODE)
             return descriptor
         try:
-            return os.open(path, flags)
+            return open_file(path, flags)
         except FileNotFoundError:
             continue  # its owner stopped just now
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fastq.errors import SettingsError
 from fastq.worker.commands.describe import stamps_of
+from fastq.worker.files import check_file
 
 if TYPE_CHECKING:
     from fastq.worker.clock import LamportClock
@@ -130,7 +131,7 @@ class StateFile:
     def load(self, revoked: Revoked, clock: LamportClock) -> None:
         """Add what the file holds; a missing file is made. Raises SettingsError when it cannot be read."""
         try:
-            with contextlib.closing(dbm.open(self.path, "c")) as file:
+            with self._open() as file:
                 packed = _value(file.get(b"zrevoked"))
                 ids = _unpacked(packed) if isinstance(packed, bytes) else _value(file.get(b"revoked"))
                 clock.adjust(_value(file.get(b"clock")))
@@ -146,11 +147,18 @@ class StateFile:
         packed = zlib.compress(pickle.dumps(list(revoked)))
         values = {"__proto__": _FORMAT, "zrevoked": packed, "clock": clock.forward()}
         try:
-            with contextlib.closing(dbm.open(self.path, "c")) as file:
+            with self._open() as file:
                 for name, value in values.items():
                     file[name.encode()] = pickle.dumps(value)
         except _FILE_ERRORS as error:
             raise OSError(f"state file {self.path!r} cannot be written: {error}") from error
+
+    def _open(self) -> contextlib.closing[Any]:
+        # It is opened by its name, again and again, so a look at what is there now would not be enough.
+        if os.geteuid() == 0 and not check_file(self.path):
+            folder = os.path.dirname(os.path.abspath(self.path))
+            raise OSError(f"others than root may change {folder} or a folder above it; give --uid, or another folder")
+        return contextlib.closing(dbm.open(self.path, "c", 0o600))
 
 
 def _value(data: bytes | None) -> Any:
