@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sqlite3
 import stat
 import subprocess
@@ -496,6 +497,48 @@ def test_a_folder_that_everybody_may_write_is_refused(tmp_path: Path, url: str, 
 def test_a_missing_folder_is_named(tmp_path: Path, settings: Settings) -> None:
     with pytest.raises(SettingsError, match=r"missing.*Create it"):
         Consuming(f"sqlite:///{tmp_path}/missing/fastq.db", settings)
+
+
+NOBODY = 65534
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may use somebody else's file")
+def test_who_owns_the_file_makes_root_change_no_other_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, precious = tmp_path / "fastq.db", tmp_path / "precious"
+    for each in (path, precious):
+        each.touch(0o600)
+    for each in (path, tmp_path):
+        os.chown(each, NOBODY, NOBODY)
+    mkdir, folder = os.mkdir, tmp_path / "fastq.db-bells"
+
+    def swapped(name: str, mode: int) -> None:
+        mkdir(name, mode)
+        os.rmdir(name)
+        os.symlink(precious, name)
+
+    monkeypatch.setattr(os, "mkdir", swapped)
+    with pytest.raises(SettingsError):
+        bells.BellFolder(str(path))
+    assert precious.stat().st_uid == 0
+    monkeypatch.undo()
+    folder.unlink()
+
+    class Swapping(socket.socket):
+        def bind(self, address: Any) -> None:
+            super().bind(address)
+            os.unlink(address)
+            os.symlink(precious, address)
+
+    opened = bells.BellFolder(str(path))
+    assert folder.stat().st_uid == NOBODY
+    monkeypatch.setattr(bells.socket, "socket", Swapping)
+    with pytest.raises(SettingsError, match="no socket can be made"):
+        opened.bind(bells.CLIENT)
+    assert stat.S_IMODE(precious.stat().st_mode) == 0o600
+    monkeypatch.undo()
+    bell = opened.bind(bells.CLIENT)
+    assert stat.S_IMODE((folder / bell.name).stat().st_mode) == 0o666
+    opened.close()
 
 
 def test_a_bell_folder_of_somebody_else_is_refused(tmp_path: Path, url: str, settings: Settings) -> None:

@@ -211,14 +211,26 @@ class BellFolder:
         bound = _new_socket()
         try:
             bound.bind(self._address(name))
-            # The folder keeps others out; root and its owner are to hear each other.
-            os.chmod(self._address(name), 0o666)  # noqa: S103
+            if _HAS_PROC:
+                self._open_to_all(name)
         except OSError as error:
             bound.close()
             raise SettingsError(
                 f"no socket can be made in {self.path} ({error}). Make the folder writable for this user"
             ) from error
         return bound
+
+    def _open_to_all(self, name: str) -> None:
+        """Let root and the folder's owner hear each other; the folder keeps others out."""
+        # Its owner may put anything under that name, and this may be root: only a socket of ours is touched.
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._fd)
+        try:
+            found = os.fstat(fd)
+            if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink != 1:
+                raise OSError(f"{name} was replaced by something else")
+            os.chmod(f"/proc/self/fd/{fd}", 0o666)  # noqa: S103
+        finally:
+            os.close(fd)
 
     def _connected(self, name: str) -> socket.socket:
         """Return a new sender. One for each bell: unread datagrams count against the buffer of their sender."""
@@ -286,10 +298,10 @@ def _new_socket() -> socket.socket:
 
 def _open_folder(path: str, owner: int) -> int:
     """Return a descriptor of the folder; made when missing, for the owner of the database file only."""
+    is_made = False
     try:
         os.mkdir(path, 0o700)
-        if os.geteuid() != owner:
-            os.chown(path, owner, -1)  # root looks at somebody's file
+        is_made = True
     except FileExistsError:
         pass
     except OSError as error:
@@ -302,6 +314,8 @@ def _open_folder(path: str, owner: int) -> int:
         raise SettingsError(
             f"{path} cannot be used as a folder ({error.strerror}). Remove it, and use one file as one user"
         ) from error
+    if is_made and owner != os.fstat(fd).st_uid == os.geteuid() and not os.listdir(fd):
+        os.fchown(fd, owner, -1)  # root looks at somebody's file; empty: it is the folder that was made just now
     found = os.fstat(fd)
     if found.st_uid != owner or found.st_mode & 0o077:
         os.close(fd)
