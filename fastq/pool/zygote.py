@@ -241,6 +241,8 @@ def _fork_one(
     if not data:
         return False
     _, request, number, _ = _RECORD.unpack(data)
+    for fd in fds:
+        os.set_inheritable(fd, False)  # programs that tasks start get neither, however they are started
     sock, shared = fds or os.pipe()  # the companion begins with what comes out of the pipe
     previous = signal.signal(signal.SIGALRM, _end_hook)
     signal.setitimer(signal.ITIMER_REAL, HOOK_S, HOOK_S)

@@ -68,7 +68,6 @@ class Signals:
 
 def write_stacks_to(shared: int) -> None:
     """Have the stacks of all threads written behind the shared memory when the main process asks for them."""
-    os.set_inheritable(shared, False)
     os.lseek(shared, SHARED_SIZE, os.SEEK_SET)
     faulthandler.register(STACKS_SIGNAL, file=shared, all_threads=True, chain=False)
 

@@ -76,6 +76,11 @@ def test_there_is_nothing_to_read(stage: CeleryStage) -> None:
     assert ask(stage, "read_stdin") == ["", "/dev/null"]
 
 
+def test_programs_get_no_descriptor_of_the_worker(stage: CeleryStage, kind: tuple[str, str]) -> None:
+    if kind[0] == "fastq":  # Celery's children pass on their pipes
+        assert ask(stage, "passed_on") == []
+
+
 def test_the_soft_limit_comes_to_a_task_that_uses_the_alarm(stage: CeleryStage) -> None:
     limited = stage.error(send(stage, "sleep_with_alarm_used", soft_time_limit=1))
     assert type(limited).__name__ == "SoftTimeLimitExceeded"

@@ -79,6 +79,14 @@ def read_stdin() -> list[str]:
     return [sys.stdin.read(), os.readlink("/proc/self/fd/0")]
 
 
+def passed_on() -> list[str]:
+    """Return what a program finds open that a task starts without closing anything, besides the standard streams."""
+    listed = ["/bin/ls", "-l", "/proc/self/fd"]
+    lines = subprocess.run(listed, stdout=subprocess.PIPE, text=True, close_fds=False).stdout.splitlines()[1:]
+    found = [line.split()[-3:] for line in lines]
+    return sorted(what for number, _, what in found if number not in "012" and not what.endswith("/fd"))
+
+
 def sleep_with_alarm_used() -> None:
     signal.alarm(1)
     signal.alarm(0)
@@ -163,6 +171,6 @@ PROBES: dict[str, Callable[..., Any]] = {
     for function in (
         identity, hold_identity, fork_and_signal, program_after, program_until, read_descriptor, read_stdin,
         sleep_with_alarm_used, leave_handler, timer_left, sleep, log, hold_and_clean_up, swallow, start_and_hold,
-        allocate, leave_thread,
+        allocate, leave_thread, passed_on,
     )
 }  # fmt: skip
