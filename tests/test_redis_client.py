@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from urllib.parse import urlencode
 
 import pytest
 import uvloop
@@ -18,7 +19,7 @@ from fastq.errors import ConnectionLost, LocalProtocolError, RedisError, Setting
 from fastq.redis import blocking
 from fastq.redis.aio import AsyncRedis
 from fastq.redis.blocking import BlockingRedis
-from fastq.redis.url import RedisUrl, TlsOptions, parse_redis_url
+from fastq.redis.url import RedisUrl, TlsOptions, parse_redis_url, tls_context
 from fastq.settings import Settings
 from tests.certificates import Authority
 from tests.conformance import in_child
@@ -90,6 +91,28 @@ def test_tls_options_come_from_the_setting_of_the_purpose() -> None:
     (results,) = parse_redis_url("rediss://h", settings, "results")
     assert broker.tls == TlsOptions(insecure=True)
     assert results.tls == TlsOptions(ca_file="ca", key_file="k")
+
+
+@pytest.mark.parametrize("purpose", ["broker", "results"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ssl_check_hostname": "false"}, "ssl_check_hostname is false: the host name of Redis is NOT verified"),
+        ({"ssl_cert_reqs": "none"}, "ssl_cert_reqs is none: the certificate and host name of Redis are NOT verified"),
+        ({"ssl_check_hostname": "true", "ssl_cert_reqs": "required"}, ""),
+    ],
+)
+def test_what_is_not_verified_is_said(
+    caplog: pytest.LogCaptureFixture, purpose: Any, options: dict[str, str], said: str
+) -> None:
+    setting = {"broker": "broker_use_ssl", "results": "redis_backend_use_ssl"}[purpose]
+    (by_url,) = parse_redis_url(f"rediss://h?{urlencode(options)}", Settings(), purpose)
+    (by_setting,) = parse_redis_url("rediss://h", Settings({setting: options}), purpose)
+    assert by_url == by_setting
+    assert by_url.tls is not None
+    tls_context.cache_clear()
+    assert tls_context(by_url.tls).check_hostname is not bool(said)
+    assert [record.getMessage() for record in caplog.records] == ([said] if said else [])
 
 
 def test_what_the_url_of_results_leaves_out_comes_from_settings() -> None:

@@ -269,6 +269,8 @@ def tls_context(options: TlsOptions) -> ssl.SSLContext:
         logger.warning("ssl_cert_reqs is none: the certificate and host name of Redis are NOT verified")
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
+    elif not options.checks_host:
+        logger.warning("ssl_check_hostname is false: the host name of Redis is NOT verified")
     return context
 
 
