@@ -1008,8 +1008,11 @@ cdef class Core(Keeper):
         self.flush(True)
         self.on_batch()
 
-    def give_back_running(self) -> None:
-        """Give back what still runs (late acknowledgement only): the worker ends without waiting for it."""
+    def give_back_running(self, bint forget=True) -> None:
+        """Give back what still runs (late acknowledgement only): the worker ends without waiting for it.
+
+        What was acknowledged early is forgotten, or else left to ``remove_child``, which records its loss.
+        """
         cdef Delivery delivery
         cdef Child child
         cdef uint32_t seq
@@ -1018,7 +1021,7 @@ cdef class Core(Keeper):
             self.collect(child)
             for seq in range(child.first, child.next):
                 delivery = <Delivery> child.sent[seq & (SENT_SLOTS - 1)]
-                if delivery is not None:
+                if delivery is not None and (forget or not delivery.settled):
                     self.settle(delivery, REQUEUE)
         self.flush(True)
 

@@ -6,6 +6,7 @@ FastqError
 ├── RemoteProtocolError      the peer broke its protocol
 │   └── RedisError           Redis answered a command with an error
 ├── LocalProtocolError       fastq broke the protocol: a bug here
+├── PoolLost                 the worker's processes are gone or hang: start it again
 ├── PublishError             a message was not confirmed by the broker
 ├── EncodeError              a value has no form in the chosen serializer
 ├── DecodeError              bytes are not what their content type says
@@ -66,6 +67,10 @@ class RedisError(RemoteProtocolError):
 
 class LocalProtocolError(FastqError):
     """fastq itself broke a protocol rule."""
+
+
+class PoolLost(FastqError):
+    """A worker cannot go on, as the process that forks its children has ended or hangs."""
 
 
 class PublishError(FastqError):

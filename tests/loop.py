@@ -264,7 +264,7 @@ def run_loop(
             concurrency,
             keeps_spare,
             lambda title, reason: hooks.lost.append((title, reason)),
-            lambda text: hooks.events.append(("fatal", text)),
+            lambda error: hooks.events.append(("fatal", str(error))),
             **(pool_options or {}),
         )
         await pool.start()

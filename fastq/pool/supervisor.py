@@ -15,11 +15,13 @@ import os
 import select
 import signal
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fastq._child import Child
 from fastq._core import Core
+from fastq.errors import FastqError, PoolLost
 from fastq.pool.companion import Companion
 from fastq.pool.process import DUMP_SIGNAL, STACKS_SIGNAL
 from fastq.pool.zygote import Exited, Failed, Zygote
@@ -37,6 +39,12 @@ TOGETHER_S = 1.0
 SLOW_START_S = 10.0
 #: How long a child may take from its last call to its end.
 SLOW_END_S = 60.0
+#: How long processes that were killed are waited for. Chosen: a few milliseconds, but for one in the kernel's hands.
+KILLED_S = 1.0
+_REMEDY = (
+    "Start the worker again, and have its supervisor do so; if nobody has killed it, look for the kernel's memory "
+    "killer in dmesg"
+)
 #: Requests to the zygote under way: a few hundred fill its socket, and writing there must not block.
 MAX_ASKED = 16
 
@@ -86,7 +94,7 @@ class Slot:
 class Pool:
     """Keeps ``concurrency`` slots filled.
 
-    ``on_lost(title, reason)`` is told of a death nobody asked for, ``on_fatal(text)`` when no child can be had.
+    ``on_lost(title, reason)`` is told of a death nobody asked for, ``on_fatal(error)`` when no child can be had.
     ``keeps_spare``: one more child than slots waits for its turn. ``overlaps``: a replacement may start while the child
     that it replaces still lives. A child that is not ready after ``start_timeout_s`` is killed (None: never).
     """
@@ -97,7 +105,7 @@ class Pool:
     concurrency: int
     keeps_spare: bool
     on_lost: Callable[[str, str], None]
-    on_fatal: Callable[[str], None]
+    on_fatal: Callable[[FastqError], None]
     overlaps: bool = True
     start_timeout_s: float | None = None
     companion: Companion | None = None
@@ -124,6 +132,7 @@ class Pool:
     async def start(self) -> None:
         """Return when calls can run: every slot has its child, or some have and the others take longer."""
         self.loop.add_reader(self.zygote.fd, self._on_reports)
+        self.loop.add_reader(self.zygote.pidfd, self._on_zygote_end)
         self.slots += [Slot() for _ in range(self.concurrency)]
         self._fill()
         await self._first.wait()
@@ -158,6 +167,7 @@ class Pool:
     def close(self) -> None:
         """End the zygote."""
         self.loop.remove_reader(self.zygote.fd)
+        self.loop.remove_reader(self.zygote.pidfd)
         self.zygote.close()
 
     def _begin_stop(self) -> None:
@@ -374,7 +384,8 @@ class Pool:
             return
         logger.error("%s %s", member.title, how)
         if not self.spares:
-            self.on_fatal(f"{self._failed_starts} children failed to start and none was ever ready, the last one {how}")
+            failed = f"{self._failed_starts} children failed to start and none was ever ready, the last one {how}"
+            self.on_fatal(FastqError(failed))
 
     def _hint(self) -> str:
         """Return what may be wrong when only the spare cannot start: the others hold what it wants."""
@@ -423,9 +434,8 @@ class Pool:
             os.kill(self.zygote.pid, DUMP_SIGNAL)
         # Nobody reports ends any more: look for them.
         if is_over and not any(member.is_ready and _lives(member) for member in self._members.values()):
-            self.on_fatal(
-                f"the process that forks children hangs: none was started for {waited_s:.3g} s, and none is left"
-            )
+            hangs = f"the process that forks children hangs: none was started for {waited_s:.3g} s, and none is left"
+            self.on_fatal(PoolLost(f"{hangs}. {_REMEDY}"))
 
     def _end_is_slow(self, member: Member) -> None:
         logger.warning("%s has not ended %g s after its last call and is killed", member.title, SLOW_END_S)
@@ -436,12 +446,8 @@ class Pool:
     def _on_reports(self) -> None:
         try:
             reports = self.zygote.reports()
-        except EOFError as error:
+        except EOFError:
             self.loop.remove_reader(self.zygote.fd)
-            self._empty.set()  # the kernel has killed the children with it
-            if self.companion is not None:
-                self.companion.lose()
-            self.on_fatal(f"{error}; no child can be started any more")
             return
         self._zygote_is_slow = False
         for report in reports:
@@ -457,6 +463,29 @@ class Pool:
             self._empty.set()
         else:
             self._fill()
+
+    def _on_zygote_end(self) -> None:
+        """Nobody can fork any more, as this process has a loop and threads: give back what runs, and stop."""
+        self.loop.remove_reader(self.zygote.pidfd)
+        if not self._stopping or self._members or self._requests:
+            how = self.zygote.reap()
+            text = f"the process that forks children, pid:{self.zygote.pid}, has ended ({how}), so the worker ends"
+            self.on_fatal(PoolLost(f"{text}. {_REMEDY}"))
+        # The kernel has killed the children with it, all but those that hang at their fork.
+        if self.companion is not None:
+            self.companion.lose()
+        self.kill()
+        until = time.monotonic() + KILLED_S
+        for member in self._members.values():
+            _wait_for_end(member, until)
+        self.core.give_back_running(forget=False)
+        for pid in list(self._members):
+            self._on_exit(Exited(pid, signal.SIGKILL))
+        for member in self._requests.values():
+            if member.sock is not None:
+                member.sock.close()
+        self._requests.clear()
+        self._empty.set()
 
     def _on_failed(self, member: Member, reason: str) -> None:
         member.set_timer(None)
@@ -528,9 +557,16 @@ class Pool:
 
 
 def _lives(member: Member) -> bool:
+    return not _wait_for_end(member, 0)
+
+
+def _wait_for_end(member: Member, until: float) -> bool:
+    """Return whether the process has ended, at that time by the monotonic clock at the latest."""
+    if member.pidfd < 0:
+        return True
     poll = select.poll()
     poll.register(member.pidfd, select.POLLIN)
-    return not poll.poll(0)
+    return bool(poll.poll(max(0.0, until - time.monotonic()) * 1000))
 
 
 def _worth(slot: Slot) -> int:

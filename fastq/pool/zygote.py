@@ -78,12 +78,18 @@ class Exited:
 
 
 class Zygote:
-    """The main process's handle: ask for children, hear of their end. ``fd`` is readable when there is a report."""
+    """The main process's handle: ask for children, hear of their end.
+
+    ``fd`` is readable when there is a report, ``pidfd`` when the zygote has ended. Its end cannot be seen from ``fd``
+    alone: a child that hangs at its fork has the other side open too.
+    """
 
     def __init__(self, pid: int, control: socket.socket, has_companion: bool = False) -> None:
         self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
         self.has_companion = has_companion
         self._control = control
+        self._status: int | None = None
 
     @property
     def fd(self) -> int:
@@ -105,15 +111,17 @@ class Zygote:
         self._control.send(_RECORD.pack(_SPAWN, COMPANION, 0, 0))
 
     def reports(self) -> list[Spawned | Failed | Exited]:
-        """Return what has been reported since the last call. Raises EOFError when the zygote is gone."""
+        """Return what has been reported since the last call. Raises EOFError when there will be no more."""
         found: list[Spawned | Failed | Exited] = []
         while True:
             try:
                 data = self._control.recv(_RECORD.size)
             except BlockingIOError:
                 return found
+            except ConnectionResetError:  # it left requests unread
+                data = b""
             if not data:
-                raise EOFError("the zygote process has ended")
+                raise EOFError("no more reports")
             kind, request, pid, status = _RECORD.unpack(data)
             if kind == _SPAWNED:
                 found.append(Spawned(request, pid))
@@ -122,18 +130,22 @@ class Zygote:
             else:
                 found.append(Exited(pid, status))
 
+    def reap(self) -> str:
+        """Return how it has ended, for people. Call it once ``pidfd`` is readable."""
+        if self._status is None:
+            try:
+                _, self._status = os.waitpid(self.pid, 0)
+            except ChildProcessError:  # somebody else has waited for it
+                return "unknown"
+        return Exited(self.pid, self._status).reason
+
     def close(self) -> None:
         """Let the zygote end, or kill it when it does not; the kernel kills children that are left."""
         self._control.close()
-        try:
-            pidfd = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            return
-        if not select.select([pidfd], [], [], END_S)[0]:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)  # it hangs in a hook
-        os.close(pidfd)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self.pid, 0)
+        if not select.select([self.pidfd], [], [], END_S)[0]:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)  # it hangs in a hook
+        self.reap()
+        os.close(self.pidfd)
 
 
 def start_zygote(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fastq.errors import ConnectionLost, LocalProtocolError, PublishError, ResultTimeout, SettingsError
+from fastq.errors import ConnectionLost, LocalProtocolError, PoolLost, PublishError, ResultTimeout, SettingsError
 
 EX_OK: Final = 0
 EX_FAILURE: Final = 1  # also a cold stop
@@ -43,6 +43,7 @@ _CODES: Final[tuple[tuple[type[BaseException], int], ...]] = (
     (PublishError, EX_TEMPFAIL),
     (ResultTimeout, EX_TEMPFAIL),
     (LocalProtocolError, EX_SOFTWARE),
+    (PoolLost, EX_SOFTWARE),
 )
 
 

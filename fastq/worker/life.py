@@ -21,7 +21,7 @@ import uvloop
 from fastq._core import Core
 from fastq.amqp.topology import QueueSpec
 from fastq.amqp.url import mask_url
-from fastq.errors import ConnectionLost, FastqError, RemoteProtocolError, SettingsError
+from fastq.errors import ConnectionLost, FastqError, PoolLost, RemoteProtocolError, SettingsError
 from fastq.interfaces import Consumer
 from fastq.link import BatchSource
 from fastq.pool.companion import Companion
@@ -392,9 +392,10 @@ class Life:
     def _note_signal(self, number: signal.Signals) -> None:
         self._signum = number
 
-    def _on_fatal(self, text: str) -> None:
-        logger.critical("%s", text)
-        self._stop.fail(FastqError(text))
+    def _on_fatal(self, error: FastqError) -> None:
+        logger.critical("%s", error)
+        # Without children nothing runs any more; what became of it is still to be stored and told.
+        self._stop.fail(error, STORE_WAIT_S if isinstance(error, PoolLost) else 0)
 
     async def _shut_down(self, serving: asyncio.Task[None] | None) -> None:
         """Receive nothing more, let running calls end (warm) or give them back (cold), settle, disconnect."""
@@ -548,10 +549,10 @@ class Stop:
         elif limit_s is not None:
             self._over.set()
 
-    def fail(self, error: Exception) -> None:
-        """Stop at once because of an error, which ``check`` raises at the end."""
+    def fail(self, error: Exception, limit_s: float = 0) -> None:
+        """Stop because of an error, which ``check`` raises at the end."""
         self._error = error
-        self.ask("cold", 0)
+        self.ask("cold", limit_s)
 
     def check(self) -> None:
         """Raise the error that ended the worker, if one did."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from fastq.amqp.url import mask_url
-from fastq.errors import ConnectionLost, SettingsError
+from fastq.errors import ConnectionLost, FastqError, SettingsError
 from fastq.link import BatchSource
 from fastq.transport import open_saver
 
@@ -45,7 +45,7 @@ class Storage:
         self._reminded_at = 0.0
         self._make()
 
-    def start(self, on_fatal: Callable[[str], None]) -> None:
+    def start(self, on_fatal: Callable[[FastqError], None]) -> None:
         """Connect in the background; until that has succeeded results are kept."""
         shelf = BatchSource()
         shelf.bury()
@@ -97,9 +97,9 @@ class Storage:
         self._complain(saver.lost.result())
         await saver.close()
 
-    def _on_end(self, task: asyncio.Task[None], on_fatal: Callable[[str], None]) -> None:
+    def _on_end(self, task: asyncio.Task[None], on_fatal: Callable[[FastqError], None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            on_fatal(f"the result store at {mask_url(self._url)} failed: {error!r}")
+            on_fatal(FastqError(f"the result store at {mask_url(self._url)} failed: {error!r}"))
 
     def _complain(self, error: Exception) -> None:
         now = time.monotonic()
