@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -55,6 +56,18 @@ def record(seq: int, body: bytes = TASK.body) -> bytes:
         deliveries=2,
         redelivered=True,
     )
+
+
+def test_a_main_process_that_goes_without_reading_ends_the_child(ends: Ends) -> None:
+    ends.ours.sendall(record(1))
+    call = ends.child.next()
+    assert call is not None
+    ends.child.finish(call, 0)
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(ends.child.next)
+        assert ends.ours.recv(1, socket.MSG_PEEK) == b"!"
+        ends.ours.close()  # the bell is unread: the kernel resets the other side
+        assert following.result(5) is None
 
 
 def test_a_call_arrives_as_it_was_sent(ends: Ends) -> None:

@@ -93,16 +93,20 @@ _MOVED = {
 def modern_form(app: celery.Celery, props: bytes, body: bytes) -> tuple[bytes, bytes] | None:
     """Return properties and body of a protocol 1 message as protocol 2; None when it is no such message."""
     try:
-        properties = dict(decode_properties(props))
-        content_type = properties.get("content_type") or "application/json"
-        fields = serialization.loads(
-            body,
-            content_type,
-            properties.get("content_encoding") or "utf-8",
-            serialization.prepare_accept_content(app.conf.accept_content),
-        )
+        return _modern_form(app, props, body)
     except Exception:  # bytes of anybody's, by a serializer of anybody's: the caller counts it as malformed
         return None
+
+
+def _modern_form(app: celery.Celery, props: bytes, body: bytes) -> tuple[bytes, bytes] | None:
+    properties = dict(decode_properties(props))
+    content_type = properties.get("content_type") or "application/json"
+    fields = serialization.loads(
+        body,
+        content_type,
+        properties.get("content_encoding") or "utf-8",
+        serialization.prepare_accept_content(app.conf.accept_content),
+    )
     if not isinstance(fields, dict) or not isinstance(fields.get("task"), str):
         return None
     args, kwargs = fields.get("args") or (), fields.get("kwargs") or {}
@@ -123,5 +127,6 @@ def modern_form(app: celery.Celery, props: bytes, body: bytes) -> tuple[bytes, b
     name = serialization.registry.type_to_name.get(content_type)
     content_type, encoding, payload = serialization.dumps((args, kwargs, embed), serializer=name)
     properties.update(headers=headers, content_type=content_type, content_encoding=encoding)
-    properties.setdefault("correlation_id", headers["id"])
+    if isinstance(headers["id"], str):  # else it is refused for its id
+        properties.setdefault("correlation_id", headers["id"])
     return encode_properties(properties), payload.encode() if isinstance(payload, str) else payload

@@ -220,6 +220,23 @@ def test_sparse_messages_of_other_clients_run(stage: CeleryStage, body: Any, hea
     assert stage.get(result) == 3
 
 
+@pytest.mark.parametrize("task_id", [7, 1 << 70, 1.5, ["a"], {"a": 1}, None, "x" * 300, "caf\udce9", ""])
+def test_a_message_of_protocol_1_with_an_odd_id_is_refused(stage: CeleryStage, task_id: Any) -> None:
+    if stage.runner != "fastq":
+        return  # Celery's worker ends at some of them
+    refused = stage.worker.log().count("Rejected malformed message")
+    body = {"task": f"{TASKS}.add", "id": task_id, "args": [1, 2], "kwargs": {}}
+    with stage.client.producer_pool.acquire() as producer:
+        producer.publish(json.dumps(body), routing_key="celery", exchange="", content_type="application/json",
+                         content_encoding="utf-8", serializer=None)  # fmt: skip
+    assert stage.get(stage.tasks.add.delay(1, 2)) == 3
+    log = stage.worker.log()
+    assert "internal error" not in log
+    assert "Traceback" not in log
+    is_refused = log.count("Rejected malformed message") == refused + 1
+    assert is_refused or (isinstance(task_id, str) and task_id)
+
+
 def send_as_text(stage: CeleryStage, body: str, task: str = "identity", **headers: Any) -> AsyncResult:
     """Publish a call whose body is this text, with more headers."""
     task_id = str(uuid.uuid4())
