@@ -1,7 +1,8 @@
 """``fastq worker``: reads the options, prepares the process, runs the worker. What a worker does is in fastq.worker.
 
-Order: working directory, umask, detach, user and group, application, pid and log file, logging, banner, worker. User
-code is imported and files are opened only after root was given up, and after all forking into the background.
+Order: leaving the first process of a container, working directory, umask, detach, user and group, application, pid and
+log file, logging, banner, worker. User code is imported and files are opened only after root was given up, and after all
+forking into the background.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from fastq.worker.daemon import (
     set_umask,
     warn_root,
 )
+from fastq.worker.init import leave_init
 from fastq.worker.log import LEVELS, SHOW_INFO, open_handler
 from fastq.worker.options import NODE_NAME, WorkerOptions, available_cpus, expand_path
 from fastq.worker.pidfile import Pidfile
@@ -178,6 +180,8 @@ def command(
 
     TERM or INT stops warm: running tasks end first. A second one, or QUIT, stops at once. HUP restarts.
     """
+    if settings.application is None:  # else it is a program that has started the worker, and its process
+        leave_init()
     settings.require_app()
     if workdir:
         change_directory(workdir)

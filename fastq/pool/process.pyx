@@ -11,6 +11,7 @@ cdef extern from "sys/prctl.h" nogil:
     int prctl(int option, unsigned long argument, ...)
     int PR_SET_PDEATHSIG
     int PR_SET_NAME
+    int PR_GET_CHILD_SUBREAPER
 
 import signal
 
@@ -19,6 +20,12 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Have the kernel send this process a signal the moment its parent dies, however that happens."""
     if prctl(PR_SET_PDEATHSIG, <unsigned long> <int> number, 0, 0, 0) < 0:
         PyErr_SetFromErrno(OSError)
+
+
+def is_subreaper() -> bool:
+    """Return whether orphans below this process become its children."""
+    cdef int found = 0
+    return prctl(PR_GET_CHILD_SUBREAPER, <unsigned long> &found, 0, 0, 0) == 0 and found != 0
 
 
 def set_name(name: bytes) -> None:
