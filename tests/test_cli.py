@@ -722,3 +722,31 @@ def test_the_source_folder_says_that_it_is_not_built(tmp_path: Path) -> None:
         [sys.executable, "-c", "import fastq"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )
     assert f"ImportError: {tmp_path}/fastq is fastq's source, not built: start Python in another folder" in done.stderr
+
+
+@pytest.mark.parametrize("library", ["gevent", "eventlet"])
+@pytest.mark.parametrize("kind", ["fastq", "celery"])
+def test_a_process_that_is_patched_for_green_threads_is_refused(tmp_path: Path, library: str, kind: str) -> None:
+    package = tmp_path / library
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "monkey.py").write_text("def is_module_patched(name): return True\n")
+    (package / "patcher.py").write_text("def is_monkey_patched(name): return True\n")
+    made = "from fastq import FastQ\napp = FastQ('green', broker='redis://127.0.0.1:1/0')\n"
+    if kind == "celery":
+        made = "import celery\napp = celery.Celery('green', broker='redis://127.0.0.1:1/0')\n"
+    (tmp_path / "green.py").write_text(
+        f"import {library}.{'monkey' if library == 'gevent' else 'patcher'}\n{made}", encoding="utf-8"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "fastq", "-A", "green", "worker"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).resolve().parent.parent)])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 78, done.stderr
+    assert f"this process is monkey-patched by {library}" in done.stderr
+    assert "Take the patching out" in done.stderr

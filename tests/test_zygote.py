@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,9 @@ import pytest
 
 from fastq.errors import WorkerLostError
 from tests.stage import Stage, open_stage, until
-from tests.workers import WorkerProcess
+from tests.workers import ROOT, WorkerProcess
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(params=["amqp", "redis", "sqlite"])
@@ -62,6 +66,72 @@ def test_calls_that_ran_are_given_back_or_failed(stage: Stage, mode: str) -> Non
     stage.wait_for(waiting, 20)
     if mode == "--reliable":
         until(lambda: stage.ledger.started()[stage.sent[0]] == 2, 10, "second run")
+
+
+THREADS = """
+import threading, time
+from fastq import FastQ
+
+app = FastQ("threads", broker="sqlite:///threads.db")
+{start}
+"""
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_threads_at_the_fork_are_named_once(tmp_path: Path, count: int) -> None:
+    start = "threading.Thread(target=time.sleep, args=(600,), daemon=True, name='exporter-%d').start()\n"
+    source = THREADS.format(start="".join(start % number for number in range(count)))
+    worker = WorkerProcess(tmp_path, "-c", "2", source=source).start()
+    try:
+        worker.signal(signal.SIGTTIN)
+        until(lambda: len(worker.children()) == 3, 10, "one child more")
+        told = [line for line in worker.log().splitlines() if "while it forks" in line]
+        assert len(told) == bool(count)
+        assert all("has 2 more threads ('exporter-0', 'exporter-1') while it forks" in line for line in told)
+        assert all("WARNING" in line for line in told)
+    finally:
+        worker.kill9()
+
+
+IN_A_THREAD = """
+import os, sys, threading, time
+from fastq import FastQ
+from fastq.testing import worker
+
+app = FastQ("threads", broker="memory://", backend="memory://")
+
+@app.task
+def add(a, b):
+    return a + b
+
+running = worker(app, concurrency=1)
+starting = threading.Thread(target=running.__enter__)
+starting.start()
+starting.join()
+assert add.delay(1, 2).get(timeout=20) == 3
+print("works", flush=True)
+if sys.argv[1:]:
+    os.kill(os.getpid(), 9)
+running.__exit__(None, None, None)
+print("ended", flush=True)
+"""
+
+
+def test_it_does_not_end_with_the_thread_that_forked_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", IN_A_THREAD]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.returncode) == ("works\nended\n", 0), done.stderr
+
+
+def test_it_ends_with_the_process_if_a_thread_has_forked_it(tmp_path: Path) -> None:
+    # Its children have the output's pipe, so that this returns when all have ended.
+    command = [sys.executable, "-c", IN_A_THREAD, "dies"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.returncode) == ("works\n", -signal.SIGKILL), done.stderr
 
 
 HANGING = """

@@ -56,8 +56,8 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]  # Celery is not typed
         self.pid = os.getpid()
         self.steps: list[Any] = []
         self.blueprint = bootsteps.Blueprint(name="Worker")
-        #: Asks for a warm stop; from the moment on at which the worker is ready.
-        self.stop_soon: Callable[[], None] | None = None
+        self._ask_stop: Callable[[str], None] | None = None
+        self._asked = ""
         #: The running worker; from its first connection on.
         self.inside: Inside | None = None
         self._thread = thread
@@ -82,15 +82,24 @@ class Worker(celery_worker.Worker):  # type: ignore[misc]  # Celery is not typed
         """Nothing to do: it runs."""
 
     def stop(self, in_sighandler: bool = False, exitcode: int | None = None) -> None:
-        """Ask for a warm stop."""
-        if self.stop_soon is not None:
-            self.stop_soon()
-        else:
-            signal.raise_signal(signal.SIGTERM)
+        """Ask for a warm stop, from any thread."""
+        self._stop("warm")
 
     def terminate(self, in_sighandler: bool = False) -> None:
-        """Ask for a cold stop."""
-        signal.raise_signal(signal.SIGQUIT)
+        """Ask for a cold stop, from any thread."""
+        self._stop("cold")
+
+    def _stop(self, how: str) -> None:
+        if self._ask_stop is None:
+            self._asked = how  # as soon as that can be done
+        else:
+            self._ask_stop(how)
+
+    def can_stop(self, ask_stop: Callable[[str], None]) -> None:
+        """Ask for stops in this way from now on."""
+        self._ask_stop = ask_stop
+        if self._asked:
+            ask_stop(self._asked)
 
 
 class Consumer(celery_consumer.Consumer):  # type: ignore[misc]

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from typing import Any, Final
 
 import celery
+from celery import signals
 from celery.bin.worker import worker as celery_worker
 from click import Option
 
@@ -86,11 +88,39 @@ class Worker:
         self.app = app
         self.options = options
         self.exitcode: int | None = None
+        self._running: Any = None  # the worker as signals get it, once it has begun
+        self._asked = ""
 
     def start(self) -> None:
         """Run until told to stop or until it cannot go on; ``exitcode`` says how it ended."""
         before, words = words_of(self.options)
-        self.exitcode = _run(self.app, [*before, "worker", *words])
+        me = get_ident()
+
+        def begun(instance: Any, **more: Any) -> None:
+            if get_ident() == me:
+                self._running = instance
+                if self._asked:
+                    getattr(instance, self._asked)()
+
+        signals.celeryd_init.connect(begun, weak=False)
+        try:
+            self.exitcode = _run(self.app, [*before, "worker", *words])
+        finally:
+            signals.celeryd_init.disconnect(begun)
+            self._running = None
+
+    def stop(self, in_sighandler: bool = False, exitcode: int | None = None) -> None:
+        """Ask for a warm stop, from any thread; ``start`` returns when running tasks have ended."""
+        self._ask("stop")
+
+    def terminate(self, in_sighandler: bool = False) -> None:
+        """Ask for a cold stop, from any thread."""
+        self._ask("terminate")
+
+    def _ask(self, how: str) -> None:
+        self._asked = how
+        if (running := self._running) is not None:
+            getattr(running, how)()
 
 
 def words_of(options: dict[str, Any]) -> tuple[list[str], list[str]]:

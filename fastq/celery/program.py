@@ -277,13 +277,14 @@ class CeleryProgram:
         instance, hooks = self._instance, self._hooks
         if instance is None or hooks is None:
             return None
-        if what == "connected":
+        if what == "starting":
+            instance.can_stop(details["life"].stop_soon)
+        elif what == "connected":
             if instance.inside is None:
                 instance.inside = Inside(details["loop"], details["view"])
                 show_state(instance.inside, self.app, self._hostname)
             self._steps.connected()
         elif what == "ready":
-            instance.stop_soon = details["life"].stop_soon
             return _send(hooks.recorder, signals.worker_ready, sender=instance.consumer)
         elif what == "stopping":
             self._steps.quiet()

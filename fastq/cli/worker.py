@@ -1,8 +1,8 @@
 """``fastq worker``: reads the options, prepares the process, runs the worker. What a worker does is in fastq.worker.
 
-Order: leaving the first process of a container, working directory, umask, detach, user and group, application, pid and
-log file, logging, banner, worker. User code is imported and files are opened only after root was given up, and after all
-forking into the background.
+Order: leaving the first process of a container, working directory, umask, detach, user and group, application, pid
+and log file, logging, banner, worker. User code is imported and files are opened only after root was given up, and
+after all forking into the background.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ from fastq.cli import Globals
 from fastq.cli.errors import Misuse, one_line, run_guarded
 from fastq.cli.options import misplaced_globals, name_list, plural
 from fastq.cli.unread import declared_queues, unread_queues
-from fastq.errors import FastqError
+from fastq.errors import FastqError, SettingsError
+from fastq.pool.patched import patched_by
 from fastq.transport.bus import BUSES, has_bus
 from fastq.transport.options import unknown_options
 from fastq.worker.banner import Banner
@@ -223,6 +225,7 @@ class Start:
             warn_root(program.settings.accept_content)
             warn_prefetch(program.settings)
             warn_options(program.settings)
+            refuse_patched()
             full = program.prepare(full)
             if not self.options.quiet:
                 show_banner(program, full)
@@ -247,7 +250,9 @@ class Start:
         from fastq.worker.worker import Worker
 
         try:
-            return Worker(program, options).run()
+            # Elsewhere a program has started the worker, in a thread of its own, and signals are that program's.
+            is_main = threading.current_thread() is threading.main_thread()
+            return Worker(program, options).run(handle_signals=is_main)
         except FastqError as error:
             if options.logfile:
                 # Standard error, where it is said as well, may be nowhere by now.
@@ -326,6 +331,15 @@ def warn_options(settings: Settings) -> None:
     """Log a warning that names the transport options that the broker does not have."""
     if unknown := unknown_options(settings):
         logger.warning("%s", "; ".join(f"{name}: {text}" for name, text in unknown))
+
+
+def refuse_patched() -> None:
+    """Raise SettingsError when the process was patched for green threads: the loop would never let them run."""
+    if library := patched_by():
+        raise SettingsError(
+            f"this process is monkey-patched by {library}, which does not go with a pool of child processes. "
+            f"Take the patching out of what the worker imports, or run Celery's own worker with -P {library}"
+        )
 
 
 def purge(program: Program, queues: Sequence[str]) -> None:

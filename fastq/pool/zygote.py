@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -156,6 +157,11 @@ def start_zygote(
     ``on_start`` is called in the zygote before it forks anything.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    # The kernel's signal for a parent's death comes with the end of the thread that forked: another one than the main
+    # thread may end long before the process.
+    main = os.pidfd_open(os.getpid())
+    dies_with_thread = threading.current_thread() is threading.main_thread()
+    tell_threads()
     sys.stdout.flush()
     sys.stderr.flush()
     gc.collect()
@@ -166,11 +172,14 @@ def start_zygote(
         code = 70
         try:
             ours.close()
+            if dies_with_thread:
+                die_with_parent()
             on_start()
-            code = _serve(theirs, child_main, companion)
+            code = _serve(theirs, main, child_main, companion)
         finally:
             os._exit(code)
     gc.unfreeze()
+    os.close(main)
     theirs.close()
     ours.setblocking(False)
     return Zygote(pid, ours, companion is not None)
@@ -192,9 +201,27 @@ def _end_hook(signum: int, frame: object) -> None:
     )
 
 
-def _serve(control: socket.socket, child_main: ChildMain, companion: CompanionMain | None) -> int:
+def tell_threads() -> bool:
+    """Log how many threads this process has beside the one that forks, and which; return whether there are any."""
+    count = len(os.listdir("/proc/self/task")) - 1
+    if count <= 0:
+        return False
+    ours = {thread.native_id: thread.name for thread in threading.enumerate()}
+    ours.pop(threading.get_native_id(), None)
+    # Those of libraries in C mostly see to forks themselves.
+    logging.getLogger("fastq.worker").log(
+        logging.WARNING if ours else logging.INFO,
+        "the process has %d more thread%s (%s) while it forks: children do not have them, and a lock that one of them "
+        "holds at that moment is never free in a child. Start them in each child, or when they are first used",
+        count,
+        "s"[: count > 1],
+        ", ".join(map(repr, ours.values())) or "of libraries in C",
+    )
+    return True
+
+
+def _serve(control: socket.socket, main: int, child_main: ChildMain, companion: CompanionMain | None) -> int:
     """Fork on request and report ends until the main process goes."""
-    die_with_parent()
     set_name(b"fastq-zygote")
     _read_nothing()
     # Children have it too from their first moment on: a start that hangs can be looked into.
@@ -204,11 +231,15 @@ def _serve(control: socket.socket, child_main: ChildMain, companion: CompanionMa
         signal.signal(signum, _ignore)
     poll = select.poll()
     poll.register(control.fileno(), select.POLLIN)
+    poll.register(main, select.POLLIN)
+    is_told = False
     pids: dict[int, int] = {}  # pidfd -> pid
     while True:
         for fd, _ in poll.poll():
-            if fd == control.fileno():
-                if not _fork_one(control, poll, pids, child_main, companion):
+            if fd in (control.fileno(), main):
+                # What is registered for forks may have started some here.
+                is_told = is_told or tell_threads()
+                if fd == main or not _fork_one(control, main, poll, pids, child_main, companion):
                     for pid in pids.values():
                         _kill_group(pid)
                     return 0
@@ -243,6 +274,7 @@ def _kill_group(pid: int) -> None:
 
 def _fork_one(
     control: socket.socket,
+    main: int,
     poll: select.poll,
     pids: dict[int, int],
     child_main: ChildMain,
@@ -285,7 +317,7 @@ def _fork_one(
             if request != COMPANION:  # which has no group, so that nobody kills it with one
                 os.setpgid(0, 0)  # a group, not a session: a leader of one could not call setpgrp itself
             control.close()
-            for fd in pids:
+            for fd in (main, *pids):
                 os.close(fd)
             if request != COMPANION:
                 code = child_main(sock, shared, number)

@@ -108,9 +108,10 @@ class Life:
             if self._stop.restarts:
                 restart()
 
-    def stop_soon(self) -> None:
-        """Ask for a warm stop, from any thread."""
-        self._stop.loop.call_soon_threadsafe(self._stop.ask, "warm", self.options.grace_s)
+    def stop_soon(self, how: str = "warm") -> None:
+        """Ask for a warm or cold stop, from any thread. No harm when the worker has ended."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._stop.loop.call_soon_threadsafe(self._stop_by_program, how)
 
     # --- the life of a worker
 
@@ -136,6 +137,7 @@ class Life:
         )
         uninstall = install(loop, self._actions(), self._note_signal) if handle_signals else lambda: None
         serving: asyncio.Task[None] | None = None
+        self.program.tell("starting", life=self)
         remote = self._remote = Remote(
             loop, self.program, options, self.core, self.pool, lambda: self._consumer, self._stop_by_command
         )
@@ -354,7 +356,7 @@ class Life:
     def _actions(self) -> dict[str, Callable[[], None]]:
         def warm() -> None:
             self.core.hold()
-            say(messages.WARM_SHUTDOWN)
+            self._say(messages.WARM_SHUTDOWN)
             self._stop.ask("warm", self.options.grace_s)
             self.program.tell("stopping", how="warm", signum=self._signum)
 
@@ -367,7 +369,7 @@ class Life:
                 logger.warning(messages.SOFT_SHUTDOWN, soft_s)
                 self._stop.ask("cold", soft_s)
             else:
-                say(messages.COLD_SHUTDOWN)
+                self._say(messages.COLD_SHUTDOWN)
                 self._stop.ask("cold", 0)
             self.program.tell("stopping", how="cold", signum=self._signum)
 
@@ -386,11 +388,21 @@ class Life:
             "shrink": self.pool.shrink,
         }
 
+    def _stop_by_program(self, how: str) -> None:
+        self._signum = signal.SIGQUIT if how == "cold" else signal.SIGTERM
+        self._stop_by_command(how)
+
     def _stop_by_command(self, how: str) -> None:
         self._actions()[how]()
 
     def _note_signal(self, number: signal.Signals) -> None:
         self._signum = number
+
+    def _say(self, text: str) -> None:
+        if self._owns_process:
+            say(text)
+        else:
+            logger.warning("%s", text)
 
     def _on_fatal(self, error: FastqError) -> None:
         logger.critical("%s", error)
@@ -417,7 +429,7 @@ class Life:
         self.core.quiet()
         if self._stop.how == "warm" and not self.core.only_stores:
             grace = "" if self.options.grace_s is None else f", for at most {self.options.grace_s:g} s"
-            say(f"worker: waiting for running tasks to end: {self.core.running}{grace}")
+            self._say(f"worker: waiting for running tasks to end: {self.core.running}{grace}")
         is_idle = self._stop.is_over or await self._until_idle()
         if self._stop.how == "cold" and self.settings.worker_enable_soft_shutdown_on_idle:
             await self._stop.until_over()  # who sets it has asked for all of the time

@@ -111,8 +111,8 @@ class Program(Protocol):
     def tell(self, what: str, **details: Any) -> Future[None] | None:
         """Tell the application of an event in the worker's life; return what is done when its handlers are.
 
-        "connected" comes with each connection to the broker, "ready" with the first one, before any task runs; then
-        "stopping" and "stopped". None: nobody was told.
+        "starting" comes when the worker can be stopped, "connected" with each connection to the broker, "ready" with
+        the first one, before any task runs; then "stopping" and "stopped". None: nobody was told.
         """
 
 

@@ -10,9 +10,11 @@ import faulthandler
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from typing import Final, Literal
+from concurrent.futures import Future
+from functools import partial, update_wrapper
+from typing import Any, Final, Literal, cast
 
 from fastq.errors import SettingsError
 from fastq.pool.process import DUMP_SIGNAL
@@ -33,6 +35,11 @@ SIGNALS: Final[Mapping[signal.Signals, Action]] = {
     signal.SIGTTOU: "shrink",
     signal.SIGWINCH: "ignore",
 }
+
+#: Celery has nothing there: a handler that the application has set before the worker began stays.
+_LEFT_TO_OTHERS: Final = ("ignore", "grow", "shrink")
+#: How long a thread waits for its handler to be set. Chosen: the loop is never busy for so long.
+_SET_S: Final = 10.0
 
 #: REMAP_SIGTERM takes these: the platforms that send TERM only (Heroku) get a cold stop from it.
 _REMAPS: Final[Mapping[str, Action]] = {"": "warm", "SIGTERM": "warm", "SIGINT": "warm", "SIGQUIT": "cold"}
@@ -73,14 +80,53 @@ def install(
         note(number)
         handler.on_signal(action)
 
-    for number, action in table.items():
-        loop.add_signal_handler(number, partial(on_signal, number, action))
+    for number, action in list(table.items()):
+        if action in _LEFT_TO_OTHERS and callable(signal.getsignal(number)):
+            del table[number]  # the application's own
+        else:
+            loop.add_signal_handler(number, partial(on_signal, number, action))
+
+    def take(number: int, handler: Any) -> Any:
+        """Set a handler of the application's; ours is what it has replaced, and does what it did when it is called."""
+        known = next((each for each in table if each == number), None)
+        if known is None:
+            return set_signal(number, handler)
+        action = table.pop(known)
+        loop.remove_signal_handler(known)
+        set_signal(known, handler)
+        return lambda signum, frame: loop.call_soon_threadsafe(on_signal, known, action)
+
+    set_signal: Any = signal.signal
+    signal.signal = cast("Any", _in_main_thread(loop, take, set_signal))
 
     def uninstall() -> None:
+        signal.signal = set_signal
         for number in table:
             loop.remove_signal_handler(number)
 
     return uninstall
+
+
+def _in_main_thread(
+    loop: asyncio.AbstractEventLoop, take: Callable[[int, Any], Any], set_signal: Callable[[int, Any], Any]
+) -> Callable[[int, Any], Any]:
+    """Return ``signal.signal`` for users' code: it runs in other threads than the one that may set handlers."""
+
+    def signal_(signalnum: int, handler: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            return take(signalnum, handler)
+        done: Future[Any] = Future()
+
+        def set_it() -> None:
+            try:
+                done.set_result(take(signalnum, handler))
+            except Exception as error:  # it is the caller's
+                done.set_exception(error)
+
+        loop.call_soon_threadsafe(set_it)
+        return done.result(_SET_S)
+
+    return update_wrapper(signal_, set_signal)
 
 
 class _Handler:

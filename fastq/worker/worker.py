@@ -47,10 +47,10 @@ class Worker:
         self.life = Life(self.program, self.options, zygote)
         return self.life.run(on_ready, handle_signals)
 
-    def stop_soon(self) -> None:
-        """Ask for a warm stop, from any thread."""
+    def stop_soon(self, how: str = "warm") -> None:
+        """Ask for a warm or cold stop, from any thread."""
         if self.life is not None:
-            self.life.stop_soon()
+            self.life.stop_soon(how)
 
     def _child_options(self) -> ChildOptions:
         options, settings = self.options, self.program.settings

@@ -157,6 +157,68 @@ def test_a_worker_runs_with_this_very_application_and_ends_as_celery_s(
         assert ends[1] == ends[0]
 
 
+THREAD = """
+import os, signal, sys, threading, time
+import fastq
+fastq.patch()
+import celery
+
+app = celery.Celery("script", broker="{url}", backend="{url}")
+app.conf.update(broker_connection_retry_on_startup=True, worker_redirect_stdouts=False)
+
+@app.task(name="same")
+def same():
+    return __name__
+
+def ask(result):
+    return result.get(timeout=40)
+
+if __name__ == "__main__":
+    heard = []
+    signal.signal(signal.SIGTERM, lambda *_: heard.append("TERM"))
+    how = sys.argv[1]
+    worker = app.Worker(concurrency=1, loglevel="INFO", without_mingle=True, hostname="w1@here")
+    if how == "early":
+        worker.stop()
+    words = ["worker", "-c1", "--without-mingle"]
+    target = (lambda: app.worker_main(words)) if how == "worker_main" else worker.start
+    thread = threading.Thread(target=target)
+    thread.start()
+    if how != "early":
+        print("got", same.delay().get(timeout=40), flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("heard", heard, thread.is_alive(), flush=True)
+        if how == "worker_main":
+            app.control.shutdown()
+        else:
+            getattr(worker, how)()
+    thread.join(30)
+    print("ended", not thread.is_alive(), worker.exitcode, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("worker_main", None), ("stop", 0), ("terminate", 1), ("early", 0)])
+def test_a_worker_in_a_thread_leaves_signals_alone_and_can_be_stopped(
+    redis_server: Redis, tmp_path: Path, how: str, code: int | None
+) -> None:
+    url = redis_server.url(3)
+    redis.Redis.from_url(url).flushdb()
+    (tmp_path / "threaded.py").write_text(THREAD.format(url=url), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "threaded.py", how],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("got", "heard", "ended"))]
+    began = [] if how == "early" else ["got __main__", "heard ['TERM'] True"]
+    assert lines == [*began, f"ended True {code}"], done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -5,15 +5,15 @@ Tools that watch an application replace one or the other; their version must the
 
 from __future__ import annotations
 
-import sys
 from types import FunctionType, ModuleType
-from typing import Any
 
 import celery
 import celery.app.amqp
 import celery.app.base
 import celery.app.utils
 import kombu.messaging
+
+from fastq.pool.patched import patched_by
 
 
 def is_own(function: object, module: ModuleType, name: str) -> bool:
@@ -44,15 +44,5 @@ def obstacle(app: celery.Celery) -> str:
         return f"task_protocol is {app.conf.task_protocol!r}, or app.amqp.create_task_message was replaced"
     if type(app.conf) is not celery.app.utils.Settings or app.conf.key_t is not None:
         return f"app.conf is a {type(app.conf).__qualname__}"
-    return green_threads()
-
-
-def green_threads() -> str:
-    """Return which library has replaced the sockets of this process, "" for none."""
-    gevent: Any = sys.modules.get("gevent.monkey")
-    if gevent is not None and gevent.is_module_patched("socket"):
-        return "the process is monkey-patched by gevent"
-    eventlet: Any = sys.modules.get("eventlet.patcher")
-    if eventlet is not None and eventlet.is_monkey_patched("socket"):
-        return "the process is monkey-patched by eventlet"
-    return ""
+    library = patched_by()
+    return f"the process is monkey-patched by {library}" if library else ""
