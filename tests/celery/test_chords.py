@@ -12,7 +12,7 @@ from tests.celery.stage import CeleryStage, Servers, opened
 
 APP = "tests.celery.apps.chords"
 
-pytestmark = pytest.mark.redis
+pytestmark = [pytest.mark.redis, pytest.mark.since("5.7", "no part claims the body")]
 
 
 @pytest.fixture(scope="module", params=["--reliable", "--compat"])
