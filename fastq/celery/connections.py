@@ -41,10 +41,11 @@ class Connections:
         for group in (pools.producers, pools.connections):
             self._old += [partial(_close_pool, pool) for pool in list(group.values())]
             group.clear()
-        self._app._pool = None
-        amqp = vars(self._app).get("amqp")
-        if amqp is not None:
-            amqp._producer_pool = None
+        # New ones, not none: what was interrupted goes on where Python ignores the exception, in a __del__ for one.
+        if self._app._pool is not None:
+            connection = self._app.connection_for_write()
+            self._app._pool = pools.connections[connection]
+            self._app.amqp._producer_pool = pools.producers[connection]
         task = _state.get_current_task()
         for backend in {id(each): each for each in (self._app._backend, task and task.backend) if each}.values():
             self._exchange_of(backend)
