@@ -183,7 +183,7 @@ cdef class AmqpLink(Source):
         pass
 
     cdef int let_go(self) except -1:
-        """Keep nothing of the connection but what was not confirmed: the collector, which would find the cycles, is rarely asked."""
+        """Keep nothing of the connection but what was not confirmed: the collector, which finds cycles, is rarely asked."""
         self.on_method = self.on_returned = self.on_unknown_queue = self.postpone = None
         self.transport = self.write_bytes = self.view = None
         self.buffer = bytearray()
