@@ -79,15 +79,15 @@ class Stage:
         }
 
     def start_worker(
-        self, *arguments: str, url: str | None = None, await_ready: bool = True, **settings: Any
+        self, *arguments: str, url: str | None = None, await_ready: bool = True, app: str = APP, **settings: Any
     ) -> WorkerProcess:
-        """Return a worker that is ready; ``url`` is its own way to the broker."""
+        """Return a worker that is ready; ``url`` is its own way to the broker, ``app`` another application."""
         folder = self.folder / f"worker{len(self.workers) + 1}"
         folder.mkdir()
         worker = WorkerProcess(
             folder,
             *arguments,
-            app=APP,
+            app=app,
             env=self.environment(url, **settings),
             await_ready=await_ready,
         )

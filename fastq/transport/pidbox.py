@@ -6,8 +6,6 @@ pidbox as seen on the wire; the settings ``control_*``.
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from fastq import codecs
 from fastq.codecs import json
 from fastq.errors import DecodeError, EncodeError, FastqError, RemoteProtocolError
+from fastq.transport.patterns import matches
 from fastq.wire.message import encode_properties
 from fastq.wire.properties import decode_properties
 
@@ -135,16 +134,10 @@ class Request:
     reply_to: str = ""  # routing key for the reply; empty: nobody waits for one
 
     def is_for(self, hostname: str) -> bool:
-        """Return whether the node of that name is meant."""
+        """Return whether the node of that name is meant. Raises PatternRefused."""
         if self.destination:
             return hostname in self.destination
-        if not self.pattern or not self.matcher:
-            return True
-        if len(self.pattern) > 200:
-            return False
-        if self.matcher == "glob":
-            return fnmatch.fnmatch(hostname, self.pattern)
-        return self.matcher == "pcre" and _matches(self.pattern, hostname)
+        return not self.pattern or not self.matcher or matches(self.pattern, self.matcher, hostname)
 
 
 def _text(value: object) -> str:
@@ -154,21 +147,6 @@ def _text(value: object) -> str:
 def _address(value: object) -> str:
     """Return a routing key, which is a short string; what is longer, or no text, cannot be anybody's address."""
     return _text(value).encode("utf-8", "replace")[:255].decode("utf-8", "ignore")
-
-
-def _matches(pattern: str, hostname: str) -> bool:
-    """Return whether the regular expression matches the start of the name; one that could take long matches nothing.
-
-    Nothing can interrupt a match, and a message must not be able to stop the worker: hence no repeated groups, no
-    references, and at most three repetitions, which cost at worst the cube of a node name's length.
-    """
-    repetitions = len(re.findall(r"[*+?{]", pattern))
-    if repetitions > 3 or re.search(r"\)[*+?{]|\(\?|\\\d", pattern):
-        return False
-    try:
-        return re.match(pattern, hostname[:255]) is not None
-    except re.error:
-        return False
 
 
 # --- properties

@@ -19,6 +19,7 @@ from typing import Any, Final
 from fastq.errors import DecodeError, FastqError
 from fastq.settings import Settings
 from fastq.transport.bus import Bus, open_bus
+from fastq.transport.patterns import PatternRefused
 from fastq.transport.pidbox import Mailbox, Request
 from fastq.worker.clock import LamportClock
 from fastq.worker.commands import COMMANDS
@@ -149,7 +150,12 @@ class Control:
             logger.log(level, "remote control: %s", error)
             return
         self.clock.adjust(headers.get("clock"))
-        if not request.is_for(self._hostname):
+        try:
+            if not request.is_for(self._hostname):
+                return
+        except PatternRefused as error:
+            logger.warning("remote control: %.100s is not run: %s", request.method, error)
+            self._reply(request, {"error": str(error)})
             return
         logger.debug("remote control: %s %s", request.method, dict(request.arguments))
         reply = self._answer(request)
@@ -176,7 +182,7 @@ class Control:
         try:
             return command.function(view, **_by_name(request.arguments))
         except Exception as error:  # whatever the arguments led to, it is the asker's business
-            logger.warning("remote control: %s failed: %r", request.method, error)
+            logger.warning("remote control: %.100s failed: %.1000r", request.method, error)
             return {"error": repr(error)}
 
     def _answer_later(self, request: Request, reply: Any) -> None:
@@ -190,7 +196,7 @@ class Control:
         try:
             reply = await work
         except Exception as error:  # the user's own commands run here
-            logger.warning("remote control: %s failed: %r", request.method, error)
+            logger.warning("remote control: %.100s failed: %.1000r", request.method, error)
             reply = {"error": repr(error)}
         try:
             self._reply(request, reply)
