@@ -266,7 +266,9 @@ def test_requests_are_answered_quickly_while_others_are_long(node: Node, amqp_ur
         assert dict(bus.ask("ping", {}, 5.0, ["fastq@here"])) == PONG
         times.append(time.monotonic() - start)
     assert sorted(times)[10] < 0.25, times
-    assert len(dict(collected)["fastq@here"]) == 20_000
+    *shown, last = dict(collected)["fastq@here"]
+    assert 3000 < len(shown) < 5000
+    assert last["request"]["name"].startswith(f"{20_000 - len(shown)} more messages, not shown")
     bus.close()
     long.close()
 

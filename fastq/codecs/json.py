@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar
 
 import orjson
 
-from fastq.codecs._walk import HUGE_INTEGER, TOO_DEEP, is_plain, short_repr, survey
+from fastq.codecs._walk import HUGE_INTEGER, LONG_INTEGER, TOO_DEEP, is_plain, short_repr, survey
 from fastq.errors import DecodeError, EncodeError
 
 name = "json"
@@ -86,6 +86,19 @@ def decode(data: bytes) -> Any:
     if found & HUGE_INTEGER:
         raise DecodeError("JSON holds an integer of more than 4300 digits")
     return _decode_tagged(data)
+
+
+def decode_plain(data: bytes, max_depth: int) -> Any:
+    """Return what a JSON text says, tags as they stand: for a look, so no type's own code runs. Raises DecodeError."""
+    found = survey(data, max_depth)
+    if found & (TOO_DEEP | HUGE_INTEGER):
+        raise DecodeError(
+            f"JSON is nested deeper than {max_depth} levels, or holds an integer of more than 4300 digits"
+        )
+    try:
+        return json.loads(data) if found & LONG_INTEGER else decode_event(data)
+    except ValueError as error:
+        raise DecodeError(f"not JSON: {error}") from error
 
 
 def register_type(

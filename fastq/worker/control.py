@@ -14,6 +14,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any, Final
 
 from fastq.errors import DecodeError, FastqError
@@ -66,6 +67,7 @@ class Control:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._waiting: deque[tuple[Mapping[str, Any], bytes]] = deque()
         self._is_dropping = False
+        self._turns = asyncio.Lock()
 
     # --- connecting
 
@@ -179,11 +181,16 @@ class Control:
         return self._run(command, view, request)
 
     def _run(self, command: Command, view: WorkerView, request: Request) -> Any:
+        answer = partial(command.function, view, **_by_name(request.arguments))
         try:
-            return command.function(view, **_by_name(request.arguments))
+            return self._in_turn(answer) if command.takes_turns else answer()
         except Exception as error:  # whatever the arguments led to, it is the asker's business
             logger.warning("remote control: %.100s failed: %.1000r", request.method, error)
             return {"error": repr(error)}
+
+    async def _in_turn(self, answer: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        async with self._turns:
+            return await answer()
 
     def _answer_later(self, request: Request, reply: Any) -> None:
         if len(self._tasks) >= _MAX_RUNNING:

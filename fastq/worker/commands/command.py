@@ -187,6 +187,8 @@ class Command:
     #: A second name, of older clients.
     alias: str = ""
     is_visible: bool = True
+    #: One of these is answered at a time: its reply may be large.
+    takes_turns: bool = False
 
     @property
     def name(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from fastq.worker.commands.command import Command, WorkerView
-from fastq.worker.commands.describe import described, info, safe_info, schedule_info
+from fastq.worker.commands.describe import Room, described, info, safe_info, schedule_info
 
 
 async def active(view: WorkerView, safe: bool = False, **_: object) -> list[dict[str, Any]]:
@@ -27,17 +27,18 @@ async def query_task(view: WorkerView, ids: str | list[str], **_: object) -> dic
     """Query for task information by id."""
     wanted = {ids} if isinstance(ids, str) else set(ids)
     core = view.core
+    room = Room()
     found: dict[str, list[Any]] = {}
     for state, rows in (("scheduled", core.scheduled()), ("reserved", core.reserved()), ("active", core.active())):
-        for row in rows:
-            if row["id"] in wanted:
-                found[row["id"]] = [state, info(row, view.hostname)]
+        asked_for = [row for row in rows if row["id"] in wanted]
+        for each in await described(asked_for, view.hostname, info, room):
+            found[each["id"]] = [state, each]
     return found
 
 
 COMMANDS: Final = (
-    Command("inspect", active, alias="dump_active"),
-    Command("inspect", reserved, alias="dump_reserved"),
-    Command("inspect", scheduled, alias="dump_schedule"),
-    Command("inspect", query_task, "[id1 [id2 [... [idN]]]]", variadic="ids"),
+    Command("inspect", active, takes_turns=True, alias="dump_active"),
+    Command("inspect", reserved, takes_turns=True, alias="dump_reserved"),
+    Command("inspect", scheduled, takes_turns=True, alias="dump_schedule"),
+    Command("inspect", query_task, "[id1 [id2 [... [idN]]]]", takes_turns=True, variadic="ids"),
 )
