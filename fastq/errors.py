@@ -10,7 +10,8 @@ FastqError
 ├── PublishError             a message was not confirmed by the broker
 ├── EncodeError              a value has no form in the chosen serializer
 ├── DecodeError              bytes are not what their content type says
-│   └── ContentDisallowed    the content type is not in accept_content
+│   ├── ContentDisallowed    the content type is not in accept_content
+│   └── EncodingDisallowed   the content encoding is none that text is read in
 ├── ResultTimeout            get(timeout=...) ran out of time (also a TimeoutError)
 ├── ResultsDisabled          the application has no result backend
 ├── TaskError                how a task can end without a return value
@@ -95,6 +96,10 @@ class DecodeError(FastqError):
 
 class ContentDisallowed(DecodeError):
     """The content type is not listed in ``accept_content``."""
+
+
+class EncodingDisallowed(DecodeError):
+    """The content encoding is not one of the charsets that message bodies are written in."""
 
 
 class ResultTimeout(FastqError, TimeoutError):

@@ -230,8 +230,8 @@ def all_cases() -> Iterator[Case]:
     yield bad_body(24, "pickle", "content-type", pickled, content_type=pickle_type, content_encoding="binary")
     yield bad_body(24, "pickle-said-to-be-json", "json", pickled)
     yield bad_body(24, "yaml", "content-type", yaml_gadget, content_type="application/x-yaml")
-    yield bad_body(25, "unknown-charset", "body", BODY, content_encoding="x-klingon")
-    yield bad_body(25, "charset-that-is-no-charset", "body", BODY, content_encoding="zip")
+    yield bad_body(25, "unknown-charset", "content-encoding", BODY, content_encoding="x-klingon")
+    yield bad_body(25, "charset-that-is-no-charset", "content-encoding", BODY, content_encoding="zip")
     yield bad_body(26, "invalid-utf-8", "json", b'[["\xff\xfe"], {}, {}]')
     yield bad_body(27, "100000-deep", "json", b"[" * 100_000 + b"]" * 100_000)
     mappings = b'[[], {"a": ' + b'{"a": ' * 100_000 + b"1" + b"}" * 100_001 + b", {}]"

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
-from fastq.errors import ContentDisallowed, DecodeError, SettingsError
+from fastq.errors import ContentDisallowed, DecodeError, EncodingDisallowed, SettingsError
 
 if TYPE_CHECKING:
     from fastq.interfaces import Codec
@@ -27,7 +27,15 @@ CONTENT_TYPES = {
 _PACKAGES = {"msgpack": "msgpack", "yaml": "PyYAML"}
 
 _NAMES = {content_type: name for name, content_type in CONTENT_TYPES.items()}
-_AS_UTF8 = frozenset({"", "utf-8", "utf8", "us-ascii", "ascii", "binary"})
+_AS_UTF8 = frozenset({"", "utf-8", "utf8", "us-ascii", "ascii", "binary", "ascii-8bit", "8bit"})
+#: The other charsets that senders write bodies in. Python knows a hundred more encodings: some take the square of a
+#: body's length to read, some are no charsets.
+_CHARSETS = frozenset(
+    {
+        *("utf-16", "utf-16le", "utf-16be", "utf-16-le", "utf-16-be", "utf-32", "utf-32le", "utf-32be"),
+        *("iso-8859-1", "iso8859-1", "latin-1", "latin1", "iso-8859-15", "windows-1252", "cp1252"),
+    }
+)
 _codecs: dict[str, Codec] = {}
 
 
@@ -53,7 +61,11 @@ def accepted(names: Iterable[str]) -> frozenset[str]:
 
 
 def decode(data: bytes, content_type: str, content_encoding: str | None, accept: frozenset[str]) -> Any:
-    """Return the value in a message body. Raises ContentDisallowed for a type not in ``accept``, else DecodeError."""
+    """Return the value in a message body.
+
+    Raises ContentDisallowed for a type not in ``accept``, EncodingDisallowed for text in an encoding that is not read,
+    else DecodeError.
+    """
     if content_type not in accept:
         raise ContentDisallowed(
             f"content type {content_type[:80]!r} is not accepted (accepted: {', '.join(sorted(accept))}); "
@@ -66,13 +78,29 @@ def decode(data: bytes, content_type: str, content_encoding: str | None, accept:
     return codec.decode(_as_utf8(data, content_encoding) if codec.content_encoding == "utf-8" else data)
 
 
+def is_charset(name: str | None) -> bool:
+    """Return whether bodies are read in this content encoding."""
+    plain_name = _plain_charset(name)
+    return plain_name in _AS_UTF8 or plain_name in _CHARSETS
+
+
+def _plain_charset(name: str | None) -> str:
+    return (name or "").lower().replace("_", "-")
+
+
 def _as_utf8(data: bytes, charset: str | None) -> bytes:
-    if (charset or "").lower() in _AS_UTF8:
+    name = _plain_charset(charset)
+    if name in _AS_UTF8:
         return data
+    if name not in _CHARSETS:
+        raise EncodingDisallowed(
+            f"content encoding {name[:80]!r} is not read; write the body in UTF-8, or in one of "
+            f"{', '.join(sorted(_CHARSETS))}"
+        )
     try:
-        return data.decode(cast("str", charset)).encode("utf-8")
-    except (LookupError, UnicodeError) as error:
-        raise DecodeError(f"cannot read the body as {str(charset)[:80]!r}: {error}") from error
+        return data.decode(name).encode("utf-8")
+    except UnicodeError as error:
+        raise DecodeError(f"cannot read the body as {name!r}: {error}") from error
 
 
 def _load(name: str) -> Codec:

@@ -24,6 +24,7 @@ from fastq.codecs.meta import encode_meta
 from fastq.errors import (
     ContentDisallowed,
     DecodeError,
+    EncodingDisallowed,
     Ignore,
     NotRegistered,
     PublishError,
@@ -219,6 +220,8 @@ def _decode_other(call: Call, accept: frozenset[str]) -> Any:
         return decode_content(body, content_type, properties.get("content_encoding"), accept)
     except ContentDisallowed as error:
         raise Malformed("content-type", error) from error
+    except EncodingDisallowed as error:
+        raise Malformed("content-encoding", error) from error
     except DecodeError as error:
         raise Malformed("body", error) from error
 

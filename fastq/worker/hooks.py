@@ -37,6 +37,7 @@ REFUSALS: Mapping[str, str] = {
     "args": "its arguments are not a list",
     "body-shape": "its body is not [args, kwargs, embed]",
     "compression": "its body cannot be decompressed within the bounds",
+    "content-encoding": "its content encoding is not one of the charsets that are read",
     "content-type": "its content type is not in the worker's accept_content",
     "embed": "the third part of its body is not a mapping",
     "empty-body": "its body is empty",
