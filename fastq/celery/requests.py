@@ -12,10 +12,12 @@ from typing import Any
 
 import celery
 from celery.utils.imports import symbol_by_name
-from celery.utils.saferepr import saferepr
 from kombu import serialization
 from kombu.message import Message
 
+from fastq.codecs import json
+from fastq.codecs._walk import members, short_repr
+from fastq.errors import DecodeError
 from fastq.wire.message import encode_properties
 from fastq.wire.properties import decode_properties
 
@@ -90,6 +92,15 @@ _MOVED = {
 }
 
 
+_FOLLOW_UPS = ("callbacks", "errbacks", "chord")
+
+#: This is read in the main process. Of JSON the arguments are not: they are passed on as they are.
+_MAX_BYTES = 1024 * 1024
+_MAX_YAML_BYTES = 16 * 1024  # measured: 0.1 s at worst
+_MAX_FIELD_BYTES = 64 * 1024
+_MAX_DEPTH = 32
+
+
 def modern_form(app: celery.Celery, props: bytes, body: bytes) -> tuple[bytes, bytes] | None:
     """Return properties and body of a protocol 1 message as protocol 2; None when it is no such message."""
     try:
@@ -100,17 +111,13 @@ def modern_form(app: celery.Celery, props: bytes, body: bytes) -> tuple[bytes, b
 
 def _modern_form(app: celery.Celery, props: bytes, body: bytes) -> tuple[bytes, bytes] | None:
     properties = dict(decode_properties(props))
-    content_type = properties.get("content_type") or "application/json"
-    fields = serialization.loads(
-        body,
-        content_type,
-        properties.get("content_encoding") or "utf-8",
-        serialization.prepare_accept_content(app.conf.accept_content),
-    )
-    if not isinstance(fields, dict) or not isinstance(fields.get("task"), str):
-        return None
-    args, kwargs = fields.get("args") or (), fields.get("kwargs") or {}
-    if not isinstance(args, (list, tuple)) or not isinstance(kwargs, dict):
+    content_type = properties.get("content_type") or json.content_type
+    accept = serialization.prepare_accept_content(app.conf.accept_content)
+    if content_type == json.content_type and (accept is None or content_type in accept):
+        fields, encoding, payload = _read_json(body)
+    else:
+        fields, encoding, payload = _read_other(body, content_type, accept)
+    if not isinstance(fields.get("task"), str):
         return None
     headers = {name: fields.get(old) for old, name in _MOVED.items()}
     for name in ("eta", "expires"):
@@ -120,13 +127,54 @@ def _modern_form(app: celery.Celery, props: bytes, body: bytes) -> tuple[bytes, 
     if headers["group"] is None:
         headers["group"] = fields.get("taskset")
     headers["lang"] = "py"
-    headers["argsrepr"], headers["kwargsrepr"] = saferepr(args), saferepr(kwargs)
+    headers["argsrepr"], headers["kwargsrepr"] = fields["argsrepr"], fields["kwargsrepr"]
     headers.update(properties.pop("headers", None) or {})
-    embed = {"callbacks": fields.get("callbacks"), "errbacks": fields.get("errbacks"), "chain": None}
-    embed["chord"] = fields.get("chord")
-    name = serialization.registry.type_to_name.get(content_type)
-    content_type, encoding, payload = serialization.dumps((args, kwargs, embed), serializer=name)
     properties.update(headers=headers, content_type=content_type, content_encoding=encoding)
     if isinstance(headers["id"], str):  # else it is refused for its id
         properties.setdefault("correlation_id", headers["id"])
-    return encode_properties(properties), payload.encode() if isinstance(payload, str) else payload
+    return encode_properties(properties), payload
+
+
+def _read_json(body: bytes) -> tuple[dict[str, Any], str, bytes]:
+    """Return the fields of a JSON body, and encoding and body of the same call in today's form."""
+    parts = {name.decode(): part for name, part in (members(body) or {}).items()}
+    args, kwargs = _or_empty(parts.get("args"), b"[]"), _or_empty(parts.get("kwargs"), b"{}")
+    fields = {
+        name: json.decode_plain(parts[name], _MAX_DEPTH)
+        for name in (*_MOVED, "taskset")
+        if name in parts and len(parts[name]) <= _MAX_FIELD_BYTES
+    }
+    fields["argsrepr"], fields["kwargsrepr"] = _text_of(args), _text_of(kwargs)
+    embed = b", ".join(b'"%b": %b' % (name.encode(), parts.get(name, b"null")) for name in _FOLLOW_UPS)
+    return fields, json.content_encoding, b'[%b, %b, {%b, "chain": null}]' % (args, kwargs, embed)
+
+
+def _or_empty(part: bytes | None, empty: bytes) -> bytes:
+    if part is None or part == b"null":
+        return empty
+    if part[:1] != empty[:1]:
+        raise DecodeError(f"{part[:80]!r} is not {empty!r} nor like it")
+    return part
+
+
+def _text_of(part: bytes) -> str:
+    if len(part) > _MAX_FIELD_BYTES:
+        return part[:1000].decode("utf-8", "replace") + "..."
+    return short_repr(json.decode_plain(part, 512))
+
+
+def _read_other(body: bytes, content_type: str, accept: set[str] | None) -> tuple[dict[str, Any], str, bytes]:
+    """Return the same of a body in another serializer."""
+    name = serialization.registry.type_to_name[content_type]
+    # Without a reader, kombu would read it as text in whatever encoding the message names.
+    is_readable = content_type in serialization.registry._decoders
+    if not is_readable or len(body) > (_MAX_YAML_BYTES if name == "yaml" else _MAX_BYTES):
+        raise DecodeError(f"{len(body)} bytes of {content_type} are not read here")
+    fields = serialization.loads(body, content_type, "utf-8", accept)
+    args, kwargs = fields.get("args") or (), fields.get("kwargs") or {}
+    if not isinstance(args, (list, tuple)) or not isinstance(kwargs, dict):
+        raise DecodeError("the arguments are no list, or the keyword arguments no mapping")
+    fields["argsrepr"], fields["kwargsrepr"] = short_repr(args), short_repr(kwargs)
+    embed = {"chain": None, **{each: fields.get(each) for each in _FOLLOW_UPS}}
+    _, encoding, payload = serialization.dumps((args, kwargs, embed), serializer=name)
+    return fields, encoding, payload.encode() if isinstance(payload, str) else payload

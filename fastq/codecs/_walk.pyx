@@ -135,6 +135,66 @@ def survey(bytes data, int max_depth=MAX_DECODE_DEPTH) -> int:
     return scan(p, p + size, max_depth)
 
 
+cdef inline const char *skip_space(const char *p, const char *end) noexcept nogil:
+    while p < end and (p[0] == c' ' or p[0] == c'\t' or p[0] == c'\n' or p[0] == c'\r'):
+        p += 1
+    return p
+
+
+cdef const char *value_end(const char *p, const char *end) noexcept nogil:
+    """Where a value in an object or array ends that starts at ``p``; NULL when it does not."""
+    cdef Py_ssize_t depth = 0
+    while p < end:
+        if p[0] == c'"':
+            p = string_end(p + 1, end)
+            if p == NULL:
+                return NULL
+        elif p[0] == c'[' or p[0] == c'{':
+            depth += 1
+        elif p[0] == c']' or p[0] == c'}':
+            if depth == 0:
+                return p
+            depth -= 1
+        elif p[0] == c',' and depth == 0:
+            return p
+        p += 1
+    return NULL
+
+
+def members(bytes data) -> dict[bytes, bytes] | None:
+    """Return the members of a JSON object, names and values as they are written, without reading the values; None when
+    the text is no object."""
+    cdef const char *begin = PyBytes_AS_STRING(data)
+    cdef const char *end = begin + PyBytes_GET_SIZE(data)
+    cdef const char *p = skip_space(begin, end)
+    cdef const char *name
+    cdef const char *last
+    cdef dict found = {}
+    if p == end or p[0] != c'{':
+        return None
+    p = skip_space(p + 1, end)
+    if p < end and p[0] == c'}':
+        return found if skip_space(p + 1, end) == end else None
+    while p < end and p[0] == c'"':
+        name = p + 1
+        last = string_end(name, end)
+        if last == NULL:
+            return None
+        p = skip_space(last + 1, end)
+        if p == end or p[0] != c':':
+            return None
+        p = skip_space(p + 1, end)
+        key = name[:last - name]
+        last = value_end(p, end)
+        if last == NULL or last[0] == c']':
+            return None
+        found[key] = p[:last - p].rstrip()
+        p = skip_space(last + 1, end)
+        if last[0] == c'}':
+            return found if p == end else None
+    return None
+
+
 cdef class Excerpt:
     """Text under construction, at most ``left`` more characters of it; -1: it has been cut off."""
     cdef list parts
