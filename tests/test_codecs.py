@@ -26,8 +26,16 @@ from hypothesis import strategies as st
 
 from fastq import codecs
 from fastq.codecs import compression, json, meta
-from fastq.codecs._walk import HUGE_INTEGER, LONG_INTEGER, TAGGED, TOO_DEEP, is_plain, short_repr, survey
-from fastq.errors import ContentDisallowed, DecodeError, EncodeError, RemoteError, SettingsError, SoftTimeLimitExceeded
+from fastq.codecs._walk import HUGE_INTEGER, LONG_INTEGER, TAGGED, TOO_DEEP, is_plain, members, short_repr, survey
+from fastq.errors import (
+    ContentDisallowed,
+    DecodeError,
+    EncodeError,
+    EncodingDisallowed,
+    RemoteError,
+    SettingsError,
+    SoftTimeLimitExceeded,
+)
 
 # --- plain values and the walks ---------------------------------------------------------------------------------------
 
@@ -449,9 +457,15 @@ def test_a_body_in_another_charset_is_read() -> None:
     accept = codecs.accepted(["json"])
     assert codecs.decode('["é"]'.encode("latin-1"), "application/json", "latin-1", accept) == ["é"]
     assert codecs.decode(b"[1]", "application/json", None, accept) == [1]
-    for charset, data in (("no-such-charset", b"[1]"), ("utf-16", b"\x00"), ("rot13", b"[1]")):
-        with pytest.raises(DecodeError, match="cannot read the body"):
-            codecs.decode(data, "application/json", charset, accept)
+    for charset in ("UTF-8", "utf_8", "US-ASCII", "binary", "ascii-8bit", "ISO-8859-1", "windows-1252", ""):
+        assert codecs.decode(b"[1]", "application/json", charset, accept) == [1]
+    for charset in ("utf-16", "UTF-16LE", "utf_16_be", "utf-32"):
+        assert codecs.decode("[1]".encode(charset), "application/json", charset, accept) == [1]
+    with pytest.raises(DecodeError, match="cannot read the body"):
+        codecs.decode(b"\x00", "application/json", "utf-16", accept)
+    for charset in ("no-such-charset", "rot13", "punycode", "utf-7", "\0", "x" * 1000):
+        with pytest.raises(EncodingDisallowed, match="is not read"):
+            codecs.decode(b"[1]", "application/json", charset, accept)
 
 
 class Shout:
@@ -800,3 +814,30 @@ def test_a_lazy_module_is_not_woken(monkeypatch: pytest.MonkeyPatch) -> None:
     touched.clear()
     assert isinstance(meta.rebuild_exception({"exc_type": "E", "exc_module": "lazy_module"}), RemoteError)
     assert touched == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b"{}", {}),
+        (b' {"a": [1, {"b": "}]"}], "c" : "x\\"y" } ', {b"a": b'[1, {"b": "}]"}]', b"c": b'"x\\"y"'}),
+        (b'{"a":1,"a":2}', {b"a": b"2"}),
+        (b'{"a":,"b":}', {b"a": b"", b"b": b""}),
+        *(
+            (text, None)
+            for text in (b"", b"{", b"[]", b'{"a"}', b'{"a": 1', b'{"a": 1]', b'{"a": "x}', b'{"a": 1} 2', b'{"a": 1,}')
+        ),
+    ],
+)
+def test_the_members_of_an_object_are_found_without_reading_them(text: bytes, expected: object) -> None:
+    assert members(text) == expected
+
+
+def test_yaml_with_aliases_is_read_unless_they_multiply() -> None:
+    codec = codecs.get("yaml")
+    shared = ["x" * 1000]
+    assert codec.decode(codec.encode([shared] * 100)) == [shared] * 100
+    for text in (b"&a [*a]", b"- &a [x]\n" + b"- &b [*a, *a]\n" * 2 + b"- [!!int '']", b"- 1:1" + b":1" * 100):
+        with pytest.raises(DecodeError):
+            codec.decode(text)
+    assert codec.decode(b"1:30:00") == 5400

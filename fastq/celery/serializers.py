@@ -39,8 +39,23 @@ class KombuCodec:
 def register_serializers(app: celery.Celery) -> None:
     """Make the serializers known that the application's settings name and that are not ours."""
     conf = app.conf
+    _bound_yaml({*conf.accept_content, *(conf.result_accept_content or ()), conf.result_serializer})
     named = {conf.task_serializer, conf.result_serializer, conf.event_serializer, *conf.accept_content}
     for name in named:
         name = serialization.registry.type_to_name.get(name, name)
         if name in serialization.registry._encoders and not codecs.is_known(name):
             codecs.register(KombuCodec(name))
+
+
+def _bound_yaml(accepted: set[str]) -> None:
+    """Have kombu read YAML, where it is accepted, as we do: with aliases that do not multiply."""
+    kind = codecs.CONTENT_TYPES["yaml"]
+    if accepted.isdisjoint(("yaml", kind)):
+        return
+    # An application's own reader stays.
+    if serialization.registry._decoders[kind].__module__ in ("kombu.serialization", "yaml"):
+        serialization.registry._decoders[kind] = _read_yaml
+
+
+def _read_yaml(data: Any) -> Any:
+    return codecs.get("yaml").decode(bytes(data, "utf-8") if isinstance(data, str) else bytes(data))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Chosen: a revoke of ten thousand ids fits; what is larger is dropped unread.
 MAX_REQUEST_BYTES: Final = 1024 * 1024
+#: Measured: to read so much of it takes 0.1 s at worst; JSON is a hundred times as fast.
+MAX_YAML_BYTES: Final = 16 * 1024
 #: Where a bus puts a message's content type among its headers.
 CONTENT_TYPE: Final = "content_type"
 
@@ -66,8 +68,10 @@ class Mailbox:
 
     def decode_request(self, headers: Mapping[str, Any], body: bytes) -> Request:
         """Return the request in a message. Raises DecodeError when it is none."""
-        if len(body) > MAX_REQUEST_BYTES:
-            raise DecodeError(f"a control message of {len(body)} bytes; {MAX_REQUEST_BYTES} are read")
+        is_yaml = headers.get(CONTENT_TYPE) == codecs.CONTENT_TYPES["yaml"]
+        most = MAX_YAML_BYTES if is_yaml else MAX_REQUEST_BYTES
+        if len(body) > most:
+            raise DecodeError(f"a control message of {len(body)} bytes; {most} are read")
         fields = self._decode(headers, body)
         method, arguments = fields.get("method"), fields.get("arguments") or {}
         destination, reply_to = fields.get("destination") or (), fields.get("reply_to") or {}
