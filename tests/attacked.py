@@ -20,7 +20,7 @@ from tests.workers import WorkerProcess
 Program = Literal["fastq", "celery"]
 MIB = 1 << 20
 NODE = "attacked@here"
-APPS: Mapping[Program, str] = {"fastq": "tests.tasks_for_faults", "celery": "tests.celery.tasks_for_faults"}
+APPS: Mapping[Program, str] = {"fastq": "tests.tasks_under_attack", "celery": "tests.celery.tasks_under_attack"}
 
 
 class Attacked:
@@ -28,6 +28,7 @@ class Attacked:
 
     def __init__(self, stage: Stage, program: Program, children: int = 2, **settings: Any) -> None:
         self.stage = stage
+        self.program = program
         self.worker: WorkerProcess = stage.start_worker(
             "-c", str(children), "-n", NODE, app=APPS[program], await_ready=True, **settings
         )

@@ -150,6 +150,15 @@ def test_a_look_at_a_message_costs_little(target: Attacked, name: str) -> None:
     assert "failed" not in target.worker.log()
 
 
+def test_the_end_of_the_year_9999_is_shown(target: Attacked) -> None:
+    for moment in ("9999-12-31T23:59:59.999999Z", "9999-12-31T23:59:59-12:00"):
+        held = len(target.ask("scheduled"))
+        table = headers(eta=moment)
+        target.stage.publish([task_message(b"[[1], {}, {}]", table)])
+        wait_until(lambda held=held: len(target.ask("scheduled")) > held, 30, lambda: AssertionError("not held"))  # type: ignore[misc]
+        assert max(each["eta"] for each in target.ask("scheduled")) == "9999-12-31T23:59:59.000000+00:00"
+
+
 def test_a_reply_has_a_bound_and_says_that_it_was_cut(target: Attacked) -> None:
     body = b"[[" + b"[[]]," * 12_000 + b"0], {}, {}]"
     with target.memory_bound(150):
@@ -163,4 +172,88 @@ def test_a_reply_has_a_bound_and_says_that_it_was_cut(target: Attacked) -> None:
     as_values = [task_id for task_id in ids if isinstance(by_id[task_id]["args"], list)]
     assert 5 < len(as_values) < 100
     assert len(json.dumps(rows, default=str)) < 4_000_000
+    target.check_alive()
+
+
+# --- what children read
+
+
+def task_message(body: bytes, table: dict[str, Any] | None = None, **changes: Any) -> Message:
+    return Message("", QUEUE, properties(headers() if table is None else table, **changes), body)
+
+
+#: Names of encodings that Python knows, and none that a message is written in.
+ENCODINGS = ["punycode", "\0", "idna", "utf-7", "unicode_escape", "uu", "zlib", "mbcs", "x" * 200, "../../evil_module"]
+
+
+@pytest.mark.parametrize("charset", ENCODINGS)
+def test_no_content_encoding_holds_or_ends_a_child(target: Attacked, charset: str) -> None:
+    before = len(target.worker.log())
+    body = b'[["' + b"a" * 1_000_000 + b"-" + b"z" * 1_000_000 + b'", 0], {}, {}]'
+    with target.memory_bound(80):
+        target.stage.publish([task_message(body, content_encoding=charset)] * 2)
+        assert target.send_good(SOON_S) < SOON_S
+    target.check_alive()
+    if target.worker.log()[before:].count("Rejected malformed message: class=content-encoding ") != 2:
+        # Celery reads JSON as UTF-8 whatever a message says of its encoding.
+        assert target.program == "celery"
+
+
+@pytest.mark.parametrize(
+    "content_type", ["application/json", YAML, "application/data", "application/text", "text/plain"]
+)
+def test_no_message_of_protocol_1_holds_the_main_process(target: Attacked, content_type: str) -> None:
+    fields = b'{"task": "nobody.knows", "id": "%s", "kwargs": {}, "args": [' % new_id().encode()
+    body = fields + b"[]," * 3_000_000 + b'"' + b"a" * 1_000_000 + b"-" + b"z" * 1_000_000 + b'"]}'
+    with target.memory_bound(80):
+        target.stage.publish([task_message(body, {}, content_type=content_type, content_encoding="punycode")])
+        assert target.ask("ping") == {"ok": "pong"}
+        assert target.send_good(SOON_S) < SOON_S
+    target.check_alive()
+
+
+def merges(levels: int) -> bytes:
+    """Return YAML of mappings that each merge the one before ten times."""
+    return b"".join(b"- &a%d {<<: [%s]}\n" % (n, b", ".join([b"*a%d" % (n - 1)] * 10)) for n in range(1, levels))
+
+
+YAMLS = {
+    "aliases": b"- [" + b"1]\n- x:\n" + b"\n".join(b"    " + line for line in aliases(9).splitlines()) + b"\n- {}\n",
+    "merged": b"- &a0 {x: 1}\n" + merges(9),
+    "itself": b"- &a [*a]\n- {}\n- {}\n",
+    "base-60": b"- [" + b":".join([b"1"] * 300_000) + b"]\n- {}\n- {}\n",
+    "base-60-float": b"- [" + b":".join([b"1"] * 3000) + b".5]\n- {}\n- {}\n",
+    "no-int": b'- [!!int ""]\n- {}\n- {}\n',
+    "no-bool": b"- [!!bool perhaps]\n- {}\n- {}\n",
+    "no-moment": b"- [!!timestamp yesterday]\n- {}\n- {}\n",
+    "deep": b"[" * 50_000 + b"]" * 50_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_no_yaml_holds_or_ends_a_child(target: Attacked, name: str) -> None:
+    before = len(target.worker.log())
+    with target.memory_bound(150):
+        target.stage.publish([task_message(YAMLS[name], content_type=YAML)])
+        assert target.send_good(SOON_S) < SOON_S
+    target.check_alive()
+    log_since(target, before, "Rejected malformed message: class=body ")
+
+
+def test_aliases_that_do_not_multiply_are_read(target: Attacked) -> None:
+    target.stage.sent.append(number := len(target.stage.sent))
+    body = b"- [%d, 0, &a {x: 1}, *a, *a]\n- {}\n- {}\n" % number
+    target.stage.publish([task_message(body, content_type=YAML)])
+    target.stage.wait_for([number], SOON_S)
+
+
+def test_headers_of_redis_have_a_bound(target: Attacked) -> None:
+    if target.stage.redis is None:
+        pytest.skip("RabbitMQ has one of its own")
+    many = "[]," * 4_000_000 + "0"
+    envelope = '{"body": "", "headers": {"task": "work", "id": "x", "x": [%s]}, "properties": {}}'
+    with target.memory_bound(120):
+        target.stage.redis.call("LPUSH", QUEUE, envelope % many)
+        assert target.ask("ping") == {"ok": "pong"}
+        assert target.send_good(SOON_S) < SOON_S
     target.check_alive()

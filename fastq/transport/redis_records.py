@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
+from fastq.wire.envelope import is_bounded
+
 #: How often a message had been handed out when it went back; RabbitMQ's name for it, which the core knows.
 DELIVERY_COUNT: Final = "x-delivery-count"
 
@@ -87,7 +89,9 @@ def _message(value: Any) -> dict[str, Any] | None:
 
 
 def _loads(text: bytes) -> Any:
-    """Return the JSON value in a text, None when it is not JSON or too deep."""
+    """Return the JSON value in a text, None when it is not JSON, too deep or too much."""
+    if not is_bounded(text):
+        return None
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

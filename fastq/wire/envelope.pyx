@@ -9,7 +9,7 @@ Source: kombu 5.7, virtual transports; checked against its output in the tests.
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeUTF8
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memchr, memset
 
 from fastq.wire.buffer cimport Writer, load_double, load_u16, load_u32, load_u64
 
@@ -27,6 +27,7 @@ cdef enum:
     MAX_DEPTH = 32          # as in wire.message: no header goes deeper
     SAMPLE_BYTES = 4096     # of a message that cannot be read, to be logged
     MAX_ODD_BYTES = 1 << 20     # chosen: beside its body a message holds less; the json module is slow
+    MAX_OTHER_BYTES = 4 << 20   # chosen: of what is not text; values take up to 25 times as much memory as their JSON
     CONTENT_TYPE = 15       # bits of the property flags (AMQP 0-9-1, section 4.2.6.1)
     CONTENT_ENCODING = 14
     HEADERS = 13
@@ -365,12 +366,39 @@ cdef tuple route_of(dict properties, bytes queue):
     return () if route == (b"", queue) else route
 
 
+cdef Py_ssize_t outside_of_strings(bytes raw) noexcept:
+    """How many bytes of a JSON text are not in a string."""
+    cdef const char *p = PyBytes_AS_STRING(raw)
+    cdef const char *end = p + PyBytes_GET_SIZE(raw)
+    cdef const char *begin
+    cdef Py_ssize_t found = 0
+    while True:
+        begin = p
+        p = <const char *> memchr(p, c'"', end - p)
+        if p == NULL:
+            return found + (end - begin)
+        found += p - begin + 2
+        p += 1
+        while p < end and p[0] != c'"':
+            p += 2 if p[0] == c'\\' else 1
+        if p >= end:
+            return found
+        p += 1
+
+
+def is_bounded(bytes raw) -> bool:
+    """Whether so little of a JSON text is outside of strings that it may be read."""
+    return PyBytes_GET_SIZE(raw) <= MAX_OTHER_BYTES or outside_of_strings(raw) <= MAX_OTHER_BYTES
+
+
 cdef object load(bytes raw):
     """What a JSON text says, as the json module reads it; orjson takes most of them. Raises ValueError.
 
     NaN, 1e400 and lone surrogates, for which the json module is asked, are looked for in what is not the body alone:
     no message costs more by it than MAX_ODD_BYTES do.
     """
+    if not is_bounded(raw):
+        raise ValueError("more than 4 MiB of it is not text")
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError as error:

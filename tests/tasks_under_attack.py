@@ -1,20 +1,16 @@
-"""A Celery application with the task of workers under attack; its settings are those of ``tests.tasks_for_faults``."""
+"""The FastQ application of workers under attack: its task takes what comes. Settings: ``tests.tasks_for_faults``."""
 
 from __future__ import annotations
 
 import json
 import os
 
-import celery
-
+from fastq import FastQ
 from tests.oracle import record_done, record_start
 
 LEDGER = os.environ.get("FASTQ_TEST_LEDGER", "ledger.bin")
 
-app = celery.Celery(
-    "faults", broker=os.environ.get("FASTQ_BROKER_URL"), backend=os.environ.get("FASTQ_RESULT_BACKEND", "rpc://")
-)
-app.conf.update(json.loads(os.environ.get("FASTQ_TEST_SETTINGS", "{}")))
+app = FastQ("attacked", **json.loads(os.environ.get("FASTQ_TEST_SETTINGS", "{}")))
 
 
 @app.task(name="work")
