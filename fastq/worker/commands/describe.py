@@ -33,6 +33,8 @@ _AT_A_TIME: Final = 100
 #: These are decompressed for a look: more than the bound takes no memory. Others want tens of MiB to begin with.
 _COMPRESSIONS: Final = ("application/x-gzip", "gzip", "zlib")
 _CHARSETS: Final = (None, "", "utf-8", "utf8", "us-ascii", "ascii", "binary")
+#: The end of the year 9999, in UTC: a zone, or rounding, puts a moment beyond it.
+_LAST_MOMENT: Final = 253402300799.0
 #: What Celery's timer gives every ETA task.
 _ETA_PRIORITY: Final = 6
 
@@ -119,7 +121,7 @@ def schedule_info(row: Mapping[str, Any], hostname: str, room: Room) -> dict[str
     """Return what ``scheduled`` shows of a message."""
     eta = row["eta"]
     return {
-        "eta": None if eta is None else unix_to_iso8601(eta),
+        "eta": None if eta is None else unix_to_iso8601(min(eta, _LAST_MOMENT)),
         "priority": _ETA_PRIORITY,
         "request": info(row, hostname, room),
     }
