@@ -48,7 +48,7 @@ FILE_NAME = re.compile(r"# ([\w/]+\.py)\n")
 PRINTED = re.compile(r"^ *print\(.*?\)  # (.*)$", re.M)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 #: Names of the same form that are something else.
-NO_SETTINGS = {"task_id", "task_received", "worker_ready"}
+NO_SETTINGS = {"task_id", "task_received", "worker_process_init", "worker_ready"}
 SETTING = re.compile(r"`((?:broker|task|worker|result|fastq|accept|enable)_[a-z_]+)")
 
 #: What runs a story, in the story's folder: a worker for the application of the modules, beside it the scripts.
