@@ -39,6 +39,7 @@ from fastq.celery.bodies import Bodies
 from fastq.celery.chords import free_claim, name_claims
 from fastq.celery.connections import Connections, watch_handlers
 from fastq.celery.hookpoints import is_genuine, touched
+from fastq.celery.outages import wait_out
 from fastq.celery.replies import divert
 from fastq.codecs.json import encode as encode_json
 from fastq.errors import EncodeError, RemoteProtocolError
@@ -122,6 +123,8 @@ class CeleryRunner:
         self._pipe = pipe
         if self._replies:
             divert(pipe, lambda: self._request)
+        if self._app.conf.get("fastq_reliable"):
+            wait_out(self._app)
         self._logs_info = logger.isEnabledFor(logging.INFO)
         signal.signal(LIMIT_SIGNAL, self._on_limit)
         self._timer = Timer(LIMIT_SIGNAL)
