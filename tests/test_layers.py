@@ -25,7 +25,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     3: ("transport", "pool", "results", "schedule"),
     2: ("_core", "_child", "link", "amqp", "redis", "embedded", "codecs"),
     1: ("wire",),
-    0: ("interfaces", "errors", "states", "settings"),
+    0: ("interfaces", "errors", "states", "settings", "printable"),
 }
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
 FRIENDS = {

@@ -44,6 +44,7 @@ from fastq.celery.replies import divert
 from fastq.codecs.json import encode as encode_json
 from fastq.errors import EncodeError, RemoteProtocolError
 from fastq.pool.process import LIMIT_SIGNAL, Timer, set_name
+from fastq.printable import Lines
 from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, STARTED, SUCCESS
 from fastq.wire.message import Call
 from fastq.wire.pipe import OUTCOME_NAMES, ChildPipe
@@ -185,7 +186,7 @@ class CeleryRunner:
         self._record_internal(task, call, fields, error)
 
     def _record_internal(self, task: Any, call: Call, fields: dict[str, Any], error: Exception) -> None:
-        logger.error("Task %s[%s] met an internal error: %r\n%s", call.name, call.id, error, format_exc())
+        logger.error("Task %s[%s] met an internal error: %r\n%s", call.name, call.id, error, Lines(format_exc()))
         with contextlib.suppress(Exception):
             TraceInfo(FAILURE, error).handle_error_state(task, to_context(fields), eager=False)
         self._finish(call, FAILURE, None, _exception_report(error, format_exc()), False)

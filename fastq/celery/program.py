@@ -33,6 +33,7 @@ from fastq.errors import SettingsError
 from fastq.pool.zygote import ChildMain, CompanionMain
 from fastq.settings import Settings
 from fastq.worker import child
+from fastq.worker.log import escape_arguments
 from fastq.worker.report import software
 
 if TYPE_CHECKING:
@@ -202,6 +203,7 @@ class CeleryProgram:
         """Have Celery set logging up, ``setup_logging`` and its other signals included."""
         self._has_own_logging = logs.set_up(self.app, options)
         logs.speak_as_celery()
+        escape_arguments()
         self._logfile = options.logfile
 
     def prepare(self, options: WorkerOptions) -> WorkerOptions:

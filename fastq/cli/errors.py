@@ -10,6 +10,7 @@ from collections.abc import Callable
 import click
 
 from fastq.errors import FastqError
+from fastq.printable import printable
 from fastq.worker.exitcodes import EX_FAILURE, EX_OK, EX_SOFTWARE, EX_USAGE, MEANINGS, exit_code_of
 
 DEBUG_VARIABLE = "FASTQ_DEBUG_TRACEBACK"
@@ -74,7 +75,7 @@ def wants_traceback() -> bool:
 
 def one_line(text: str) -> str:
     """Return the text on one line."""
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 def describe(error: BaseException) -> str:

@@ -21,6 +21,7 @@ from fastq.cli.loader import is_celery
 from fastq.cli.options import misplaced_globals
 from fastq.codecs.json import decode_event
 from fastq.errors import ConnectionLost
+from fastq.printable import printable
 from fastq.worker.exitcodes import EX_OK
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def capture(bus: BlockingBus) -> Iterator[Event]:
         except ConnectionLost as error:
             if not pause_s:
                 raise
-            click.echo(f"-> Connection lost, attempting reconnect: {error}", err=True)
+            click.echo(printable(f"-> Connection lost, attempting reconnect: {error}"), err=True)
             bus.close()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
@@ -127,8 +128,7 @@ class Dumper:
         task = f" {self._task(kind, rest)}" if kind.startswith("task-") else ""
         fields = ", ".join(f"{name}={rest[name]}" for name in sorted(rest))
         line = f"{host} [{moment}] {words}{':' if fields else ''}{task} {fields}"
-        # Lone surrogates, as in names of files, have no form on a terminal.
-        self._write(line.encode("utf-8", "backslashreplace").decode())
+        self._write(printable(line))
 
     def _task(self, kind: str, rest: Event) -> str:
         task_id = str(rest.pop("uuid", "?"))
@@ -160,7 +160,7 @@ class Summary:
         runtime = event.get("runtime")
         more = _duration(runtime) if isinstance(runtime, (int, float)) else str(event.get("exception", ""))
         words = (kind.removeprefix("task-"), f"{self._names.get(task_id, '?')}[{task_id}]", event.get("hostname", "?"))
-        self._write(" ".join([f"{moment:%H:%M:%S}", *map(str, words), more.partition("\n")[0]]).rstrip())
+        self._write(printable(" ".join([f"{moment:%H:%M:%S}", *map(str, words), more.partition("\n")[0]]).rstrip()))
 
 
 def _duration(seconds: float) -> str:

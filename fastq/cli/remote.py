@@ -16,6 +16,7 @@ import click
 from fastq.cli import Globals
 from fastq.cli.errors import Failure, Misuse
 from fastq.cli.options import name_list
+from fastq.printable import printable, printable_lines
 from fastq.worker.exitcodes import EX_UNAVAILABLE
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+MAX_NAME = 255
 NOBODY = "No nodes replied within time constraint; start a worker, or wait longer with -t"
 
 
@@ -150,7 +152,7 @@ class Printer:
         """Print one node's reply."""
         mark, body = self._formatted(reply)
         arrow = "" if self._is_quiet else f"{click.style('->', fg='white', bold=True)} "
-        self._echo(f"{arrow} {click.style(f'{node}: ', fg='cyan', bold=True)}{mark}")
+        self._echo(f"{arrow} {click.style(f'{printable(str(node), MAX_NAME)}: ', fg='cyan', bold=True)}{mark}")
         if with_body:
             self._echo(_indented(body))
 
@@ -166,14 +168,15 @@ class Printer:
         good = click.style("OK", fg="green", bold=True)
         if isinstance(reply, list):
             star = click.style("*", fg="white")
-            return good, "\n".join(f"{star} {each}" for each in reply) or "- empty -"
+            return good, "\n".join(f"{star} {printable(str(each))}" for each in reply) or "- empty -"
         if isinstance(reply, dict) and "ok" in reply:
             return good, _indented(self._formatted(reply["ok"])[1])
         if isinstance(reply, dict) and "error" in reply:
             return click.style("ERROR", fg="red", bold=True), _indented(self._formatted(reply["error"])[1])
         if isinstance(reply, dict):
             return good, json.dumps(reply, sort_keys=True, indent=4, default=str)
-        return good, reply if isinstance(reply, str) else pformat(reply)
+        # A report has several lines; whatever it says, they stay below the node's name.
+        return good, printable_lines(reply) if isinstance(reply, str) else pformat(reply)
 
 
 def carry_out(

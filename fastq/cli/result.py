@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -11,6 +12,7 @@ from fastq.cli import Globals
 from fastq.cli.errors import Failure, Misuse
 from fastq.cli.loader import is_celery
 from fastq.cli.options import misplaced_globals
+from fastq.printable import printable_lines
 from fastq.states import READY_STATES, SUCCESS
 from fastq.worker.exitcodes import EX_FAILURE, EX_OK, EX_TEMPFAIL
 
@@ -70,12 +72,17 @@ def show(meta: Meta, with_traceback: bool) -> int:
     """Print a final result, or the traceback of a failure. Raises Failure for a task that has nothing to print."""
     if meta["status"] == SUCCESS:
         if not with_traceback:
-            click.echo(meta["result"])
+            click.echo(_for_output(meta["result"]))
         return EX_OK
     if with_traceback and meta.get("traceback"):
-        click.echo(meta["traceback"])
+        click.echo(_for_output(meta["traceback"]))
         return EX_FAILURE
     raise Failure(f"task {meta['task_id']} ended as {meta['status']}: {_reason(meta['result'])}")
+
+
+def _for_output(value: object) -> object:
+    """Return what a task returned or raised: as it is for a program that reads it, without commands for a terminal."""
+    return printable_lines(str(value)) if sys.stdout.isatty() else value
 
 
 def _reason(result: object) -> str:

@@ -17,6 +17,7 @@ from fastq.codecs.meta import encode_meta
 from fastq.errors import ContentDisallowed, DecodeError, NotRegistered, TaskRevoked, TimeLimitExceeded, WorkerLostError
 from fastq.link import Delivery
 from fastq.pool.supervisor import Pool
+from fastq.printable import Lines
 from fastq.states import FAILURE, REVOKED
 from fastq.wire.message import scan
 from fastq.wire.properties import readable_properties
@@ -284,7 +285,9 @@ class Hooks:
     def _kill_dumped(self, child: Child, name: str, task_id: str) -> None:
         assert self.pool is not None
         if stacks := self.pool.stacks(child):
-            logger.warning("Stacks of the process that task %s[%s] did not leave in time:\n%s", name, task_id, stacks)
+            logger.warning(
+                "Stacks of the process that task %s[%s] did not leave in time:\n%s", name, task_id, Lines(stacks)
+            )
         self.pool.kill_child(child)
 
     def terminate(self, child: Child, signum: int) -> None:

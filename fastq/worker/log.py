@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import IO, Any, Final, TextIO
 
 from fastq.pool.process import DUMP_SIGNAL
+from fastq.printable import Lines, printable, printable_lines
 from fastq.request import current
 from fastq.settings import Settings
 from fastq.worker.exitcodes import CannotCreate
@@ -39,6 +40,10 @@ _NO_TASK: Final = ("???", "???")
 
 _COLORS: Final = {"DEBUG": "\033[34m", "WARNING": "\033[33m", "ERROR": "\033[31m", "CRITICAL": "\033[35m"}
 _RESET: Final = "\033[0m"
+
+#: Whose records have foreign text in them, but for those that are users' own.
+_ESCAPED: Final = ("fastq", "celery.")
+_NOT_ESCAPED: Final = (TASK_LOGGERS, REDIRECTED_LOGGER, "celery.task", "celery.redirected")
 
 
 def open_handler(logfile: str, hostname: str, index: int = 0) -> logging.StreamHandler[Any]:
@@ -85,6 +90,53 @@ def setup_logging(
     if is_ours:
         root.addHandler(handler)
     (root if is_ours else logging.getLogger("fastq")).setLevel(level)
+
+
+def escape_arguments() -> None:
+    """Have what is filled into lines of ours and of Celery's be one line, from now on, in this process and its forks.
+
+    Ids, names, arguments and errors come from outside: a line end in them would forge a line of the log, an escape
+    sequence command the terminal that shows it. ``Lines`` and tracebacks keep their lines. What tasks log themselves
+    is left alone, and so is ``record.data``.
+    """
+    make = logging.getLogRecordFactory()
+    if getattr(make, "escapes", False):
+        return
+
+    def make_record(name: str, level: int, path: str, line: int, text: Any, args: Any, *more: Any, **named: Any) -> Any:
+        if args and name.startswith(_ESCAPED) and not name.startswith(_NOT_ESCAPED):
+            is_context = len(args) == 1 and isinstance(args[0], dict)
+            args = (_shown_context(args[0]),) if is_context else tuple(map(_shown, args))
+        return make(name, level, path, line, text, args, *more, **named)
+
+    make_record.escapes = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(make_record)
+
+
+def _shown(value: Any) -> Any:
+    if value is None or isinstance(value, (int, float, Lines)):
+        return value
+    return printable(value) if isinstance(value, str) else _Shown(value)
+
+
+def _shown_context(context: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {key: _shown(value) for key, value in context.items()}
+    if "traceback" in context:
+        shown["traceback"] = printable_lines(str(context["traceback"]))
+    return shown
+
+
+class _Shown:
+    """A value whose text is one line, whichever way it is asked for."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __str__(self) -> str:
+        return printable(str(self._value))
+
+    def __repr__(self) -> str:
+        return printable(repr(self._value))
 
 
 def wants_color(stream: IO[str], environ: Mapping[str, str] = os.environ) -> bool:

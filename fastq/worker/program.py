@@ -206,9 +206,10 @@ class FastQProgram:
 
     def setup_logging(self, handler: logging.StreamHandler[Any], options: WorkerOptions) -> None:
         """Have records go to the handler."""
-        from fastq.worker.log import setup_logging
+        from fastq.worker.log import escape_arguments, setup_logging
 
         setup_logging(handler, options.loglevel, self.settings, options.color)
+        escape_arguments()
 
     def prepare(self, options: WorkerOptions) -> WorkerOptions:
         """Settle the application."""
