@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCHEMES = {"amqp": False, "amqps": True, "pyamqp": False, "librabbitmq": False}
+WRONG_PLACE = "host or port is wrong, or the password has special characters"
 MECHANISMS = ("PLAIN", "AMQPLAIN", "EXTERNAL")
 
 # Celery's names, the same with ssl_ in front (Redis users write those), and the names of RabbitMQ's own URI parameters.
@@ -45,7 +46,8 @@ OTHER_NAMES = ("heartbeat", "auth_mechanism", "login_method")
 # py-amqp's options that change nothing here: the protocol is TLS 1.2 or later whatever is asked for.
 TLS_IGNORED = {"ssl_version", "do_handshake_on_connect", "suppress_ragged_eofs"}
 
-SECRET_PARAMETER = re.compile(r"(?i)([?&][^=&]*(?:pass|secret|token|credential|api_?key)[^=&]*=)[^&]*")
+SECRET_PARAMETER = re.compile(r"(?i)([?&][^=&]*(?:pass|secret|token|credential|api_?key)[^=&]*=)[^&\s'\"]*")
+LOGIN = re.compile(r"(://[^:@/\s'\"]*:)[^\s'\"]+@")
 
 
 def mask_url(url: str) -> str:
@@ -53,9 +55,16 @@ def mask_url(url: str) -> str:
     return ";".join(mask_one(part) for part in split_urls(url))
 
 
+def mask_text(text: str) -> str:
+    """Return a text with the passwords in its URLs masked, which end at the last ``@`` before a space or quote."""
+    return SECRET_PARAMETER.sub(r"\1**", LOGIN.sub(r"\1**@", text))
+
+
 def mask_one(url: str) -> str:
     """Return a single URL without its secrets; works on URLs that are too broken to parse."""
     scheme, separator, rest = url.partition("://")
+    if not separator:  # with a typing error, or only what follows a scheme
+        scheme, rest = "", url
     credentials, at, place = rest.rpartition("@")
     user, colon, _ = credentials.partition(":")
     return SECRET_PARAMETER.sub(r"\1**", f"{scheme}{separator}{user}{colon}{'**' if colon else ''}{at}{place}")
@@ -106,11 +115,7 @@ def parse_amqp_url(
 
     What the URL says wins over ``login_method``.
     """
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError as error:
-        raise unusable(text, str(error)) from None
+    parts = split_url(text)
     if parts.scheme not in SCHEMES:
         raise unusable(text, f"unknown scheme {parts.scheme!r}; known: {', '.join(SCHEMES)}")
     if parts.fragment or "@" in parts.path:
@@ -121,7 +126,7 @@ def parse_amqp_url(
     tls = TlsOptions(**options) if SCHEMES[parts.scheme] or use_ssl or options else None
     return AmqpUrl(
         host=parts.hostname or "localhost",
-        port=port or (5671 if tls else 5672),
+        port=parts.port or (5671 if tls else 5672),
         user=unquote(parts.username or "guest"),
         password=unquote("guest" if parts.password is None else parts.password),
         # Celery's rule: "//" is the default virtual host "/", and so is no path at all.
@@ -130,6 +135,18 @@ def parse_amqp_url(
         mechanism=parse_mechanism(text, query.get("auth_mechanism") or query.get("login_method") or login_method),
         heartbeat_s=parse_seconds(text, query.get("heartbeat")),
     )
+
+
+def split_url(text: str) -> SplitResult:
+    """Return the parts of a URL. Raises SettingsError, without Python's words: they show what it took for the port."""
+    try:
+        parts = urlsplit(text)
+        _ = parts.port
+    except ValueError:
+        raise unusable(text, WRONG_PLACE) from None
+    if "@" in parts.query and "@" not in parts.netloc:
+        raise unusable(text, WRONG_PLACE)  # a "?" in the password
+    return parts
 
 
 def unusable(text: str, reason: str) -> SettingsError:

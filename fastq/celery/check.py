@@ -17,6 +17,7 @@ from celery.utils.collections import DictAttribute
 
 from fastq.amqp.url import mask_url, split_urls
 from fastq.celery.carried import CARRIED, not_carried
+from fastq.celery.client import check_urls
 from fastq.celery.hookpoints import touched
 from fastq.celery.report import NOTE, RISK, Finding, Report, TaskPath
 from fastq.celery.settings import backend_of, broker_url_of, own_store, result_backend_of, settings_of_app
@@ -83,6 +84,7 @@ def _unusable(app: celery.Celery) -> Iterator[Finding]:
     """Yield the setting whose value the worker would refuse."""
     try:
         settings_of_app(app).freeze()
+        check_urls(app)
     except SettingsError as error:
         named = re.match(r"setting '(\w+)'", str(error))
         yield Finding("unusable", named[1] if named else "settings", str(error))

@@ -15,7 +15,7 @@ from celery.exceptions import TimeoutError as CeleryTimeout
 from celery.result import AsyncResult
 from kombu.exceptions import KombuError
 
-from fastq.amqp.url import mask_url
+from fastq.amqp.url import mask_url, split_url, split_urls
 from fastq.celery.settings import broker_url_of
 from fastq.errors import ConnectionLost, FastqError, ResultTimeout, SettingsError
 from fastq.states import READY_STATES
@@ -24,6 +24,7 @@ from fastq.states import READY_STATES
 @contextmanager
 def plain_errors(app: celery.Celery) -> Iterator[None]:
     """Turn what Celery and kombu raise, when a broker or a store is away or set up wrongly, into fastq's errors."""
+    check_urls(app)
     try:
         yield
     except (KombuError, ConnectionError, TimeoutError) as error:
@@ -31,6 +32,14 @@ def plain_errors(app: celery.Celery) -> Iterator[None]:
         raise ConnectionLost(f"{where}: {error}. Start the broker, or set broker_url to one that runs") from error
     except ImproperlyConfigured as error:
         raise SettingsError(f"the application's settings cannot be used: {error}") from error
+
+
+def check_urls(app: celery.Celery) -> None:
+    """Raise SettingsError for a URL that kombu would fail to read, with a part of the password in the error."""
+    results = app.conf.result_backend
+    for text in (broker_url_of(app), results if str(results).startswith(("redis", "sentinel")) else ""):
+        for url in split_urls(text):
+            split_url(url)
 
 
 def send(

@@ -16,12 +16,14 @@ from celery.app import trace
 from celery.utils.collections import AttributeDict
 from celery.utils.nodenames import worker_direct
 from celery.utils.serialization import jsonify
+from celery.utils.text import pretty
 from celery.utils.time import rate
 from kombu.utils.encoding import safe_repr
 
 from fastq.celery import logs
 from fastq.celery.beat import Beat
 from fastq.celery.carried import warnings_of
+from fastq.celery.client import check_urls
 from fastq.celery.consumer import Worker
 from fastq.celery.hookpoints import REQUEST, STRATEGY, has_own
 from fastq.celery.inside import Inside, show_state
@@ -34,7 +36,7 @@ from fastq.pool.zygote import ChildMain, CompanionMain
 from fastq.settings import Settings
 from fastq.worker import child
 from fastq.worker.log import escape_arguments
-from fastq.worker.report import software
+from fastq.worker.report import software, without_password
 
 if TYPE_CHECKING:
     import asyncio
@@ -82,10 +84,11 @@ class CeleryProgram:
 
     def configuration(self, with_defaults: bool) -> dict[str, Any]:
         """Return the settings as Celery's workers show them, without secrets."""
+        check_urls(self.app)
         found: dict[str, Any] = jsonify(
             self.app.conf.table(with_defaults=with_defaults), keyfilter=_is_shown, unknown_type_filter=safe_repr
         )
-        return found
+        return _without_secrets(self.app, found)
 
     def report(self) -> str:
         """Return Celery's report with our versions in it."""
@@ -181,6 +184,7 @@ class CeleryProgram:
         """Send ``celeryd_init`` and ``worker_init``."""
         app = self.app
         self._hostname = options.hostname
+        check_urls(app)
         self._instance = Worker(app, options, self._steps.thread)
         trace.setup_worker_optimizations(app, options.hostname)
         given = self._instance.options = celery_options(self._options)
@@ -316,7 +320,30 @@ def _send(recorder: Recorder, told: Signal, **arguments: Any) -> Future[None] | 
 
 def bug_report(app: celery.Celery) -> str:
     """Return Celery's report on an application, with our versions among those of the software."""
-    return str(app.bugreport()).replace("\nplatform ->", f"\n            {software()}\nplatform ->", 1)
+    check_urls(app)
+    text = str(app.bugreport()).replace("\nplatform ->", f"\n            {software()}\nplatform ->", 1)
+    settings = app.conf.table(with_defaults=False)
+    lines = (f"{name}: {pretty(value, width=50)}" for name, value in _without_secrets(app, settings).items())
+    return text.replace(app.conf.humanize(with_defaults=False), "\n".join(lines))
+
+
+def _without_secrets(app: celery.Celery, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as Celery shows them, without what it leaves: it looks for no URL inside of a setting."""
+    return {name: _masked(name, value) for name, value in {**settings, **_bare_urls(app)}.items()}
+
+
+def _masked(name: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _masked(str(key), each) for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_masked(name, each) for each in value)
+    return without_password(name, value) if isinstance(value, str) and "********@" not in value else value
+
+
+def _bare_urls(app: celery.Celery) -> dict[str, Any]:
+    """Return the settings that are to be URLs and have no scheme, as they are; Celery takes such for host names."""
+    found = {name: app.conf.get(name) for name in ("broker_url", "broker_read_url", "broker_write_url")}
+    return {name: value for name, value in found.items() if "@" in str(value) and "://" not in str(value)}
 
 
 def _is_shown(name: object) -> bool:

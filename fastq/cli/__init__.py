@@ -233,13 +233,24 @@ def _read_variables(command: click.Command, prefix: str = "") -> None:
             option.envvar = sorted(names, key=lambda name: not name.startswith("FASTQ_"))
 
 
+def _from_file(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Return the URL of an option; everybody can see the command line, so it may name a file that holds the URL."""
+    if not value.startswith("@"):
+        return value
+    try:
+        with open(value[1:], encoding="utf-8") as file:
+            return file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Misuse(f"the file of {param.opts[0]} {value} cannot be read: {error}") from None
+
+
 @click.group(
     cls=Commands,
     context_settings={"auto_envvar_prefix": "FASTQ", "help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 @click.option("-A", "--app", default="", help="Application: module or module:attribute.")
-@click.option("-b", "--broker", default="", help="Broker URL.")
-@click.option("--result-backend", default="", help="Result store URL.")
+@click.option("-b", "--broker", default="", callback=_from_file, help="Broker URL; @FILE: the URL stands there.")
+@click.option("--result-backend", default="", callback=_from_file, help="Result store URL, or @FILE.")
 @click.option("--loader", default="", hidden=True, help="Loader class of a Celery application.")
 @click.option("--config", default="", help="Configuration module.")
 @click.option("--workdir", default="", help="Change to this directory first.")

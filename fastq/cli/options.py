@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from fastq.amqp.url import mask_one
 from fastq.cli.errors import Misuse
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -85,7 +86,8 @@ def misplaced_globals(function: F) -> F:
     def refuse(ctx: click.Context, param: click.Parameter, value: object) -> None:
         if value is not None:
             name = param.opts[0]
-            raise Misuse(f"option {name} stands before the command: fastq {name} {value} {ctx.info_name} ...")
+            shown = mask_one(str(value))
+            raise Misuse(f"option {name} stands before the command: fastq {name} {shown} {ctx.info_name} ...")
 
     for names in (("-A", "--app"), ("-b", "--broker"), ("--result-backend",)):
         # No environment variable: those set the option where it belongs.

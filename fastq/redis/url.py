@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from fastq.amqp.url import mask_one, means_unchecked, split_urls, warn_ignored
+from fastq.amqp.url import WRONG_PLACE, mask_one, means_unchecked, split_urls, warn_ignored
 from fastq.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -146,7 +146,9 @@ def _split(text: str) -> tuple[str, SplitResult]:
         _ = parts.port
     except ValueError:
         # Python's own words would show what it took for the port: with a "#" or "/" in it, a password.
-        raise unusable(text, "host or port is wrong, or the password has special characters") from None
+        raise unusable(text, WRONG_PLACE) from None
+    if "@" in parts.query and "@" not in parts.netloc:
+        raise unusable(text, WRONG_PLACE)  # a "?" in the password
     if parts.scheme not in SCHEMES:
         raise unusable(text, f"unknown scheme {parts.scheme!r}; known: {', '.join(sorted(SCHEMES))}")
     if parts.fragment or "@" in parts.path:

@@ -6,10 +6,10 @@ import platform
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from fastq import __version__
-from fastq.amqp.url import mask_url, split_urls
+from fastq.amqp.url import mask_text, mask_url, split_url, split_urls
 
 if TYPE_CHECKING:
     from fastq.settings import Settings
@@ -18,6 +18,7 @@ _MASK: Final = "********"
 #: Celery's list of words, and what holds key files' passwords.
 _SECRET: Final = re.compile("API|TOKEN|KEY|SECRET|PASS|PROFANITIES_LIST|SIGNATURE|DATABASE|BEAT_DBURI|CREDENTIAL", re.I)
 _URLS: Final = frozenset({"broker_url", "result_backend"})
+_URL: Final = re.compile("URL|URI|BACKEND$", re.I)
 _LIBRARIES: Final = ("hiredis", "orjson", "uvloop", "psutil", "click")
 _PORTS: Final = {"amqps": 5671, "redis": 6379, "rediss": 6379, "sentinel": 26379}
 
@@ -25,19 +26,25 @@ _PORTS: Final = {"amqps": 5671, "redis": 6379, "rediss": 6379, "sentinel": 26379
 def configuration(settings: Settings, with_defaults: bool = False) -> dict[str, Any]:
     """Return the settings that were changed, or all, with secrets masked; every value has a JSON form."""
     names = sorted(name for name in dir(type(settings)) if name in settings) if with_defaults else settings.changes()
-    return {name: _shown(name, settings[name]) for name in dict.fromkeys([*names, *sorted(_URLS)])}
+    return {name: shown(name, settings[name]) for name in dict.fromkeys([*names, *sorted(_URLS)])}
 
 
-def _shown(name: str, value: Any) -> Any:
-    if name in _URLS:
-        return mask_url(value) if isinstance(value, str) else value
-    if _SECRET.search(name):
+def shown(name: str, value: Any) -> Any:
+    """Return the value of a setting, or of a key inside of one, without secrets."""
+    if name not in _URLS and _SECRET.search(name):
         return _MASK
     if isinstance(value, Mapping):
-        return {str(key): _shown(str(key), each) for key, each in value.items()}
+        return {str(key): shown(str(key), each) for key, each in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_shown("", each) for each in value]
-    return value if value is None or isinstance(value, (str, int, float, bool)) else repr(value)
+        return [shown(name, each) for each in value]
+    if value is None or isinstance(value, (int, float, bool)):
+        return value
+    return without_password(name, value if isinstance(value, str) else repr(value))
+
+
+def without_password(name: str, text: str) -> str:
+    """Return the text of a setting with the passwords in its URLs masked; one that is to be a URL may be misspelt."""
+    return mask_url(text) if _URL.search(name) else mask_text(text)
 
 
 def software() -> str:
@@ -64,7 +71,7 @@ def report_text(settings: Settings) -> str:
 def broker_info(settings: Settings) -> dict[str, Any]:
     """Return where the broker is, under kombu's names; the first one when several are tried in turn."""
     urls = split_urls(settings.broker_url or "")
-    parts = urlsplit(urls[0] if urls else "")
+    parts = split_url(urls[0] if urls else "")
     is_redis = parts.scheme.startswith(("redis", "sentinel"))
     return {
         "hostname": parts.hostname or "localhost",
@@ -75,7 +82,7 @@ def broker_info(settings: Settings) -> dict[str, Any]:
         "ssl": bool(settings.broker_use_ssl) or parts.scheme in ("amqps", "rediss"),
         "transport": parts.scheme,
         "connect_timeout": settings.broker_connection_timeout,
-        "transport_options": _shown("", settings.broker_transport_options),
+        "transport_options": shown("", settings.broker_transport_options),
         "login_method": None if is_redis else "PLAIN",
         "uri_prefix": None,
         "heartbeat": settings.broker_heartbeat,

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
+from fastq.amqp.url import mask_one
+
 try:
     import setproctitle
 except ImportError:
@@ -29,4 +31,4 @@ def set_title(program: str, hostname: str, process: str, info: str = "") -> None
 
 def active(words: Sequence[str] = ()) -> str:
     """Return what the main process's title says of a worker that takes tasks."""
-    return f"-active- ({' '.join(words or sys.argv[1:])})"
+    return f"-active- ({' '.join(map(mask_one, words or sys.argv[1:]))})"
