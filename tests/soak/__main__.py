@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +33,9 @@ from tests.soak.growth import Series, descriptors, memory_mib
 from tests.soak.site import Application, Site
 
 SAMPLE_S = 3.0
-DRAIN_S = 240.0  # longer than a lease (15 s), a delay (16 s) and a store's pauses; Celery's visibility time-out is 1 h
+#: How long nothing may end before what is left counts as lost: longer than a lease (15 s), a delay (16 s) and a
+#: store's pauses. Celery's visibility time-out is an hour.
+SILENCE_S = 90.0
 #: How often each fault is drawn, of 10.
 FAULTS = {"kill a child": 3, "kill a worker": 2, "cut connections": 2, "stand still": 2, "restart a server": 1}
 RELIABLE = {"fastq_reliable": True}
@@ -128,13 +130,17 @@ class Soak:
         return self._judge()
 
     def _drain(self) -> None:
-        def is_done() -> bool:
+        ended, ended_at = -1, time.monotonic()
+        while time.monotonic() - ended_at < SILENCE_S:
+            self._revive()
             for site in self.sites:
                 site.look()
-            self._revive()
-            return not any(site.missing() or site.missing_answers() or held(site) for site in self.sites)
-
-        self._until(is_done, DRAIN_S)
+            if not any(site.missing() or site.missing_answers() or held(site) for site in self.sites):
+                break
+            now_ended = sum(sum(site.tally.done) + site.answers for site in self.sites)
+            if now_ended != ended:
+                ended, ended_at = now_ended, time.monotonic()
+            time.sleep(1.0)
         for report in self.reports:
             report.lost = report.site.missing()
             report.lost_answers = report.site.missing_answers()
@@ -147,11 +153,6 @@ class Soak:
             and all(series.is_flat(self.warm_up_s) for series in report.series.values())
             for report in self.reports
         )
-
-    def _until(self, condition: Callable[[], bool], timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition() and time.monotonic() < deadline:
-            time.sleep(1.0)
 
     # -- faults
 
