@@ -193,7 +193,7 @@ cdef class AmqpLink(Source):
 
     def write(self, bytes data) -> None:
         """Send bytes that are frames already; nothing when the connection is gone."""
-        if self.dead:
+        if self.write_bytes is None:
             return
         if self.out.size:
             self.write_out()
