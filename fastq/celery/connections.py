@@ -42,7 +42,9 @@ class Connections:
             self._old += [partial(_close_pool, pool) for pool in list(group.values())]
             group.clear()
         # New ones, not none: what was interrupted goes on where Python ignores the exception, in a __del__ for one.
-        if self._app._pool is not None:
+        producers = getattr(vars(self._app).get("amqp"), "_producer_pool", None)
+        if self._app._pool is not None or producers is not None:
+            pools.set_limit(self._app.conf.broker_pool_limit)
             connection = self._app.connection_for_write()
             self._app._pool = pools.connections[connection]
             self._app.amqp._producer_pool = pools.producers[connection]

@@ -400,8 +400,11 @@ def test_patched_sockets_are_left_to_kombu(monkeypatch: pytest.MonkeyPatch, amqp
         "patched = types.ModuleType('gevent.monkey')\n"
         "patched.is_module_patched = lambda name: name == 'socket'\n"
         "sys.modules['gevent.monkey'] = patched\n"
-        "from fastq.celery.publishing.stock import green_threads\n"
-        "print(green_threads())\n"
+        "import celery\n"
+        "from fastq.celery.publishing.stock import obstacle\n"
+        "app = celery.Celery('t')\n"
+        "app.amqp.send_task_message\n"
+        "print(obstacle(app))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "the process is monkey-patched by gevent"
