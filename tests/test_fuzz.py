@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,8 @@ from tests.stage import Kind, open_stage
 
 #: Seconds for each target.
 FUZZ_S = float(os.environ.get("FASTQ_FUZZ_S", "30"))
+#: The same messages each time: new ones are for ./ci/fuzz to find.
+SEED = 4275093313
 
 
 @pytest.mark.rabbitmq
@@ -22,11 +23,9 @@ FUZZ_S = float(os.environ.get("FASTQ_FUZZ_S", "30"))
 def test_random_messages_and_commands_harm_no_worker(
     kind: Kind, program: Program, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
     target = Target(open_stage(kind, request, tmp_path), program)
     try:
-        sent = fuzz([target], seed, FUZZ_S)
+        sent = fuzz([target], SEED, FUZZ_S)
         print(f"{sent} sent, memory {target.growth}")
         assert sent > len(corpus()) / 2
     finally:

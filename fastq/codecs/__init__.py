@@ -60,7 +60,7 @@ def accepted(names: Iterable[str]) -> frozenset[str]:
     return frozenset(_codecs[name].content_type if name in _codecs else CONTENT_TYPES.get(name, name) for name in names)
 
 
-def decode(data: bytes, content_type: str, content_encoding: str | None, accept: frozenset[str]) -> Any:
+def decode(data: bytes, content_type: str, content_encoding: str | bytes | None, accept: frozenset[str]) -> Any:
     """Return the value in a message body.
 
     Raises ContentDisallowed for a type not in ``accept``, EncodingDisallowed for text in an encoding that is not read,
@@ -78,17 +78,19 @@ def decode(data: bytes, content_type: str, content_encoding: str | None, accept:
     return codec.decode(_as_utf8(data, content_encoding) if codec.content_encoding == "utf-8" else data)
 
 
-def is_charset(name: str | None) -> bool:
+def is_charset(name: str | bytes | None) -> bool:
     """Return whether bodies are read in this content encoding."""
     plain_name = _plain_charset(name)
     return plain_name in _AS_UTF8 or plain_name in _CHARSETS
 
 
-def _plain_charset(name: str | None) -> str:
+def _plain_charset(name: str | bytes | None) -> str:
+    if isinstance(name, bytes):  # it is no UTF-8
+        return repr(name)
     return (name or "").lower().replace("_", "-")
 
 
-def _as_utf8(data: bytes, charset: str | None) -> bytes:
+def _as_utf8(data: bytes, charset: str | bytes | None) -> bytes:
     name = _plain_charset(charset)
     if name in _AS_UTF8:
         return data
