@@ -463,9 +463,11 @@ def test_a_body_in_another_charset_is_read() -> None:
         assert codecs.decode("[1]".encode(charset), "application/json", charset, accept) == [1]
     with pytest.raises(DecodeError, match="cannot read the body"):
         codecs.decode(b"\x00", "application/json", "utf-16", accept)
-    for charset in ("no-such-charset", "rot13", "punycode", "utf-7", "\0", "x" * 1000, b"\xff"):
+    for charset in ("no-such-charset", "rot13", "punycode", "utf-7", "\0", "x" * 1000):
         with pytest.raises(EncodingDisallowed, match="is not read"):
             codecs.decode(b"[1]", "application/json", charset, accept)
+    with pytest.raises(EncodingDisallowed, match="is not read"):
+        codecs.decode(b"[1]", "application/json", b"\xff", accept)
 
 
 class Shout:

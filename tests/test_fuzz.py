@@ -14,7 +14,7 @@ from tests.stage import Kind, open_stage
 #: Seconds for each target.
 FUZZ_S = float(os.environ.get("FASTQ_FUZZ_S", "30"))
 #: The same messages each time: new ones are for ./ci/fuzz to find.
-SEED = 4275093313
+SEED = 4
 
 
 @pytest.mark.rabbitmq
