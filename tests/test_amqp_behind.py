@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
@@ -34,6 +35,18 @@ def publisher(amqp_url: str) -> Iterator[BehindPublisher]:
     assert isinstance(opened, BehindPublisher)
     yield opened
     opened.close()
+
+
+@contextmanager
+def impatient(amqp_url: str) -> Iterator[tuple[FaultProxy, BehindPublisher]]:
+    """A publisher that waits half a second, and a proxy on its way; one message has gone through."""
+    parts = urlsplit(amqp_url)
+    with FaultProxy(parts.hostname or "", parts.port or 0) as proxy:
+        publisher = BehindPublisher(proxy.url(amqp_url), Settings({**BEHIND, "fastq_publish_timeout": 0.5}))
+        publisher.publish([message()])
+        assert publisher.flush() == 0
+        yield proxy, publisher
+        publisher.close()
 
 
 def test_every_message_is_stored_and_confirmed(publisher: BehindPublisher) -> None:
@@ -69,11 +82,7 @@ def test_what_was_not_confirmed_when_the_connection_was_cut_is_sent_again(amqp_u
 def test_a_broker_that_is_slow_to_confirm_is_not_sent_its_messages_twice(
     amqp_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    parts = urlsplit(amqp_url)
-    with FaultProxy(parts.hostname or "", parts.port or 0) as proxy:
-        publisher = BehindPublisher(proxy.url(amqp_url), Settings({**BEHIND, "fastq_publish_timeout": 0.5}))
-        publisher.publish([message()])
-        assert publisher.flush() == 0
+    with impatient(amqp_url) as (proxy, publisher):
         proxy.hold_replies()
         publisher.publish([message() for _ in range(20)])
         wait_until(lambda: "still waiting" in caplog.text, 10, lambda: TimeoutError("no warning"))
@@ -81,15 +90,10 @@ def test_a_broker_that_is_slow_to_confirm_is_not_sent_its_messages_twice(
         assert publisher.flush() == 0
         assert proxy.connections == 1
         assert publisher.depth("behind") == 21
-        publisher.close()
 
 
 def test_a_full_window_is_an_error_and_nothing_more_is_sent(amqp_url: str) -> None:
-    parts = urlsplit(amqp_url)
-    with FaultProxy(parts.hostname or "", parts.port or 0) as proxy:
-        publisher = BehindPublisher(proxy.url(amqp_url), Settings({**BEHIND, "fastq_publish_timeout": 0.5}))
-        publisher.publish([message()])
-        assert publisher.flush() == 0
+    with impatient(amqp_url) as (proxy, publisher):
         proxy.hold_replies()
         publisher.publish([message() for _ in range(WINDOW)])
         began = time.monotonic()
@@ -101,16 +105,11 @@ def test_a_full_window_is_an_error_and_nothing_more_is_sent(amqp_url: str) -> No
         assert publisher.flush(10) == 0
         assert proxy.connections == 1
         assert publisher.depth("behind") == 1 + WINDOW
-        publisher.close()
 
 
 def test_a_broker_that_reads_nothing_is_not_sent_its_messages_twice(amqp_url: str) -> None:
     large = [encode_task("t", new_id(), bytes(6 << 20), routing_key="behind") for _ in range(4)]
-    parts = urlsplit(amqp_url)
-    with FaultProxy(parts.hostname or "", parts.port or 0) as proxy:
-        publisher = BehindPublisher(proxy.url(amqp_url), Settings({**BEHIND, "fastq_publish_timeout": 0.5}))
-        publisher.publish([message()])
-        assert publisher.flush() == 0
+    with impatient(amqp_url) as (proxy, publisher):
         proxy.stall()
         publisher.publish([message()])
         with pytest.raises(PublishError, match="may still be stored") as caught:  # more than the sockets hold
@@ -124,7 +123,6 @@ def test_a_broker_that_reads_nothing_is_not_sent_its_messages_twice(amqp_url: st
         assert publisher.flush(20) == 0
         assert proxy.connections == 1
         assert publisher.depth("behind") == 3 + len(large)
-        publisher.close()
 
 
 def test_a_broker_that_is_away_is_the_callers_error_and_is_not_tried_again_behind_its_back(amqp_url: str) -> None:

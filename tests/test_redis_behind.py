@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
@@ -59,6 +60,18 @@ def direct(redis_url: str) -> Iterator[RedisPublisher]:
     opened.close()
 
 
+@contextmanager
+def impatient(redis_url: str) -> Iterator[tuple[FaultProxy, RedisBehindPublisher]]:
+    """A publisher that waits half a second, and a proxy on its way; one message has gone through."""
+    parts = urlsplit(redis_url)
+    with FaultProxy(parts.hostname or "", parts.port or 0) as proxy:
+        publisher = RedisBehindPublisher(proxy.url(redis_url), Settings({**BEHIND, "fastq_publish_timeout": 0.5}))
+        publisher.publish([message()])
+        assert publisher.flush() == 0
+        yield proxy, publisher
+        publisher.close()
+
+
 def test_every_message_is_stored_in_its_order(publisher: RedisBehindPublisher, redis_url: str) -> None:
     sent = [message() for _ in range(3 * WINDOW)]
     for each in sent[:WINDOW]:
@@ -95,11 +108,7 @@ def test_what_was_not_answered_when_the_connection_was_cut_is_sent_again(
 def test_a_server_that_is_slow_to_answer_is_not_sent_its_messages_twice(
     redis_url: str, direct: RedisPublisher, caplog: pytest.LogCaptureFixture
 ) -> None:
-    parts = urlsplit(redis_url)
-    with FaultProxy(parts.hostname or "", parts.port or 0) as proxy:
-        publisher = RedisBehindPublisher(proxy.url(redis_url), Settings({**BEHIND, "fastq_publish_timeout": 0.5}))
-        publisher.publish([message()])
-        assert publisher.flush() == 0
+    with impatient(redis_url) as (proxy, publisher):
         proxy.hold_replies()
         publisher.publish([message()])
         until(lambda: "still waiting" in caplog.text)
@@ -107,15 +116,10 @@ def test_a_server_that_is_slow_to_answer_is_not_sent_its_messages_twice(
         assert publisher.flush(10) == 0
         assert proxy.connections == 1
         assert direct.depth("behind") == 2
-        publisher.close()
 
 
 def test_a_full_window_is_an_error_and_nothing_more_is_sent(redis_url: str) -> None:
-    parts = urlsplit(redis_url)
-    with FaultProxy(parts.hostname or "", parts.port or 0) as proxy:
-        publisher = RedisBehindPublisher(proxy.url(redis_url), Settings({**BEHIND, "fastq_publish_timeout": 0.5}))
-        publisher.publish([message()])
-        assert publisher.flush() == 0
+    with impatient(redis_url) as (proxy, publisher):
         proxy.hold_replies()
         publisher.publish([message() for _ in range(WINDOW)])
         began = time.monotonic()
@@ -127,16 +131,11 @@ def test_a_full_window_is_an_error_and_nothing_more_is_sent(redis_url: str) -> N
         assert publisher.flush(10) == 0
         assert proxy.connections == 1
         assert publisher.depth("behind") == 1 + WINDOW
-        publisher.close()
 
 
 def test_a_server_that_reads_nothing_is_not_sent_its_messages_twice(redis_url: str) -> None:
     large = [encode_task("t", new_id(), bytes(6 << 20), routing_key="behind") for _ in range(4)]
-    parts = urlsplit(redis_url)
-    with FaultProxy(parts.hostname or "", parts.port or 0) as proxy:
-        publisher = RedisBehindPublisher(proxy.url(redis_url), Settings({**BEHIND, "fastq_publish_timeout": 0.5}))
-        publisher.publish([message()])
-        assert publisher.flush() == 0
+    with impatient(redis_url) as (proxy, publisher):
         proxy.stall()
         publisher.publish([message()])
         with pytest.raises(PublishError, match="may still be stored") as caught:  # more than the sockets hold
@@ -150,7 +149,6 @@ def test_a_server_that_reads_nothing_is_not_sent_its_messages_twice(redis_url: s
         assert publisher.flush(20) == 0
         assert proxy.connections == 1
         assert publisher.depth("behind") == 3 + len(large)
-        publisher.close()
 
 
 def test_a_server_that_restarts_is_sent_what_it_had_not_answered(redis_url: str, redis_server: Redis) -> None:

@@ -138,14 +138,22 @@ def parse_amqp_url(
 
 
 def split_url(text: str) -> SplitResult:
-    """Return the parts of a URL. Raises SettingsError, without Python's words: they show what it took for the port."""
+    """Return the parts of a URL. Raises SettingsError."""
+    try:
+        return parts_of(text)
+    except ValueError as error:
+        raise unusable(text, str(error)) from None
+
+
+def parts_of(text: str) -> SplitResult:
+    """Return the parts of a URL. Raises ValueError, without Python's words: they show what it took for the port."""
     try:
         parts = urlsplit(text)
         _ = parts.port
     except ValueError:
-        raise unusable(text, WRONG_PLACE) from None
+        raise ValueError(WRONG_PLACE) from None
     if "@" in parts.query and "@" not in parts.netloc:
-        raise unusable(text, WRONG_PLACE)  # a "?" in the password
+        raise ValueError(WRONG_PLACE)  # a "?" in the password
     return parts
 
 

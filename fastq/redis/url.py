@@ -11,9 +11,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote
 
-from fastq.amqp.url import WRONG_PLACE, mask_one, means_unchecked, split_urls, warn_ignored
+from fastq.amqp.url import mask_one, means_unchecked, parts_of, split_urls, warn_ignored
 from fastq.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -140,15 +140,10 @@ class _Context:
 
 def _split(text: str) -> tuple[str, SplitResult]:
     # "redis" alone is the server of the settings redis_host, redis_port and so on.
-    whole = text if "://" in text else f"{text}://"
     try:
-        parts = urlsplit(whole)
-        _ = parts.port
-    except ValueError:
-        # Python's own words would show what it took for the port: with a "#" or "/" in it, a password.
-        raise unusable(text, WRONG_PLACE) from None
-    if "@" in parts.query and "@" not in parts.netloc:
-        raise unusable(text, WRONG_PLACE)  # a "?" in the password
+        parts = parts_of(text if "://" in text else f"{text}://")
+    except ValueError as error:
+        raise unusable(text, str(error)) from None
     if parts.scheme not in SCHEMES:
         raise unusable(text, f"unknown scheme {parts.scheme!r}; known: {', '.join(sorted(SCHEMES))}")
     if parts.fragment or "@" in parts.path:
