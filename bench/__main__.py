@@ -16,7 +16,7 @@ from pathlib import Path
 from bench import machine, report
 from bench.metrics import METRICS, Entrant, Metric, Plan
 from bench.run import Bench, BenchError
-from tests.servers import RabbitMQ, Redis, ServerMissing
+from tests.support.servers import RabbitMQ, Redis, ServerMissing
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

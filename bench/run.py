@@ -18,7 +18,7 @@ from bench.floor import Floor
 from bench.measure import tree_of
 from bench.peers.counter import Counter
 from bench.systems import ROOT, System
-from tests.servers import RabbitMQ, Redis
+from tests.support.servers import RabbitMQ, Redis
 
 Broker = Literal["amqp", "sqlite", "redis"]
 Figures = dict[str, float]

@@ -15,7 +15,7 @@ from fastq.pool.supervisor import Pool
 from fastq.pool.zygote import start_zygote
 from fastq.wire.ids import new_id
 from fastq.wire.message import encode_task
-from tests.loop import ListBroker, RecordingHooks, child_main
+from tests.support.core_with_children import ListBroker, RecordingHooks, child_main
 
 MESSAGES = 2000
 PREFETCH = 1000

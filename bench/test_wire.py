@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from fastq import FastQ
-from fastq.link import AmqpLink
+from fastq.brokers.rabbitmq.link import AmqpLink
 from fastq.wire import amqp
 from fastq.wire.frames import FrameReader, publish_frames
 from fastq.wire.message import Message, encode_task, scan
 from fastq.wire.pipe import SHARED_SIZE, ChildPipe, RingReader, call_record
-from tests.recording import RecordingPublisher
+from tests.support.recording import RecordingPublisher
 
 Benchmark = Callable[..., Any]
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastq import states
     from fastq.app import FastQ, current_app, current_task, shared_task
-    from fastq.celery.accelerate import accelerate
-    from fastq.celery.patch import patch
+    from fastq.celery.cli.patch import patch
+    from fastq.celery.sending.accelerate import accelerate
     from fastq.errors import (
         ConnectionLost,
         EncodeError,
@@ -88,11 +88,11 @@ _MODULES = {
     "FastQ": "fastq.app",
     "Request": "fastq.request",
     "Task": "fastq.task",
-    "accelerate": "fastq.celery.accelerate",
+    "accelerate": "fastq.celery.sending.accelerate",
     "current_app": "fastq.app",
     "current_task": "fastq.app",
     "get_task_logger": "fastq.task",
-    "patch": "fastq.celery.patch",
+    "patch": "fastq.celery.cli.patch",
     "shared_task": "fastq.app",
 }
 

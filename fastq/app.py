@@ -183,8 +183,8 @@ class FastQ:
         url = str(self.conf.broker_url)
         if not self.conf.task_send_sent_event:
             return
+        from fastq.brokers import has_bus
         from fastq.sending.sent import SentEvents
-        from fastq.transport.bus import has_bus
 
         self._sent = SentEvents(url, self.conf) if has_bus(url) else None
 
@@ -462,7 +462,7 @@ class FastQ:
             self.finalize()
             with self._lock:
                 if self._publisher is None:
-                    from fastq.transport import open_publisher
+                    from fastq.brokers import open_publisher
 
                     self._publisher = open_publisher(cast("str", self.conf.broker_url), self.conf)
         return self._publisher
@@ -489,7 +489,7 @@ class FastQ:
                 if self._store is None:
                     from fastq.results import open_store
 
-                    self._store = open_store(cast("str", self.conf.result_backend), self.conf, self.publisher)
+                    self._store = open_store(cast("str", self.conf.result_backend), self.conf)
         return self._store
 
     @store.setter

@@ -6,20 +6,25 @@ five verbs: receive, submit, collect, save, settle. Each seam is crossed once pe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import asyncio
 
-    from fastq.amqp.topology import QueueSpec
     from fastq.link import BatchSource, Source
+    from fastq.queues import QueueSpec
     from fastq.wire.message import Message
 
 #: A stored result in Celery's layout: ``status``, ``result``, ``traceback``, ``children``, ``date_done``, ``task_id``…
 Meta: TypeAlias = Mapping[str, Any]
 #: Ends a watch for a result.
 Unwatch: TypeAlias = Callable[[], None]
+#: A message of the bus as it arrives: headers, with the content type as ``content_type``, and body.
+BusMessage: TypeAlias = "tuple[Mapping[str, Any], bytes]"
+#: A node's name and its reply to a command.
+Reply: TypeAlias = "tuple[str, Any]"
+OnRequest: TypeAlias = "Callable[[Mapping[str, Any], bytes], None]"
 
 
 class Codec(Protocol):
@@ -146,3 +151,73 @@ class Consumer(Protocol):
 
     async def close(self) -> None:
         """Close the connection; what is not settled goes back to the broker."""
+
+
+class Clock(Protocol):
+    """The worker's Lamport clock; ``fastq.worker.remote.clock.LamportClock`` is one."""
+
+    def forward(self) -> int:
+        """Count one step, before something is sent, and return the new value."""
+
+
+class Bus(Protocol):
+    """The worker's side of remote control and events: one connection, on the running loop, until it is ``lost``."""
+
+    lost: asyncio.Future[Exception]
+    #: Events and replies that were dropped because the broker took nothing.
+    dropped: int
+
+    async def open(self, hostname: str, on_request: OnRequest | None) -> None:
+        """Connect, declare, and listen for requests unless ``on_request`` is None.
+
+        Raises ConnectionLost (try again) or SettingsError.
+        """
+
+    def reply(self, exchange: str, routing_key: str, headers: Mapping[str, Any], body: bytes) -> None:
+        """Send a worker's reply to the queue that a request has named."""
+
+    def publish_event(self, routing_key: str, headers: Mapping[str, Any], body: bytes) -> None:
+        """Send an event, or a list of them, to whoever listens; never waits. Raises ConnectionLost."""
+
+    async def ask(self, method: str, arguments: Mapping[str, Any], timeout_s: float) -> list[Reply]:
+        """Ask every node and return the replies that come in time, our own among them. Raises ConnectionLost."""
+
+    async def close(self) -> None:
+        """Send what was written and close; ``lost`` ends too."""
+
+
+class BlockingBus(Protocol):
+    """The client's side of remote control and events, for one thread; it connects at its first use."""
+
+    def ask(
+        self,
+        method: str,
+        arguments: Mapping[str, Any],
+        timeout_s: float,
+        destination: Sequence[str] = (),
+        pattern: str = "",
+        matcher: str = "",
+    ) -> Iterator[Reply]:
+        """Send a command and yield each node's reply, until the time is up or all of the destination have replied."""
+
+    def tell(
+        self,
+        method: str,
+        arguments: Mapping[str, Any],
+        destination: Sequence[str] = (),
+        pattern: str = "",
+        matcher: str = "",
+    ) -> None:
+        """Send a command that nobody need reply to."""
+
+    def events(self) -> Iterator[BusMessage]:
+        """Subscribe to every event, at once, and return an iterator over what is published from now on.
+
+        It blocks until something comes, and raises ConnectionLost at the end.
+        """
+
+    def publish_event(self, routing_key: str, headers: Mapping[str, Any], body: bytes) -> None:
+        """Send an event, or a list of them, to whoever listens; nobody confirms it. Raises ConnectionLost."""
+
+    def close(self) -> None:
+        """Close the connection; a later call opens a new one."""

@@ -1,1 +1,6 @@
-"""The test suite. servers, faults, workers and oracle are its tools; bench/ uses servers too."""
+"""The test suite, laid out as the package is; what tests are written with is in ``support``."""
+
+from pathlib import Path
+
+#: The project's folder.
+ROOT = Path(__file__).resolve().parent.parent

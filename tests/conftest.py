@@ -13,21 +13,23 @@ from typing import Any
 import pytest
 
 from fastq import app as fastq_app
-from tests.faults import FaultProxy
-from tests.servers import RabbitMQ, Redis, ServerMissing, free_ports
-from tests.workers import WorkerProcess
+from tests import ROOT
+from tests.support.fault_proxy import FaultProxy
+from tests.support.servers import RabbitMQ, Redis, ServerMissing, free_ports
+from tests.support.worker_process import WorkerProcess
 
 #: Makes a Redis server of a test's own, with this password.
 OwnRedis = Callable[..., Redis]
 
 # What depends on the interpreter most: the compiled parts and the task API.
-SMOKE_FILES = ("test_wire_", "test_core", "test_app", "test_task", "test_memory")
+SMOKE_FOLDERS = ("wire", "core", "api", "brokers/memory")
+SMOKE_PLACES = {ROOT / "tests" / folder for folder in SMOKE_FOLDERS}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the files of the smoke test, and what says how stock Celery alone behaves."""
     for item in items:
-        if item.path.parent == Path(__file__).parent and item.path.name.startswith(SMOKE_FILES):
+        if item.path.parent in SMOKE_PLACES:
             item.add_marker(pytest.mark.smoke)
         if "under_celery" in item.name:
             item.add_marker(pytest.mark.reference)

@@ -137,7 +137,7 @@ class Globals:
         app = self.load_any_app()
         if isinstance(app, FastQ):
             return app
-        from fastq.celery.settings import settings_of_app
+        from fastq.celery.conf.settings import settings_of_app
 
         plain = FastQ(app.main)
         plain.conf = settings_of_app(app)
@@ -152,7 +152,7 @@ class Globals:
             from fastq.worker.program import FastQProgram
 
             return FastQProgram(app)
-        from fastq.celery.program import CeleryProgram
+        from fastq.celery.worker.program import CeleryProgram
 
         return CeleryProgram(app)
 
@@ -199,7 +199,7 @@ class Delegated(click.Command):
         name = str(self.name)
         app = self._application(settings)
         try:
-            from fastq.celery.commands import run as run_celery
+            from fastq.celery.cli.commands import run as run_celery
         except ImportError:
             raise Misuse(f"command {name!r} is Celery's own, and Celery is not installed") from None
         return run_celery(app, name, ctx.args, settings.words())
@@ -279,7 +279,7 @@ def group(
     if skip_checks:
         os.environ["CELERY_SKIP_CHECKS"] = "true"
     if workdir:
-        from fastq.worker.daemon import change_directory
+        from fastq.worker.process.daemon import change_directory
 
         change_directory(workdir)
     color = False if no_color else None

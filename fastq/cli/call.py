@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastq.brokers import SQLITE, find_broker
 from fastq.cli import Globals
 from fastq.cli.errors import Misuse
 from fastq.cli.loader import is_celery, load_tasks
@@ -44,7 +45,7 @@ def command(
     given = {option: value for option, value in routing.items() if value is not None}
     try:
         if is_celery(app):
-            from fastq.celery import client  # only Celery users have Celery
+            from fastq.celery.cli import client
 
             result = client.send(app, name, args, kwargs, given)
         else:
@@ -93,7 +94,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def _awaited(app: Any, result: Any, timeout_s: float | None) -> Meta:
     if is_celery(app):
-        from fastq.celery import client
+        from fastq.celery.cli import client
 
         return client.wait_for(app, result, timeout_s)
     _warn_if_nobody_works(str(app.conf.broker_url))
@@ -103,10 +104,10 @@ def _awaited(app: Any, result: Any, timeout_s: float | None) -> Meta:
 
 def _warn_if_nobody_works(url: str) -> None:
     """Say on standard error that the wait will be long, where workers are known without asking them."""
-    if not url.startswith("sqlite:"):
+    if find_broker(url) is not SQLITE:
         return
+    from fastq.brokers.sqlite.broker import live_workers
     from fastq.cli.remote import no_worker_at
-    from fastq.transport.sqlite import live_workers
 
     if not live_workers(url):
         click.echo(f"Waiting, but {no_worker_at(url)}; the task runs once one is started", err=True)

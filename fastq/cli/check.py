@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastq.amqp.url import mask_url
-from fastq.celery.report import NOTE, RISK, Finding, Report, TaskPath
+from fastq.brokers import unknown_options
+from fastq.celery.checking.report import NOTE, RISK, Finding, Report, TaskPath
 from fastq.cli import Globals
 from fastq.cli.loader import is_celery, load_tasks
 from fastq.cli.options import misplaced_globals
 from fastq.cli.unread import declared_queues, unread_queues
-from fastq.transport.options import unknown_options
-from fastq.worker.exitcodes import EX_FAILURE, EX_OK
+from fastq.net.urls import mask_url
+from fastq.worker.process.exitcodes import EX_FAILURE, EX_OK
 
 if TYPE_CHECKING:
     from fastq.app import FastQ
@@ -38,7 +38,7 @@ def command(settings: Globals, /, as_json: bool) -> int:
 
 def report_on_celery(app: Any) -> Report:
     """Return the report on a Celery application. Raises Failure when one of its modules does not import."""
-    from fastq.celery.check import check  # only Celery users have Celery
+    from fastq.celery.checking.check import check  # only Celery users have Celery
 
     load_tasks(app.loader.import_default_modules)
     return check(app)

@@ -11,7 +11,7 @@ import click
 
 from fastq.errors import FastqError
 from fastq.printable import printable
-from fastq.worker.exitcodes import EX_FAILURE, EX_OK, EX_SOFTWARE, EX_USAGE, MEANINGS, exit_code_of
+from fastq.worker.process.exitcodes import EX_FAILURE, EX_OK, EX_SOFTWARE, EX_USAGE, MEANINGS, exit_code_of
 
 DEBUG_VARIABLE = "FASTQ_DEBUG_TRACEBACK"
 

@@ -22,10 +22,10 @@ from fastq.cli.options import misplaced_globals
 from fastq.codecs.json import decode_event
 from fastq.errors import ConnectionLost
 from fastq.printable import printable
-from fastq.worker.exitcodes import EX_OK
+from fastq.worker.process.exitcodes import EX_OK
 
 if TYPE_CHECKING:
-    from fastq.transport.bus import BlockingBus
+    from fastq.interfaces import BlockingBus
 
 _NAMED_TASKS: Final = 4096  # as many as Celery's dump remembers
 _FIRST_PAUSE_S: Final = 0.5
@@ -57,7 +57,7 @@ def command(
     if words or not (dump or limit):
         app = settings.load_any_app() if settings.app or settings.application is not None else None
         if is_celery(app):
-            from fastq.celery.commands import run as run_celery
+            from fastq.celery.cli.commands import run as run_celery
 
             return run_celery(app, "events", [*words, *(["--dump"] if dump else [])], settings.words())
         if words:
@@ -65,7 +65,7 @@ def command(
             raise Misuse(
                 f"option {option} of `events` needs a Celery application: celery -A <module> events {option} ..."
             )
-    from fastq.transport.bus import open_blocking_bus
+    from fastq.brokers import open_blocking_bus
 
     app = settings.load_app()
     app.finalize()

@@ -19,7 +19,7 @@ import click
 from fastq.app import FastQ
 from fastq.cli.errors import Failure, Misuse, describe
 from fastq.errors import FastqError
-from fastq.worker.exitcodes import EX_FAILURE, exit_code_of
+from fastq.worker.process.exitcodes import EX_FAILURE, exit_code_of
 
 if TYPE_CHECKING:
     import celery
@@ -56,7 +56,7 @@ def find_any_app(spec: str) -> Application:
 
 def default_celery_app(config: str) -> Any:
     """Return the application that Celery has without being given one. Raises Failure when it cannot be configured."""
-    from fastq.celery.settings import default_app
+    from fastq.celery.conf.settings import default_app
 
     add_working_directory()
     try:

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
-from fastq.amqp.url import mask_one
 from fastq.cli.errors import Misuse
+from fastq.net.urls import mask_one
 
 F = TypeVar("F", bound=Callable[..., Any])
 

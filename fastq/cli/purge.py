@@ -45,7 +45,7 @@ def _in_fastq(app: Any, asked: Sequence[str], excluded: Sequence[str]) -> tuple[
 
 
 def _in_celery(app: Any, asked: Sequence[str], excluded: Sequence[str]) -> tuple[Sequence[str], Iterator[int]]:
-    from fastq.celery import client  # only Celery users have Celery
+    from fastq.celery.cli import client
 
     chosen = client.known_queues(app, asked, excluded)
     return chosen, client.purge(app, chosen)

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from fastq.brokers import SQLITE, find_broker
 from fastq.cli import Globals
 from fastq.cli.errors import Failure, Misuse
 from fastq.cli.options import name_list
+from fastq.net.urls import scheme_of
 from fastq.printable import printable, printable_lines
-from fastq.worker.exitcodes import EX_UNAVAILABLE
+from fastq.worker.process.exitcodes import EX_UNAVAILABLE
 
 if TYPE_CHECKING:
     from fastq.settings import Settings
-    from fastq.worker.commands.command import Command
+    from fastq.worker.remote.commands.command import Command
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,11 +55,11 @@ def ask(
     settings: Settings, method: str, arguments: Mapping[str, Any], timeout_s: float, destination: Sequence[str]
 ) -> Iterator[tuple[str, Any]]:
     """Yield each node's reply as it comes. Raises Misuse for a broker that carries no remote control."""
-    from fastq.transport.bus import has_bus, open_blocking_bus
+    from fastq.brokers import has_bus, open_blocking_bus
 
     url = str(settings.broker_url)
     if not has_bus(url):
-        scheme = url.partition(":")[0]
+        scheme = scheme_of(url)
         raise Misuse(f"{scheme}:// carries no remote control. Use it with amqp:// or redis://")
     bus = open_blocking_bus(url, settings)
     try:
@@ -69,14 +71,14 @@ def ask(
 def nobody(settings: Settings) -> Failure:
     """Return the error for a question without an answer; what is missing, where that can be known."""
     url = str(settings.broker_url)
-    if not url.startswith("sqlite:"):
+    if find_broker(url) is not SQLITE:
         return Failure(NOBODY, EX_UNAVAILABLE)
     return Failure(f"{no_worker_at(url)}. Start one there: fastq -A <module> worker", EX_UNAVAILABLE)
 
 
 def no_worker_at(url: str) -> str:
     """Return what is said of an embedded broker that nobody works for: whether the file is there, and which one."""
-    from fastq.embedded.database import parse_url
+    from fastq.brokers.sqlite.database import parse_url
 
     path = parse_url(url).path
     return f"no worker is up on {path}" + ("" if os.path.exists(path) else ", and there is no such file")
@@ -87,7 +89,7 @@ def no_worker_at(url: str) -> str:
 
 def chosen_command(kind: str, name: str) -> Command:
     """Return the command of that kind and name. Raises UsageError that lists those there are."""
-    from fastq.worker.commands import commands_of
+    from fastq.worker.remote.commands import commands_of
 
     known = commands_of(kind)
     if name not in known:
@@ -115,7 +117,7 @@ def _typed(command: Command, name: str, kind: Callable[[str], Any], word: str) -
 
 def command_list(kind: str) -> str:
     """Return the commands of a kind with their arguments and what they do."""
-    from fastq.worker.commands import commands_of
+    from fastq.worker.remote.commands import commands_of
 
     formatter = click.HelpFormatter()
     with formatter.section(f"{kind.capitalize()} Commands"):

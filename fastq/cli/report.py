@@ -21,7 +21,7 @@ def command(settings: Globals, /) -> int:
     app: Any = settings.load_any_app()
     if is_celery(app):
         load_tasks(app.loader.import_default_modules)
-        from fastq.celery.program import bug_report
+        from fastq.celery.worker.program import bug_report
 
         click.echo(bug_report(app))
         return 0

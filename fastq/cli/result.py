@@ -13,8 +13,9 @@ from fastq.cli.errors import Failure, Misuse
 from fastq.cli.loader import is_celery
 from fastq.cli.options import misplaced_globals
 from fastq.printable import printable_lines
+from fastq.results import SQLITE, find_store
 from fastq.states import READY_STATES, SUCCESS
-from fastq.worker.exitcodes import EX_FAILURE, EX_OK, EX_TEMPFAIL
+from fastq.worker.process.exitcodes import EX_FAILURE, EX_OK, EX_TEMPFAIL
 
 if TYPE_CHECKING:
     from fastq.interfaces import Meta
@@ -42,7 +43,7 @@ def command(settings: Globals, /, task_id: str, traceback: bool, wait: float | N
 
 
 def _of_fastq(app: Any, task_id: str, wait: float | None) -> Meta | None:
-    if app.stores_results and str(app.conf.result_backend).startswith("rpc:"):
+    if app.stores_results and find_store(str(app.conf.result_backend)).replies:
         raise Misuse(_OWN_RESULTS)
     _require_file(str(app.conf.result_backend))
     found: Meta | None = app.store.load(task_id) if wait is None else app.store.wait(task_id, wait)
@@ -51,8 +52,8 @@ def _of_fastq(app: Any, task_id: str, wait: float | None) -> Meta | None:
 
 def _require_file(url: str) -> None:
     """Raise Failure where there is no file to read; looking would make one, of no use to anybody."""
-    if url.startswith("sqlite:"):
-        from fastq.embedded.database import parse_url
+    if find_store(url) is SQLITE:
+        from fastq.brokers.sqlite.database import parse_url
 
         path = parse_url(url).path
         if not os.path.exists(path):
@@ -60,8 +61,8 @@ def _require_file(url: str) -> None:
 
 
 def _of_celery(app: Any, task_id: str, wait: float | None, task: str) -> Meta | None:
-    from fastq.celery import client  # only Celery users have Celery
-    from fastq.celery.settings import own_store
+    from fastq.celery.cli import client
+    from fastq.celery.conf.settings import own_store
 
     if own_store(app.backend) == "rpc":
         raise Misuse(_OWN_RESULTS)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fastq.brokers import MEMORY, SQLITE, find_broker
 from fastq.cli import Globals
 from fastq.cli.errors import Misuse
 from fastq.cli.loader import load_tasks
@@ -53,8 +54,8 @@ def command(settings: Globals, /, timeout: float, destination: tuple[str, ...], 
 def read_queues(settings: Settings, timeout_s: float, nodes: Sequence[str]) -> set[str]:
     """Return the names of the queues that these nodes read."""
     url = str(settings.broker_url)
-    if url.startswith("sqlite:"):
-        from fastq.transport.sqlite import live_workers
+    if find_broker(url) is SQLITE:
+        from fastq.brokers.sqlite.broker import live_workers
 
         return {queue for worker in live_workers(url) for queue in worker.queues}
     replies = ask(settings, "active_queues", {}, timeout_s, nodes)
@@ -64,14 +65,14 @@ def read_queues(settings: Settings, timeout_s: float, nodes: Sequence[str]) -> s
 def online(settings: Settings, timeout_s: float, destination: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Yield each node that is up with its reply, as they come in."""
     url = str(settings.broker_url)
-    if url.startswith("memory:"):
+    if find_broker(url) is MEMORY:
         raise Misuse(
             "a memory:// broker lives inside one process and cannot be asked; use sqlite://, amqp:// or redis://"
         )
-    if not url.startswith("sqlite:"):
+    if find_broker(url) is not SQLITE:
         yield from ask(settings, "ping", {}, timeout_s, destination)
         return
-    from fastq.transport.sqlite import live_workers
+    from fastq.brokers.sqlite.broker import live_workers
 
     names = [worker.name for worker in live_workers(url)]
     yield from ((name, {"ok": "pong"}) for name in names if not destination or name in destination)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from fastq.amqp.topology import named_options
+from fastq.queues import named_options
 
 if TYPE_CHECKING:
     from fastq.app import FastQ

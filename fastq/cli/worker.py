@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastq import __version__
-from fastq.amqp.topology import Topology
-from fastq.amqp.url import mask_url
+from fastq.brokers import has_bus, try_broker, unknown_options
 from fastq.cli import Globals
 from fastq.cli.errors import Misuse, one_line, run_guarded
 from fastq.cli.options import misplaced_globals, name_list, plural
 from fastq.cli.unread import declared_queues, unread_queues
 from fastq.errors import FastqError, SettingsError
+from fastq.net.urls import mask_url, scheme_of
 from fastq.pool.patched import patched_by
-from fastq.transport.bus import BUSES, has_bus
-from fastq.transport.options import unknown_options
+from fastq.queues import Topology
 from fastq.worker.banner import Banner
-from fastq.worker.daemon import (
+from fastq.worker.options import NODE_NAME, WorkerOptions, available_cpus, expand_path
+from fastq.worker.process.daemon import (
     Daemon,
     change_directory,
     detach_process,
@@ -38,10 +38,9 @@ from fastq.worker.daemon import (
     set_umask,
     warn_root,
 )
-from fastq.worker.init import leave_init
-from fastq.worker.log import LEVELS, SHOW_INFO, open_handler
-from fastq.worker.options import NODE_NAME, WorkerOptions, available_cpus, expand_path
-from fastq.worker.pidfile import Pidfile
+from fastq.worker.process.init import leave_init
+from fastq.worker.process.log import LEVELS, SHOW_INFO, open_handler
+from fastq.worker.process.pidfile import Pidfile
 
 if TYPE_CHECKING:
     from fastq.settings import Settings
@@ -318,18 +317,18 @@ def show_banner(program: Program, options: WorkerOptions) -> None:
 
 def warn_prefetch(settings: Settings) -> None:
     """Log a warning when messages are not to be fetched in advance, and the broker cannot do without."""
-    scheme = str(settings.broker_url).partition(":")[0]
-    if settings.worker_disable_prefetch and BUSES.get(scheme) != BUSES["redis"]:
+    broker = try_broker(settings.broker_url)
+    if settings.worker_disable_prefetch and not (broker is not None and broker.may_not_prefetch):
         logger.warning(
             "worker_disable_prefetch is only supported for Redis brokers. Current broker transport: %s. "
             "Ignoring disable_prefetch setting.",
-            scheme,
+            scheme_of(settings.broker_url),
         )
 
 
 def warn_options(settings: Settings) -> None:
     """Log a warning that names the transport options that the broker does not have."""
-    if unknown := unknown_options(settings):
+    if unknown := list(unknown_options(settings)):
         logger.warning("%s", "; ".join(f"{name}: {text}" for name, text in unknown))
 
 
@@ -344,7 +343,7 @@ def refuse_patched() -> None:
 
 def purge(program: Program, queues: Sequence[str]) -> None:
     """Delete what waits in the queues; the connection for it is closed again, as the worker is about to fork."""
-    from fastq.transport import open_publisher
+    from fastq.brokers import open_publisher
 
     publisher = open_publisher(str(program.settings.broker_url), program.settings)
     count = 0

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from fastq.brokers.memory.space import find_space
 from fastq.codecs.meta import decode_meta
-from fastq.embedded.space import find_space
 from fastq.errors import ResultTimeout
 
 if TYPE_CHECKING:

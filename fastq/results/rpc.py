@@ -19,8 +19,9 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from fastq import codecs
-from fastq.amqp.connection import ADMIN_CHANNEL, BlockingConnection, Event, connect_any
-from fastq.amqp.url import Endpoints
+from fastq.brokers import try_broker
+from fastq.brokers.rabbitmq.connection import ADMIN_CHANNEL, BlockingConnection, Event, connect_any
+from fastq.brokers.rabbitmq.url import Endpoints
 from fastq.codecs.meta import decode_meta
 from fastq.errors import (
     ConnectionLost,
@@ -120,8 +121,9 @@ class RpcStore:
     One thread at a time reads the socket (it *leads*); the others wait to be told, and one takes over when it leaves.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        if not str(settings.broker_url).startswith(("amqp", "pyamqp", "librabbitmq")):
+    def __init__(self, url: str, settings: Settings) -> None:
+        broker = try_broker(settings.broker_url)
+        if broker is None or not broker.speaks_amqp:
             raise SettingsError("result_backend 'rpc://' needs an amqp:// broker; with another one leave it unset")
         self._settings = settings
         self._endpoints = Endpoints(settings.broker_url or "", settings)

@@ -16,11 +16,11 @@ from datetime import datetime, timezone, tzinfo
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fastq import codecs
-from fastq.amqp.topology import named_options
 from fastq.codecs import compression
 from fastq.codecs._walk import short_repr
 from fastq.codecs.json import ODD_NUMBER_HINT, place_of_odd_number
 from fastq.errors import EncodeError, SettingsError
+from fastq.queues import named_options
 from fastq.request import BROKER_HEADERS, Request
 from fastq.sending.options import CHECKS, RetryOptions, SendOptions, custom_headers, seconds, text_option
 from fastq.sending.routing import NO_ROUTE, Router

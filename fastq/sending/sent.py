@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from fastq.brokers import open_blocking_bus
 from fastq.errors import FastqError
 from fastq.request import running_message
-from fastq.transport.bus import open_blocking_bus
 from fastq.wire.message import Message
 from fastq.wire.properties import decode_properties
 
 if TYPE_CHECKING:
+    from fastq.interfaces import BlockingBus
     from fastq.settings import Settings
-    from fastq.transport.bus import BlockingBus
 
 #: Fields by the header that has them.
 _FROM_HEADERS = {

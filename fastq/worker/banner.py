@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from fastq.amqp.topology import QueueSpec
+from fastq.queues import QueueSpec
 
 _ART: Final = (
     " -------------- ",

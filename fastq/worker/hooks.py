@@ -18,12 +18,12 @@ from fastq.errors import ContentDisallowed, DecodeError, NotRegistered, TaskRevo
 from fastq.link import Delivery
 from fastq.pool.supervisor import Pool
 from fastq.printable import Lines
+from fastq.running.messages import TaskLog
 from fastq.states import FAILURE, REVOKED
 from fastq.wire.message import scan
 from fastq.wire.properties import readable_properties
-from fastq.worker.events import Events
-from fastq.worker.messages import TaskLog
-from fastq.worker.revoked import Revoked
+from fastq.worker.remote.events import Events
+from fastq.worker.remote.revoked import Revoked
 
 logger = logging.getLogger("fastq.worker")
 

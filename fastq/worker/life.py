@@ -19,27 +19,28 @@ from collections.abc import Callable, Coroutine, Sequence
 import uvloop
 
 from fastq._core import Core
-from fastq.amqp.topology import QueueSpec
-from fastq.amqp.url import mask_url
+from fastq.brokers import open_consumer
 from fastq.errors import ConnectionLost, FastqError, PoolLost, RemoteProtocolError, SettingsError
 from fastq.interfaces import Consumer
 from fastq.link import BatchSource
+from fastq.net.urls import mask_url
 from fastq.pool.companion import Companion
 from fastq.pool.supervisor import Pool
+from fastq.pool.titles import active, set_title
 from fastq.pool.zygote import Zygote
+from fastq.queues import QueueSpec
+from fastq.results import find_store
+from fastq.running import messages
 from fastq.settings import Settings
-from fastq.transport import open_consumer
-from fastq.worker import messages
-from fastq.worker.exitcodes import EX_FAILURE, EX_OK
 from fastq.worker.hooks import Guard, Hooks
-from fastq.worker.log import SHOW_INFO
-from fastq.worker.logthread import LogThread
 from fastq.worker.options import WorkerOptions
+from fastq.worker.process.exitcodes import EX_FAILURE, EX_OK
+from fastq.worker.process.log import SHOW_INFO
+from fastq.worker.process.logthread import LogThread
+from fastq.worker.process.signals import dump_stacks, install, restart
 from fastq.worker.program import Program
-from fastq.worker.remote import Remote
-from fastq.worker.signals import dump_stacks, install, restart
+from fastq.worker.remote.remote import Remote
 from fastq.worker.storage import Storage
-from fastq.worker.titles import active, set_title
 
 logger = logging.getLogger("fastq.worker")
 
@@ -500,7 +501,7 @@ class Life:
             max_tasks_per_child=options.max_tasks_per_child or 0,
             time_limit=options.time_limit or 0,
             soft_time_limit=options.soft_time_limit or 0,
-            rpc_results=self._backend.startswith("rpc:"),
+            rpc_results=find_store(self._backend).replies,
         )
         core.max_etas = min(core.max_etas, settings.worker_eta_task_limit or core.max_etas)
         hooks.attach(core)

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from fastq.amqp.topology import direct_queue, named_options, names_by_alias, read_by_default
 from fastq.errors import SettingsError
+from fastq.queues import direct_queue, named_options, names_by_alias, read_by_default
 from fastq.settings import Settings
 
 NODE_NAME = "fastq"

@@ -9,12 +9,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastq.amqp.url import mask_url
 from fastq.app import FastQ
 from fastq.errors import SettingsError
+from fastq.net.urls import mask_url
 from fastq.pool.zygote import ChildMain, CompanionMain
+from fastq.running import child
 from fastq.settings import Settings
-from fastq.worker import child
 from fastq.worker.options import NODE_NAME
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class FastQProgram:
 
     def setup_logging(self, handler: logging.StreamHandler[Any], options: WorkerOptions) -> None:
         """Have records go to the handler."""
-        from fastq.worker.log import escape_arguments, setup_logging
+        from fastq.worker.process.log import escape_arguments, setup_logging
 
         setup_logging(handler, options.loglevel, self.settings, options.color)
         escape_arguments()

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
 from fastq import __version__
-from fastq.amqp.url import mask_text, mask_url, split_url, split_urls
+from fastq.brokers import RABBITMQ, try_broker
+from fastq.brokers.rabbitmq.url import split_url
+from fastq.net.urls import mask_text, mask_url, scheme_of, split_urls
 
 if TYPE_CHECKING:
     from fastq.settings import Settings
@@ -20,7 +22,6 @@ _SECRET: Final = re.compile("API|TOKEN|KEY|SECRET|PASS|PROFANITIES_LIST|SIGNATUR
 _URLS: Final = frozenset({"broker_url", "result_backend"})
 _URL: Final = re.compile("URL|URI|BACKEND$", re.I)
 _LIBRARIES: Final = ("hiredis", "orjson", "uvloop", "psutil", "click")
-_PORTS: Final = {"amqps": 5671, "redis": 6379, "rediss": 6379, "sentinel": 26379}
 
 
 def configuration(settings: Settings, with_defaults: bool = False) -> dict[str, Any]:
@@ -54,13 +55,14 @@ def software() -> str:
 
 def report_text(settings: Settings) -> str:
     """Return what a bug report should say of this installation."""
+    results = mask_url(settings.result_backend or "disabled")
     lines = [
         "",
         f"software -> {software()}",
         f"            py:{platform.python_version()}",
         f"platform -> system:{platform.system()} arch:{', '.join(filter(None, platform.architecture()))}",
         f"            kernel version:{platform.release()} imp:{platform.python_implementation()}",
-        f"settings -> transport:{_scheme(settings)} results:{mask_url(settings.result_backend or 'disabled')}",
+        f"settings -> transport:{scheme_of(settings.broker_url)} results:{results}",
         "",
         *(f"{name}: {value!r}" for name, value in configuration(settings).items()),
         "",
@@ -72,28 +74,25 @@ def broker_info(settings: Settings) -> dict[str, Any]:
     """Return where the broker is, under kombu's names; the first one when several are tried in turn."""
     urls = split_urls(settings.broker_url or "")
     parts = split_url(urls[0] if urls else "")
-    is_redis = parts.scheme.startswith(("redis", "sentinel"))
+    broker = try_broker(urls[0] if urls else "") or RABBITMQ
+    is_tls = parts.scheme in broker.tls_schemes
     return {
         "hostname": parts.hostname or "localhost",
-        "userid": unquote(parts.username) if parts.username else None if is_redis else "guest",
-        "virtual_host": unquote(parts.path[1:]) or ("0" if is_redis else "/"),
-        "port": parts.port or _PORTS.get(parts.scheme, 5672),
+        "userid": unquote(parts.username) if parts.username else broker.user,
+        "virtual_host": unquote(parts.path[1:]) or broker.virtual_host,
+        "port": parts.port or broker.ports.get(parts.scheme, 0),
         "insist": False,
-        "ssl": bool(settings.broker_use_ssl) or parts.scheme in ("amqps", "rediss"),
+        "ssl": bool(settings.broker_use_ssl) or is_tls,
         "transport": parts.scheme,
         "connect_timeout": settings.broker_connection_timeout,
         "transport_options": shown("", settings.broker_transport_options),
-        "login_method": None if is_redis else "PLAIN",
+        "login_method": "PLAIN" if broker.speaks_amqp else None,
         "uri_prefix": None,
         "heartbeat": settings.broker_heartbeat,
         "failover_strategy": settings.broker_failover_strategy,
         "alternates": [mask_url(url) for url in urls[1:]],
         "credential_provider": None,
     }
-
-
-def _scheme(settings: Settings) -> str:
-    return (settings.broker_url if isinstance(settings.broker_url, str) else "").partition(":")[0]
 
 
 def _version(name: str) -> str:

@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from fastq.amqp.url import mask_url
 from fastq.errors import ConnectionLost, FastqError, SettingsError
 from fastq.link import BatchSource
-from fastq.transport import open_saver
+from fastq.net.urls import mask_url
+from fastq.results import open_saver
 
 if TYPE_CHECKING:
     from fastq._core import Core

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from fastq.brokers import find_broker
+from fastq.pool.titles import set_title
 from fastq.pool.zygote import Zygote, start_zygote
-from fastq.transport import is_amqp
-from fastq.worker.child import ChildOptions
-from fastq.worker.log import ChildLogging
+from fastq.running.child import ChildOptions
 from fastq.worker.options import WorkerOptions
+from fastq.worker.process.log import ChildLogging
 from fastq.worker.program import Program
-from fastq.worker.titles import set_title
 
 if TYPE_CHECKING:
     from fastq.worker.life import Life
@@ -62,7 +62,7 @@ class Worker:
             options.hostname,
             options.max_memory_per_child or 0,
             settings.task_track_started,
-            is_amqp(str(settings.broker_url)),
+            find_broker(str(settings.broker_url)).speaks_amqp,
             self.program.process_title,
             setup,
         )

@@ -17,7 +17,7 @@ from celery import _state
 from kombu.serialization import registry
 
 from tests.celery.stage import BackendKind, BrokerKind, CeleryStage, Servers, opened
-from tests.workers import Program
+from tests.support.worker_process import Program
 
 RUNNERS: tuple[Program, ...] = ("celery", "fastq")
 

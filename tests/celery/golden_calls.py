@@ -24,9 +24,9 @@ from celery.exceptions import CDeprecationWarning
 from kombu import Exchange, Queue
 from redis import Redis as RedisClient
 
-from fastq.amqp.connection import BlockingConnection
-from fastq.amqp.handshake import frame
-from fastq.amqp.url import parse_amqp_url
+from fastq.brokers.rabbitmq.connection import BlockingConnection
+from fastq.brokers.rabbitmq.handshake import frame
+from fastq.brokers.rabbitmq.url import parse_amqp_url
 from fastq.errors import SettingsError
 from fastq.wire.amqp import METHODS
 

@@ -13,11 +13,12 @@ import celery
 import uvloop
 from celery.events import EventReceiver
 
+from fastq.brokers import open_bus
+from fastq.interfaces import Bus
 from fastq.settings import Settings
-from fastq.transport.bus import Bus, open_bus
-from fastq.worker.clock import LamportClock
-from fastq.worker.events import Events
-from tests.servers import wait_until
+from fastq.worker.remote.clock import LamportClock
+from fastq.worker.remote.events import Events
+from tests.support.servers import wait_until
 
 T = TypeVar("T")
 Event = dict[str, Any]

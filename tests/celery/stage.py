@@ -25,9 +25,9 @@ from celery.result import AsyncResult
 from redis import Redis as RedisClient
 
 from tests.celery.proj.app import TASK_MODULES, make_app
-from tests.oracle import Ledger
-from tests.servers import RabbitMQ, Redis, wait_until
-from tests.workers import Program, WorkerProcess
+from tests.support.servers import RabbitMQ, Redis, wait_until
+from tests.support.task_ledger import Ledger
+from tests.support.worker_process import Program, WorkerProcess
 
 BrokerKind = Literal["amqp", "redis"]
 BackendKind = Literal["rpc", "redis", "database", "disabled"]

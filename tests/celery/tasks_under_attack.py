@@ -1,4 +1,4 @@
-"""The same as ``tests.tasks_under_attack`` as a Celery application."""
+"""The same as ``tests.support.tasks_under_attack`` as a Celery application."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 import celery
 
-from tests.oracle import record_done, record_start
+from tests.support.task_ledger import record_done, record_start
 
 LEDGER = os.environ.get("FASTQ_TEST_LEDGER", "ledger.bin")
 

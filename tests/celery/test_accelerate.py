@@ -27,14 +27,14 @@ from kombu.utils.json import dumps as kombu_dumps
 from redis import Redis as RedisClient
 
 import fastq
-from fastq.celery._encode import short_repr, task_properties
-from fastq.celery.publishing.body import kombu_json
-from fastq.celery.publishing.sender import Sender
+from fastq.celery.sending._encode import short_repr, task_properties
+from fastq.celery.sending.body import kombu_json
+from fastq.celery.sending.sender import Sender
 from fastq.errors import EncodeError, SettingsError
 from fastq.wire.ids import new_uuid4
 from tests.celery.conftest import OpenStage
-from tests.faults import FaultProxy
-from tests.servers import RabbitMQ, Redis, wait_until
+from tests.support.fault_proxy import FaultProxy
+from tests.support.servers import RabbitMQ, Redis, wait_until
 
 TIMEOUT_S = 20.0
 
@@ -679,7 +679,7 @@ def test_a_value_in_two_threads_is_no_circle() -> None:
         found.append(json.dumps(1).encode())
         return 1
 
-    from fastq.celery._encode import dump_json
+    from fastq.celery.sending._encode import dump_json
 
     assert dump_json([shared, shared], default) == b'[{"a": [1]}, {"a": [1]}]'
 

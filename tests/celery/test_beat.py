@@ -9,8 +9,8 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from tests.servers import Redis
-from tests.workers import Program, WorkerProcess
+from tests.support.servers import Redis
+from tests.support.worker_process import Program, WorkerProcess
 
 pytestmark = pytest.mark.redis
 

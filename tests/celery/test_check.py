@@ -13,8 +13,8 @@ import celery
 import pytest
 from celery import _state
 
-from fastq.celery.check import check, unknown_settings
-from fastq.celery.report import NOTE, Finding, Report, TaskPath
+from fastq.celery.checking.check import check, unknown_settings
+from fastq.celery.checking.report import NOTE, Finding, Report, TaskPath
 from fastq.cli import Globals
 from fastq.cli.check import command
 from fastq.cli.errors import run_guarded

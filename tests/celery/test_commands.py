@@ -15,9 +15,9 @@ import celery
 import pytest
 import redis
 
-from fastq.celery.commands import Multi
-from tests.servers import Redis, wait_until
-from tests.workers import ROOT, Program, WorkerProcess
+from fastq.celery.cli.commands import Multi
+from tests.support.servers import Redis, wait_until
+from tests.support.worker_process import ROOT, Program, WorkerProcess
 
 pytestmark = pytest.mark.redis
 

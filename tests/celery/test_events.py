@@ -20,15 +20,15 @@ import pytest
 
 from fastq import FastQ
 from fastq.wire.message import encode_properties
-from fastq.worker.events import Events
-from fastq.worker.mingle import mingle
+from fastq.worker.remote.events import Events
+from fastq.worker.remote.mingle import mingle
+from tests import ROOT
 from tests.celery.conftest import OpenStage
 from tests.celery.herald import Capture, Event, Herald
 from tests.celery.stage import CeleryStage, Servers, opened
-from tests.servers import wait_until
-from tests.workers import Program
+from tests.support.servers import wait_until
+from tests.support.worker_process import Program
 
-ROOT = Path(__file__).resolve().parents[2]
 TASKS = "tests.celery.proj.tasks"
 #: Fields of a task's events that are another run's own.
 DIFFERS = {

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.celery.conftest import RUNNERS
-from tests.servers import Redis
-from tests.workers import Program
+from tests.support.servers import Redis
+from tests.support.worker_process import Program
 
 pytestmark = pytest.mark.redis
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 PRINTED = {
     "celery_canvas": """\

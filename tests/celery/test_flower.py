@@ -10,19 +10,19 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from tests.celery.conftest import stages
 from tests.celery.stage import APP, CeleryStage, Servers, opened
-from tests.servers import free_ports, wait_until
-from tests.workers import WorkerProcess
+from tests.support.servers import free_ports, wait_until
+from tests.support.worker_process import WorkerProcess
 
 pytest.importorskip("flower")
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 NODE = "w@h"
 TASKS = "tests.celery.proj.tasks"
 START_TIMEOUT_S = 40.0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.celery.conftest import OpenStage, stages
-from tests.test_foreign_text import EVIL, assert_harmless
+from tests.worker.test_foreign_text import EVIL, assert_harmless
 
 UNDER_FASTQ = [kind for kind in stages(("amqp", "redis"), ("redis", "redis")) if kind.values[0][0] == "fastq"]
 

@@ -14,8 +14,8 @@ import celery
 import pytest
 import redis
 
-from tests.servers import Redis, wait_until
-from tests.workers import ROOT, Program, WorkerProcess
+from tests.support.servers import Redis, wait_until
+from tests.support.worker_process import ROOT, Program, WorkerProcess
 
 pytestmark = pytest.mark.redis
 

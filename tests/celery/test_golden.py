@@ -15,7 +15,7 @@ import pytest
 import fastq
 from tests.celery.golden_calls import CALLS, Sent, Tasks, amqp_collector, redis_collector, send_all
 from tests.celery.make_golden import FOLDER
-from tests.servers import RabbitMQ, Redis
+from tests.support.servers import RabbitMQ, Redis
 
 
 class Capture:

@@ -27,7 +27,7 @@ def add(x, y):
     return x + y
 app.finalize()
 {after}
-from fastq.celery.hookpoints import touched
+from fastq.celery.checking.hookpoints import touched
 print(json.dumps(touched(app.tasks["add"], app)))
 """
 
@@ -209,7 +209,7 @@ def test_a_replacement_in_billiards_worker_is_told_from_the_genuine_one() -> Non
     program = """
     import functools
     from billiard.pool import Worker
-    from fastq.celery.hookpoints import is_genuine
+    from fastq.celery.checking.hookpoints import is_genuine
     assert is_genuine(Worker.workloop) and is_genuine(Worker._do_exit)
     original = Worker._do_exit
     @functools.wraps(original)

@@ -16,8 +16,8 @@ from celery import chain, chord
 
 from tests.celery.conftest import OpenStage, stages
 from tests.celery.stage import ALONE, CeleryStage, Servers, opened
-from tests.oracle import Verdict
-from tests.workers import WorkerProcess
+from tests.support.task_ledger import Verdict
+from tests.support.worker_process import WorkerProcess
 
 HOST = socket.gethostname()
 CALLS = 60

@@ -12,18 +12,18 @@ import celery
 import pytest
 from celery import _state
 
-from fastq.amqp.topology import Topology
-from fastq.amqp.url import Endpoints
-from fastq.celery.carried import CARRIED, How
-from fastq.celery.options import as_celery_means
-from fastq.celery.program import CeleryProgram
-from fastq.celery.settings import _types
+from fastq.brokers.rabbitmq.bus import event_steps
+from fastq.brokers.rabbitmq.url import Endpoints
+from fastq.brokers.redis.layout import read_layout
+from fastq.brokers.redis.url import parse_redis_url
+from fastq.celery.conf.carried import CARRIED, How
+from fastq.celery.conf.options import as_celery_means
+from fastq.celery.conf.settings import _types
+from fastq.celery.worker.program import CeleryProgram
 from fastq.errors import SettingsError
-from fastq.redis.results import ResultLayout
-from fastq.redis.url import parse_redis_url
+from fastq.queues import Topology
+from fastq.results.redis.layout import ResultLayout
 from fastq.settings import Settings
-from fastq.transport.amqp_bus import event_steps
-from fastq.transport.redis_layout import read_layout
 from fastq.worker.options import WorkerOptions
 
 # Celery warns of running as root, and of settings that its store does not know.

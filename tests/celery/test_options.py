@@ -21,14 +21,14 @@ import pytest
 import redis
 from celery.bin.worker import worker as celery_worker
 
-from fastq.celery.options import celery_options
+from fastq.celery.conf.options import celery_options
 from fastq.cli import _read_variables
 from fastq.cli.worker import command as fastq_worker
 from fastq.worker.options import WorkerOptions
 from tests.celery.conftest import OpenStage
 from tests.celery.test_children import APPS, ask
-from tests.servers import Redis, wait_until
-from tests.workers import ROOT, Program, WorkerProcess
+from tests.support.servers import Redis, wait_until
+from tests.support.worker_process import ROOT, Program, WorkerProcess
 
 pytestmark = pytest.mark.redis
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.celery.conftest import stages
 from tests.celery.stage import TIMEOUT_S
-from tests.servers import wait_until
+from tests.support.servers import wait_until
 
 APP = "tests.celery.apps.own_signals"
 

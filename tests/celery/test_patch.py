@@ -14,9 +14,9 @@ import celery
 import pytest
 import redis
 
-from fastq.celery.patch import command_of, words_of
-from tests.servers import Redis, wait_until
-from tests.workers import ROOT
+from fastq.celery.cli.patch import command_of, words_of
+from tests.support.servers import Redis, wait_until
+from tests.support.worker_process import ROOT
 
 pytestmark = pytest.mark.redis
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests.celery.conftest import OpenStage
 from tests.celery.stage import CeleryStage
-from tests.servers import wait_until
-from tests.workers import WorkerProcess
+from tests.support.servers import wait_until
+from tests.support.worker_process import WorkerProcess
 
 SOURCE = """
 import os, time

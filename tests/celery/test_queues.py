@@ -10,9 +10,9 @@ import pytest
 from celery.utils.nodenames import worker_direct
 from kombu import Connection
 
-from tests.servers import Redis
-from tests.stage import empty_database
-from tests.workers import Program, WorkerProcess
+from tests.support.servers import Redis
+from tests.support.stage import empty_database
+from tests.support.worker_process import Program, WorkerProcess
 
 SOURCE = """
 from celery import Celery

@@ -10,8 +10,8 @@ import pytest
 
 from tests.celery.conftest import RUNNERS, OpenStage
 from tests.celery.stage import CeleryStage
-from tests.servers import RabbitMQ
-from tests.workers import Program
+from tests.support.servers import RabbitMQ
+from tests.support.worker_process import Program
 
 pytestmark = pytest.mark.rabbitmq
 

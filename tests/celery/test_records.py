@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from tests.celery.stage import TIMEOUT_S
-from tests.servers import Redis, wait_until
-from tests.stage import empty_database
-from tests.workers import Program, WorkerProcess
+from tests.support.servers import Redis, wait_until
+from tests.support.stage import empty_database
+from tests.support.worker_process import Program, WorkerProcess
 
 APP = "tests.celery.apps.records"
 

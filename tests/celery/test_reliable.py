@@ -9,7 +9,7 @@ import pytest
 from celery import chord
 
 from tests.celery.conftest import OpenStage, stages
-from tests.faults import FaultProxy
+from tests.support.fault_proxy import FaultProxy
 
 UNDER_FASTQ = [kind for kind in stages(("amqp", "redis"), ("redis", "redis")) if kind.values[0][0] == "fastq"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from fastq.celery.program import CeleryProgram
+from fastq.celery.worker.program import CeleryProgram
 from fastq.errors import SettingsError
 
 SECRET = "s3cret"

@@ -6,7 +6,6 @@ import re
 import ssl
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import celery
@@ -16,14 +15,23 @@ from celery.app.defaults import NAMESPACES, flatten
 from kombu import Connection, Exchange, Queue, binding
 from kombu.common import Broadcast
 
-from fastq.amqp.topology import Topology, direct_queue
-from fastq.celery.carried import CARRIED, How, default_of, is_asked_for, not_carried, warnings_of
-from fastq.celery.settings import _PLAIN, OWN_STORES, broker_url_of, is_given, own_store, queue_options, settings_of_app
+from fastq.brokers.redis.url import parse_redis_url
+from fastq.celery.conf.carried import CARRIED, How, default_of, is_asked_for, not_carried, warnings_of
+from fastq.celery.conf.settings import (
+    _PLAIN,
+    OWN_STORES,
+    broker_url_of,
+    is_given,
+    own_store,
+    queue_options,
+    settings_of_app,
+)
 from fastq.errors import SettingsError
-from fastq.redis.url import parse_redis_url
+from fastq.queues import Topology, direct_queue
 from fastq.settings import Settings
 from fastq.worker.options import WorkerOptions
-from tests.servers import RabbitMQ
+from tests import ROOT
+from tests.support.servers import RabbitMQ
 
 VARIABLES = ("CELERY_BROKER_URL", "CELERY_BROKER_READ_URL", "CELERY_BROKER_WRITE_URL", "CELERY_RESULT_BACKEND")
 
@@ -366,8 +374,8 @@ def queues_of_all_kinds() -> Iterator[Queue]:
 def test_rabbitmq_finds_nothing_different_when_celery_and_fastq_declare_the_same_queue(
     rabbitmq: RabbitMQ, amqp_url: str, queue: Queue
 ) -> None:
-    from fastq.amqp.connection import connect_any
-    from fastq.amqp.url import Endpoints
+    from fastq.brokers.rabbitmq.connection import connect_any
+    from fastq.brokers.rabbitmq.url import Endpoints
 
     app = app_with(broker_url=amqp_url, task_queues=[queue])
     settings = settings_of_app(app)
@@ -440,7 +448,7 @@ def test_a_queue_is_an_entry_of_task_queues() -> None:
     assert Topology(Settings({"task_queues": [options]})).spec("q").exchange == "e"
 
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "celery.md"
+DOCUMENT = ROOT / "docs" / "celery.md"
 NAME = re.compile(r"`((?:accept|beat|broker|control|event|events|fastq|redis|result|task|worker)_[a-z_]+)`")
 
 

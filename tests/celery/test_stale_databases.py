@@ -7,9 +7,9 @@ from pathlib import Path
 import celery
 import pytest
 
-from tests.servers import Redis, wait_until
-from tests.stage import empty_database
-from tests.workers import WorkerProcess
+from tests.support.servers import Redis, wait_until
+from tests.support.stage import empty_database
+from tests.support.worker_process import WorkerProcess
 
 APP = "tests.celery.apps.stale"
 

@@ -28,7 +28,7 @@ from tests.celery.conftest import OpenStage, stages
 from tests.celery.proj.errors import PlainError
 from tests.celery.proj.wire import CAUGHT
 from tests.celery.stage import CeleryStage, Servers, opened
-from tests.servers import wait_until
+from tests.support.servers import wait_until
 
 TASKS = "tests.celery.proj.tasks"
 WIRE = "tests.celery.proj.wire"

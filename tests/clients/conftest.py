@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import redis
 
-from tests.servers import Redis
-from tests.workers import Program, WorkerProcess
+from tests.support.servers import Redis
+from tests.support.worker_process import Program, WorkerProcess
 
 HERE = Path(__file__).resolve().parent
 CLIENT_TIMEOUT_S = 40.0  # longer than a client's own time limit, so that its own words are seen

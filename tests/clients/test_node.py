@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.clients.conftest import Call, Serve
-from tests.workers import Program
+from tests.support.worker_process import Program
 
 programs = pytest.mark.parametrize("program", ["celery", "fastq"], ids=["under_celery", "under_fastq"])
 

@@ -28,9 +28,9 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from bench.machine import cpu_model
-from tests.servers import RabbitMQ, Redis, ServerFailed
 from tests.soak.growth import Series, descriptors, memory_mib
 from tests.soak.site import Application, Site
+from tests.support.servers import RabbitMQ, Redis, ServerFailed
 
 SAMPLE_S = 3.0
 #: How long nothing may end before what is left counts as lost: longer than a lease (15 s), a delay (16 s) and a

@@ -10,7 +10,7 @@ from typing import Any
 
 from celery import Celery
 
-from tests.oracle import record_done, record_start
+from tests.support.task_ledger import record_done, record_start
 
 LEDGER = os.environ.get("FASTQ_TEST_LEDGER", "ledger.bin")
 

@@ -25,11 +25,11 @@ from redis.exceptions import RedisError
 from fastq import FastQ
 from fastq.errors import FastqError
 from fastq.wire.ids import new_id
-from tests.faults import FaultProxy
-from tests.oracle import DONE, RECORD, START
-from tests.servers import RabbitMQ, Redis
 from tests.soak.celery_tasks import make_app
-from tests.workers import Program, WorkerProcess
+from tests.support.fault_proxy import FaultProxy
+from tests.support.servers import RabbitMQ, Redis
+from tests.support.task_ledger import DONE, RECORD, START
+from tests.support.worker_process import Program, WorkerProcess
 
 TICK_S = 0.1
 SENDERS = {"fastq": 1, "celery": 6}  # Celery waits for each confirm by itself

@@ -1,4 +1,4 @@
-"""The FastQ application of a soak. Its environment is that of tests.tasks_for_faults."""
+"""The FastQ application of a soak. Its environment is that of tests.support.tasks_for_faults."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import time
 
 from fastq import FastQ, Task
-from tests.oracle import record_done, record_start
+from tests.support.task_ledger import record_done, record_start
 
 LEDGER = os.environ.get("FASTQ_TEST_LEDGER", "ledger.bin")
 

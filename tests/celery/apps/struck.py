@@ -11,7 +11,7 @@ from typing import Any
 import amqp.transport
 import redis.connection
 
-from fastq.celery.child import CeleryRunner
+from fastq.celery.running.child import CeleryRunner
 from fastq.wire.message import Call
 from tests.celery.proj.app import make_app
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from tests.celery.proj.app import app
 from tests.celery.proj.errors import Expected, HidesArguments, PlainError, TwoArguments
 from tests.celery.proj.journal import note
-from tests.oracle import record_done, record_start
+from tests.support.task_ledger import record_done, record_start
 
 logger = get_task_logger(__name__)
 

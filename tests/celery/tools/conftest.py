@@ -9,8 +9,8 @@ import pytest
 import redis
 
 from tests.celery.tools.tool import Tool
-from tests.servers import Redis
-from tests.workers import Program, WorkerProcess
+from tests.support.servers import Redis
+from tests.support.worker_process import Program, WorkerProcess
 
 BROKER_DATABASE, RESULT_DATABASE, LOCK_DATABASE = 8, 9, 10
 

@@ -10,7 +10,7 @@ import urllib.request
 import pytest
 
 from tests.celery.tools.tool import Tool, wait_for
-from tests.servers import free_ports
+from tests.support.servers import free_ports
 
 pytestmark = [pytest.mark.rabbitmq, pytest.mark.redis]
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.servers import wait_until
-from tests.workers import ROOT, Program, WorkerProcess
+from tests.support.servers import wait_until
+from tests.support.worker_process import ROOT, Program, WorkerProcess
 
 APPS = "tests.celery.tools.apps"
 CLIENT_TIMEOUT_S = 40.0

@@ -1,0 +1,399 @@
+"""Publishing to RabbitMQ from programs: confirmed, over a blocking socket, from any thread, across forks. No loop.
+
+Retries are the caller's: ConnectionLost says that nothing was sent, PublishError that the fate is bad or unknown, and
+which messages are to be sent again.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from fastq.brokers.limits import check_sizes
+from fastq.brokers.rabbitmq.connection import ADMIN_CHANNEL, FRAME_METHOD, BlockingConnection, Event, connect_any
+from fastq.brokers.rabbitmq.tcp import lost
+from fastq.brokers.rabbitmq.url import Endpoints
+from fastq.errors import ConnectionLost, FastqError, PublishError, SettingsError
+from fastq.queues import Topology
+from fastq.wire.amqp import METHODS, decode_method
+from fastq.wire.frames import publish_frames
+
+if TYPE_CHECKING:
+    from fastq.settings import Settings
+    from fastq.wire.message import Message
+
+__all__ = ["AmqpPublisher", "BlockingConnection"]
+
+T = TypeVar("T")
+
+CHANNEL = 1
+BASIC_ACK, BASIC_NACK, BASIC_RETURN = METHODS["basic.ack"], METHODS["basic.nack"], METHODS["basic.return"]
+IDLE_CHECK_S = 0.1  # chosen: a connection used more recently than this is not looked at before use
+WINDOW = 512  # chosen: messages under way before the oldest are waited for; their confirms fit any socket buffer
+WINDOW_BYTES = 1 << 20
+
+# What RabbitMQ answers to one message, all but the delivery tag: a basic.ack frame of 21 bytes.
+ACK_HEAD = struct.pack(">BHII", FRAME_METHOD, CHANNEL, 13, BASIC_ACK)
+ACK_TAIL = b"\x00\xce"
+
+
+class Confirms:
+    """The broker's answers to a run of messages: which are still due, and what went wrong."""
+
+    def __init__(self, connection: BlockingConnection, messages: Sequence[Message], first: int) -> None:
+        """``first``: the tag of the first message."""
+        self.connection = connection
+        self.due: set[int] = set()
+        self.unroutable: list[str] = []
+        self._messages = messages
+        self._first = first
+        self._refused: set[int] = set()  # tags
+        self._returned: set[bytes] = set()  # properties
+
+    def expect(self, count: int) -> None:
+        """Count messages that are sent now; the broker numbers them the same way."""
+        first = self.connection.published + 1
+        self.connection.published += count
+        self.due.update(range(first, first + count))
+
+    @property
+    def sent(self) -> int:
+        """How many have been sent."""
+        return self.connection.published + 1 - self._first
+
+    def again(self) -> list[Message]:
+        """Return what the broker has not confirmed, or had no place for; and what was not sent."""
+        return [
+            message
+            for tag, message in enumerate(self._messages, self._first)
+            if tag > self.connection.published
+            or tag in self.due
+            or tag in self._refused
+            or message.props in self._returned
+        ]
+
+    def take(self, event: Event) -> None:
+        """Count a confirm or a returned message. Raises what a channel.close means."""
+        if event.method_id == BASIC_ACK or event.method_id == BASIC_NACK:
+            _, fields = decode_method(event.method_id, event.arguments)
+            tag = fields["delivery_tag"]
+            done = {each for each in self.due if each <= tag} if fields["multiple"] else self.due & {tag}
+            self.due -= done
+            if event.method_id == BASIC_NACK:
+                self._refused |= done
+        elif event.method_id == BASIC_RETURN:
+            _, fields = decode_method(event.method_id, event.arguments)
+            self.unroutable.append(f"{fields['exchange']}/{fields['routing_key']}".lstrip("/"))
+            self._returned.add(event.props)
+        else:
+            self.connection.check_channel(event)
+
+    def wait(self, left: int, timeout_s: float) -> None:
+        """Return when at most ``left`` confirms are due. Raises PublishError when none comes for too long."""
+        deadline = time.monotonic() + timeout_s
+        while (due := len(self.due)) > left:
+            event = self.connection.next_event(deadline)
+            if event is None:
+                raise not_confirmed(self.connection, self.sent - due, due, len(self._messages) - self.sent)
+            self.take(event)
+            if len(self.due) < due:
+                deadline = time.monotonic() + timeout_s
+
+    def check(self) -> None:
+        """Raise PublishError when the broker refused or returned a message."""
+        where = f"RabbitMQ at {self.connection.url}"
+        if self.unroutable:
+            # The next try declares them again.
+            self.connection.declared.difference_update(self.unroutable)
+            names = ", ".join(sorted(set(self.unroutable)))
+            raise PublishError(
+                f"{where} has no queue for {len(self.unroutable)} message(s) to {names}. "
+                "Declare it, start a worker for it, or set task_create_missing_queues = True",
+                again=self.again(),
+            )
+        if self._refused:
+            raise PublishError(
+                f"{where} refused {len(self._refused)} message(s): a queue is full (x-overflow) or has failed",
+                again=self.again(),
+            )
+
+
+class AmqpPublisher:
+    """Publisher for amqp:// and amqps:// (the protocol is ``interfaces.Publisher``).
+
+    With the transport option ``confirm_publish`` off it waits for nothing: a message is lost when the broker goes away
+    before it has read it, and a connection that was lost is noticed at the next message.
+    """
+
+    #: Whether a confirmed message that no queue takes is an error, and not dropped.
+    mandatory = True
+
+    def __init__(self, url: str | Sequence[str], settings: Settings) -> None:
+        self._endpoints = Endpoints(url, settings)
+        self._settings = settings
+        self._topology = Topology(settings)
+        self._timeout_s: float = settings.fastq_publish_timeout
+        self._confirm = bool(settings.broker_transport_options.get("confirm_publish", True))
+        self._connection: BlockingConnection | None = None
+        self._give_up_at: float | None = None  # of a connection that is made for a message
+        self._lock = threading.Lock()
+        PUBLISHERS.add(self)
+
+    def __repr__(self) -> str:
+        return f"<AmqpPublisher {self._endpoints}>"
+
+    def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
+        """Return when the broker has confirmed every message.
+
+        Raises PublishError, ConnectionLost when there is no broker, SettingsError when trying again cannot help.
+        """
+        check_sizes(messages, self._settings.fastq_max_message_bytes)
+        with self._lock:
+            connection = self._ready_by(deadline)
+            try:
+                until = time.monotonic() + connection.io_timeout_s
+                if connection.blocked is not None and not connection.wait_unblocked(until):
+                    raise blocked(connection)
+                if len(messages) == 1:
+                    confirms = self._publish_one(connection, messages[0])
+                else:
+                    confirms = self._publish_many(connection, messages)
+            except BaseException:
+                # Late confirms of these messages must not be taken for those of the next ones.
+                self._drop()
+                raise
+            connection.used_at = time.monotonic()
+            if confirms is not None:
+                confirms.check()
+
+    def _publish_one(self, connection: BlockingConnection, message: Message) -> Confirms | None:
+        """The hot path: one send, one recv, one comparison; None is the plain good answer."""
+        if not message.exchange and message.routing_key not in connection.declared:
+            self._declare_missing(connection, message.routing_key)
+        data = publish_frames(CHANNEL, message, connection.frame_max, self._confirm and self.mandatory)
+        if not self._confirm:
+            self._write(connection, data)
+            return None
+        connection.published = tag = connection.published + 1
+        try:
+            if (sent := connection.send(data)) != len(data):
+                connection.transmit(data[sent:])
+            answer = connection.recv(4096)
+        except (BlockingIOError, TimeoutError):
+            raise not_confirmed(connection, 0, 1, 0) from None
+        except (OSError, ValueError) as error:
+            raise unknown_fate(lost(connection.url, error, "publishing")) from None
+        except ConnectionLost as error:
+            if error.timed_out:
+                raise not_confirmed(connection, 0, 1, 0) from None
+            raise unknown_fate(error) from None
+        if answer == ACK_HEAD + tag.to_bytes(8, "big") + ACK_TAIL:
+            return None
+        return self._read_answer(connection, tag, message, answer)
+
+    def _write(self, connection: BlockingConnection, data: bytes) -> None:
+        """Hand one message to the kernel. Raises ConnectionLost: the broker takes no part of a message for a whole."""
+        try:
+            if (sent := connection.send(data)) != len(data):
+                connection.transmit(data[sent:])
+        except (OSError, ValueError) as error:
+            raise lost(connection.url, error, "publishing") from None
+
+    def _read_answer(self, connection: BlockingConnection, tag: int, message: Message, answer: bytes) -> Confirms:
+        """Anything but a plain confirm: a returned message, a blocked connection, an error, or part of a frame."""
+        if not answer:
+            raise unknown_fate(ConnectionLost(f"RabbitMQ at {connection.url} closed the connection"))
+        confirms = Confirms(connection, (message,), tag)
+        confirms.due.add(tag)
+        try:
+            connection.feed(answer)
+            confirms.wait(0, connection.io_timeout_s)
+        except ConnectionLost as error:
+            raise unknown_fate(error) from None
+        return confirms
+
+    def _publish_many(self, connection: BlockingConnection, messages: Sequence[Message]) -> Confirms:
+        """Send in windows; while one is being confirmed the next is under way."""
+        for queue in {message.routing_key for message in messages if not message.exchange} - connection.declared:
+            self._declare_missing(connection, queue)
+        confirms = Confirms(connection, messages, connection.published + 1)
+        try:
+            for count, data in windows(messages, connection.frame_max, self._confirm):
+                if self._confirm:
+                    confirms.expect(count)
+                connection.transmit(data)
+                if self._confirm:
+                    confirms.wait(WINDOW, connection.io_timeout_s)
+            confirms.wait(0, connection.io_timeout_s)
+        except ConnectionLost as error:
+            if error.timed_out and self._confirm:
+                due = len(confirms.due)
+                raise not_confirmed(connection, confirms.sent - due, due, len(messages) - confirms.sent) from None
+            raise unknown_fate(error, confirms.again() if self._confirm else None) from None
+        return confirms
+
+    def _declare_missing(self, connection: BlockingConnection, queue: str) -> None:
+        """Create a queue before the first message goes to it on this connection, where the settings allow that."""
+        if self._topology.may_create(queue):
+            connection.declare(self._topology.spec(queue))
+        else:
+            connection.declared.add(queue)
+
+    def _ready_by(self, deadline: float | None) -> BlockingConnection:
+        """Return an open connection whose calls end about when the deadline is over. Call with the lock held."""
+        self._give_up_at = deadline
+        try:
+            connection = self._ready()
+        finally:
+            self._give_up_at = None
+        connection.limit(self._timeout_s if deadline is None else deadline - time.monotonic())
+        return connection
+
+    def _ready(self) -> BlockingConnection:
+        """Return an open connection; one that was idle has been checked. Call with the lock held."""
+        connection = self._connection
+        if connection is None:
+            return self._connect()
+        if self._confirm and time.monotonic() - connection.used_at < IDLE_CHECK_S:
+            return connection
+        if not self._confirm and connection.is_quiet():
+            return connection
+        try:
+            connection.refresh()
+            for event in connection.take_events():
+                connection.check_channel(event)
+        except FastqError:
+            self._drop()
+            return self._connect()
+        return connection
+
+    def _connect(self) -> BlockingConnection:
+        until = self._give_up_at
+        self._connection = connection = connect_any(self._endpoints, self._settings, "producer", self._timeout_s, until)
+        try:
+            if until is not None:
+                connection.limit(until - time.monotonic())
+            connection.open_channel(CHANNEL)
+            if self._confirm:
+                connection.rpc(CHANNEL, "confirm.select")
+        except BaseException:
+            self._drop()
+            raise
+        return connection
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _administer(self, operation: Callable[[BlockingConnection], T], deadline: float | None = None) -> T:
+        """Do something on the channel that is not for publishing; a refusal leaves the connection in order."""
+        with self._lock:
+            connection = self._ready_by(deadline)
+            try:
+                return operation(connection)
+            except SettingsError:
+                raise
+            except BaseException:
+                self._drop()
+                raise
+
+    def declare(self, queue: str, deadline: float | None = None) -> None:
+        """Create the queue if it is missing. Raises SettingsError when it exists with other arguments."""
+        self._administer(lambda connection: connection.declare(self._topology.spec(queue)), deadline)
+
+    def purge(self, queue: str) -> int:
+        """Drop the waiting messages of a queue and return how many there were. Raises SettingsError without a queue."""
+        purged = self._administer(lambda connection: connection.rpc(ADMIN_CHANNEL, "queue.purge", queue=queue))
+        return int(purged["message_count"])
+
+    def depth(self, queue: str) -> int:
+        """Return how many messages wait in a queue. Raises SettingsError without such a queue."""
+        fields = {"queue": queue, "passive": True}
+        found = self._administer(lambda connection: connection.rpc(ADMIN_CHANNEL, "queue.declare", **fields))
+        return int(found["message_count"])
+
+    def close(self) -> None:
+        """Close the connection; a later call opens a new one."""
+        with self._lock:
+            self._drop()
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: leave the parent's connection alone; an own one is opened when it is needed."""
+        self._lock = threading.Lock()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abandon()
+
+    def close_at_exit(self) -> None:
+        """Close unless a thread is still publishing."""
+        if self._lock.acquire(timeout=0.2):
+            self._drop()
+            self._lock.release()
+
+
+def windows(messages: Sequence[Message], frame_max: int, mandatory: bool) -> Iterator[tuple[int, bytes]]:
+    """Yield the messages as frames, in pieces to be sent at once: (how many messages, bytes)."""
+    parts: list[bytes] = []
+    size = 0
+    for message in messages:
+        parts.append(publish_frames(CHANNEL, message, frame_max, mandatory))
+        size += len(parts[-1])
+        if len(parts) == WINDOW or size >= WINDOW_BYTES:
+            yield len(parts), b"".join(parts)
+            parts, size = [], 0
+    if parts:
+        yield len(parts), b"".join(parts)
+
+
+def blocked(connection: BlockingConnection) -> PublishError:
+    """Return the error for a broker that takes no messages."""
+    return PublishError(
+        f"RabbitMQ at {connection.url} blocks publishers ({connection.blocked}) for longer than fastq_publish_timeout. "
+        "Free its memory or disk, or let workers drain the queues"
+    )
+
+
+def not_confirmed(connection: BlockingConnection, confirmed: int, due: int, unsent: int) -> PublishError:
+    """Return the error for confirms that did not come in time: how many came, how many are due, what was not sent."""
+    if connection.blocked is not None:
+        why = f"RabbitMQ at {connection.url} blocks publishers ({connection.blocked}) and"
+    else:
+        why = f"RabbitMQ at {connection.url}"
+    known = [f"{confirmed} were confirmed before"] if confirmed else []
+    known += [f"{unsent} were not sent"] if unsent else []
+    return PublishError(
+        f"{why} did not confirm {due} message(s) within fastq_publish_timeout; they may still arrive, so they are not "
+        f"sent again{''.join(f'; {each}' for each in known)}. Raise fastq_publish_timeout if the broker is only slow",
+        again=(),
+    )
+
+
+def unknown_fate(error: ConnectionLost, again: Sequence[Message] | None = None) -> PublishError:
+    """Return the error for a connection lost between sending and confirm; ``again``: what was not confirmed, or all."""
+    return PublishError(f"{error}; what was just sent may or may not have been stored", again=again)
+
+
+PUBLISHERS: weakref.WeakSet[AmqpPublisher] = weakref.WeakSet()
+
+
+def forget_connections() -> None:
+    """In a forked child, for every publisher of the process."""
+    for publisher in list(PUBLISHERS):
+        publisher.forget_after_fork()
+
+
+def close_connections() -> None:
+    """At exit: without a goodbye the broker logs an error for each connection."""
+    for publisher in list(PUBLISHERS):
+        publisher.close_at_exit()
+
+
+os.register_at_fork(after_in_child=forget_connections)
+atexit.register(close_connections)

@@ -1,0 +1,1 @@
+"""What fastq will make of a Celery application, looked at before it runs."""

@@ -1,0 +1,1 @@
+"""The command line and programs with a Celery application in hand."""

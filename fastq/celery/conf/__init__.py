@@ -1,0 +1,1 @@
+"""A Celery application's configuration, and what becomes of each of its settings."""

@@ -1,0 +1,1 @@
+"""Running a Celery application's calls, in the child."""

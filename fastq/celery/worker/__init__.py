@@ -1,0 +1,1 @@
+"""The main process of a worker that runs a Celery application."""

@@ -1,0 +1,1 @@
+"""What talking to any server takes: URLs, TCP, TLS. Knows no protocol."""

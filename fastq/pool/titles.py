@@ -1,0 +1,34 @@
+"""What ``ps`` shows of the worker's processes where the library setproctitle is installed; without it, nothing.
+
+In Celery's form, as people's scripts look for it: ``[celeryd: celery@host:ForkPoolWorker-1]``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from fastq.net.urls import mask_one
+
+try:
+    import setproctitle
+except ImportError:
+    setproctitle = None  # type: ignore[assignment]  # looked for once, before the first fork
+
+#: Celery's variable that turns titles off.
+_OFF: Final = "NOSETPS"
+
+
+def set_title(program: str, hostname: str, process: str, info: str = "") -> None:
+    """Show this process as one of the node's: ``program`` is the first word, ``process`` the name that records bear."""
+    if _OFF in os.environ:
+        return
+    if setproctitle is not None:
+        setproctitle.setproctitle(f"[{program}: {hostname}:{process}]{f' {info}' if info else ''}")
+
+
+def active(words: Sequence[str] = ()) -> str:
+    """Return what the main process's title says of a worker that takes tasks."""
+    return f"-active- ({' '.join(map(mask_one, words or sys.argv[1:]))})"

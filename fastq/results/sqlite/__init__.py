@@ -1,0 +1,1 @@
+"""Results in the SQLite file of the embedded broker, for callers."""

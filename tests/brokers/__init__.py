@@ -1,0 +1,1 @@
+"""Brokers: each against the real server, and what all must do."""

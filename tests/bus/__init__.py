@@ -1,0 +1,1 @@
+"""Remote control and events: what their messages look like, and the connection on each broker."""

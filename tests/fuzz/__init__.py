@@ -1,0 +1,1 @@
+"""Random messages and commands to running workers."""

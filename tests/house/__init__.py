@@ -1,0 +1,1 @@
+"""The project itself: layers, lint, types, documents, examples, benchmark."""

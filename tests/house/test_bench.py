@@ -1,0 +1,130 @@
+"""The benchmark's own arithmetic and its view of the kernel: a wrong yardstick would pass unnoticed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import measure, report
+from bench.metrics import METRICS, UNITS
+from bench.peers.counter import Counter
+from bench.report import Sample
+from tests import ROOT
+from tests.support.servers import wait_until
+
+BURN = "import time\nend = time.process_time() + {0}\nwhile time.process_time() < end: pass\n"
+
+
+def test_the_cpu_of_another_process_is_known_to_the_millisecond() -> None:
+    program = BURN.format(0.2) + "print(time.process_time(), flush=True)\ninput()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        own = float(process.stdout.readline())
+        seen = measure.own_cpu_s(process.pid)
+        process.communicate("\n")
+    assert seen == pytest.approx(own, abs=0.02)
+    assert measure.own_cpu_s(process.pid) == 0.0
+
+
+def test_children_that_have_ended_still_count() -> None:
+    child = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {BURN.format(0.3)!r}])\n"
+    program = child + "print('done', flush=True)\ninput()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        cpu = measure.cpu_of(measure.tree_of(process.pid))
+        process.communicate("\n")
+    assert cpu.seconds >= 0.3
+
+
+def test_a_frozen_tree_does_nothing_until_it_is_let_go() -> None:
+    program = "import time\nwhile True: print('x', flush=True); time.sleep(0.005)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with measure.frozen(process.pid) as pids:
+            assert pids == [process.pid]
+            wait_until(lambda: measure.stat_fields(process.pid)[0] == "T", 5, lambda: TimeoutError("not stopped"))
+            before = measure.own_cpu_s(process.pid)
+            time.sleep(0.05)
+            assert measure.own_cpu_s(process.pid) == before
+        wait_until(lambda: measure.stat_fields(process.pid)[0] != "T", 5, lambda: TimeoutError("still stopped"))
+        process.kill()
+
+
+def test_completions_of_several_processes_are_summed(tmp_path: Path) -> None:
+    counter = Counter(tmp_path / "counter")
+    program = (
+        "import sys; from bench.peers.counter import Counter\n"
+        "counter = Counter(sys.argv[1])\nfor _ in range(1000): counter.add()"
+    )
+    workers = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "counter")], cwd=ROOT) for _ in range(3)]
+    assert [worker.wait(30) for worker in workers] == [0, 0, 0]
+    assert counter.total() == 3000
+
+
+def test_the_summary_of_strace_is_read_with_and_without_an_errors_column() -> None:
+    text = (
+        "% time     seconds  usecs/call     calls    errors syscall\n"
+        "------ ----------- ----------- --------- --------- ----------------\n"
+        " 60.00    0.000120           4        30         3 recvfrom\n"
+        " 40.00    0.000080           8        10           epoll_wait\n"
+        "------ ----------- ----------- --------- --------- ----------------\n"
+        "100.00    0.000200           5        40         3 total\n"
+    )
+    assert measure.parse_summary(text) == {"recvfrom": 30, "epoll_wait": 10}
+
+
+def samples(*rows: tuple[int, str, float]) -> list[Sample]:
+    return [Sample("drain", entrant, round_number, {"worker_us": value}) for round_number, entrant, value in rows]
+
+
+def test_a_ratio_is_taken_within_a_round_before_the_median() -> None:
+    # The second round ran on a machine twice as slow: the ratio stays.
+    rows = samples((1, "fastq", 10), (1, "celery", 800), (2, "fastq", 20), (2, "celery", 1600), (3, "celery", 900))
+    assert report.ratio(rows, "drain", "fastq", "celery", "worker_us") == 80
+    assert report.ratio(rows, "drain", "fastq", "huey", "worker_us") is None
+
+
+def test_a_rate_is_better_when_it_is_higher() -> None:
+    rows = [Sample("drain", "fastq", 1, {"tasks_s": 9000.0}), Sample("drain", "floor", 1, {"tasks_s": 10000.0})]
+    assert report.ratio(rows, "drain", "fastq", "floor", "tasks_s") == pytest.approx(0.9)
+
+
+def test_the_table_shows_the_median_and_the_spread() -> None:
+    rows = samples((1, "fastq", 9), (2, "fastq", 12), (3, "fastq", 10), (1, "celery", 900))
+    text = report.table(METRICS[0], rows)
+    assert "| fastq | 10.0 (9.00..12.0) | 90.0" not in text  # the ratio of medians
+    assert "| fastq | 10.0 (9.00..12.0) | 100 × |" in text  # the one round that has both
+
+
+def test_what_is_written_as_json_is_read_back(tmp_path: Path) -> None:
+    described = {"date": "2026-01-01", "load_after": [1.0]}
+    rows = samples((1, "fastq", 9.5))
+    report.write_json(tmp_path / "bench.json", described, "python -m bench", rows)  # type: ignore[arg-type]
+    assert report.read_json(tmp_path / "bench.json") == (described, "python -m bench", rows)
+
+
+def test_every_metric_is_listed_and_its_baselines_take_part() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "--list"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [metric.name for metric in METRICS]
+    for metric in METRICS:
+        names = {entrant.name for entrant in metric.entrants}
+        assert {entrant for entrant, _ in metric.baselines} <= names
+        assert {figure for _, figure in metric.baselines} <= UNITS.keys()
+
+
+def test_the_floor_compiles_without_a_warning(tmp_path: Path) -> None:
+    command = ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "bench/floor.c", "-o", str(tmp_path / "floor"), "-lrabbitmq"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,1 @@
+"""URLs, TCP and TLS."""

@@ -1,0 +1,1 @@
+"""A child and what it does with a call."""

@@ -1,0 +1,1 @@
+"""What tests are written with: servers, workers, faults, ledgers, the conformance suites. bench/ uses servers too."""

@@ -1,0 +1,1 @@
+"""The worker seen and steered from outside."""
