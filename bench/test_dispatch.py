@@ -27,17 +27,16 @@ def broker() -> Iterator[ListBroker]:
     zygote = start_zygote(child_main)
     loop = uvloop.new_event_loop()
     hooks = RecordingHooks(loop)
-    core = Core(loop, [TaskOptions("noop")], hooks)
     pool = hooks.pool = Pool(
         loop,
-        core,
         zygote,
         1,
         False,
         lambda pid, reason: hooks.lost.append((pid, reason)),
         lambda text: hooks.events.append(("fatal", text)),
     )
-    loop.run_until_complete(pool.start())
+    core = Core(loop, [TaskOptions("noop")], hooks, pool)
+    loop.run_until_complete(pool.start(core))
     broker = ListBroker(loop, PREFETCH)
     core.set_store(broker)
     core.add_source(broker)

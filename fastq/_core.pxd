@@ -27,7 +27,8 @@ cdef class Core(Keeper):
     cdef TaskOptions own_task               # of calls that the main process makes, and no message asked for
     cdef public Py_ssize_t parked           # how many of those that the hooks have wait for their time
     cdef readonly list ledger               # how many deliveries are in each state
-    cdef readonly object hooks
+    cdef readonly object hooks              # what calls do is told them, what children do the pool
+    cdef readonly object pool
     cdef public object on_idle
     cdef object loop
     cdef object timer

@@ -57,15 +57,16 @@ def _due_first(tuple entry):
 cdef class Core(Keeper):
     """The message loop of one worker.
 
-    ``tasks`` are the TaskOptions by name. ``hooks`` is called for what is rare (see ``worker.hooks``): ``refused``, ``failure``,
-    ``hard_limit``, ``child_full``, ``child_ready``, ``received``. Limits are in seconds, 0 = none.
+    ``tasks`` are the TaskOptions by name. ``hooks`` (``interfaces.CallHooks``) and ``pool`` (``interfaces.ChildHooks``) are called
+    for what is rare. Limits are in seconds, 0 = none.
     """
 
-    def __init__(self, object loop, list tasks, object hooks, *, bint reliable=True, int max_deliveries=20, int max_child_deaths=3,
+    def __init__(self, object loop, list tasks, object hooks, object pool, *, bint reliable=True, int max_deliveries=20, int max_child_deaths=3,
                  uint64_t max_tasks_per_child=0, double time_limit=0, double soft_time_limit=0, bint rpc_results=False):
         self.loop = loop
         self.tasks = {(<TaskOptions> task).key: task for task in tasks}
         self.hooks = hooks
+        self.pool = pool
         self.reliable = reliable
         self.max_deliveries = max_deliveries
         self.max_child_deaths = max_child_deaths
@@ -557,7 +558,7 @@ cdef class Core(Keeper):
             self.started(child)
         if self.max_tasks_per_child and child.given >= self.max_tasks_per_child:
             child.retire()
-            self.hooks.child_full(child)
+            self.pool.child_full(child)
         return 0
 
     cdef bint wants_result(self, Delivery delivery) except -1:
@@ -624,13 +625,13 @@ cdef class Core(Keeper):
                 elif kind == RECORD_STATE:
                     self.on_state(child, record, size)
                 elif kind == RECORD_READY:
-                    self.hooks.child_ready(child)
+                    self.pool.child_ready(child)
                 else:
                     raise LocalProtocolError(f"record of unknown kind {kind} from child {child.pid}")
                 child.reader.consumed(size)
         except LocalProtocolError as error:
             child.retire()
-            self.hooks.child_broken(child, str(error))
+            self.pool.child_broken(child, str(error))
         return 0
 
     cdef int on_outcome(self, Child child, const uint8_t *p, Py_ssize_t size) except -1:
@@ -659,7 +660,7 @@ cdef class Core(Keeper):
         child.first += 1
         if record.flags & FLAG_RECYCLE and not child.retiring:
             child.retire()
-            self.hooks.child_full(child)
+            self.pool.child_full(child)
         if child.outstanding():
             self.started(child)
         else:
@@ -668,7 +669,7 @@ cdef class Core(Keeper):
                 child.limited = False
                 store32(&child.reader.shared.limit, NO_LIMIT)
             if child.retiring:
-                self.hooks.child_drained(child)
+                self.pool.child_drained(child)
         if delivery is None:
             return 0
         task = <TaskOptions> delivery.options

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 if TYPE_CHECKING:
     import asyncio
 
-    from fastq.link import BatchSource, Source
+    from fastq._child import Child
+    from fastq.link import BatchSource, Delivery, Source
     from fastq.queues import QueueSpec
     from fastq.wire.message import Message
 
@@ -109,6 +110,16 @@ class Saver(Protocol):
         """Store what was handed over and close the connection."""
 
 
+class ReplySaver(Protocol):
+    """Puts results where callers look for them who gave no address. Needs no ``Saver``'s source: there are few."""
+
+    async def prepare(self) -> None:
+        """Declare what such callers look for before they wait."""
+
+    async def save(self, task_id: str, meta: bytes) -> None:
+        """Send a result: the stored form of a final state."""
+
+
 class Consumer(Protocol):
     """The worker's side of a broker: the cold half, on the parent's event loop. ``source`` is the compiled hot half."""
 
@@ -118,6 +129,8 @@ class Consumer(Protocol):
     lost: asyncio.Future[Exception]
     #: Whether results of this URL are stored through ``source`` too, in one transaction with the verdicts.
     saves_results: bool
+    #: Reaches callers who gave no address for their results; None where there is no way to.
+    replies: ReplySaver | None
     #: The worker's node name, for brokers that list their workers.
     name: str
 
@@ -139,12 +152,6 @@ class Consumer(Protocol):
 
     async def cancel_queue(self, name: str) -> None:
         """Receive from a queue no longer."""
-
-    async def prepare_answers(self) -> None:
-        """Get ready to ``answer``: with AMQP, declare what clients look for."""
-
-    async def answer(self, task_id: str, meta: bytes) -> None:
-        """Send a result to a client that gave no address for replies, where the broker has a place to put it."""
 
     async def cancel(self) -> None:
         """Stop receiving; nothing new arrives after it returns. Settling goes on."""
@@ -221,3 +228,77 @@ class BlockingBus(Protocol):
 
     def close(self) -> None:
         """Close the connection; a later call opens a new one."""
+
+
+class ChildHooks(Protocol):
+    """What the message loop tells of children: to the pool, which has them. None may raise (``guard``)."""
+
+    def child_ready(self, child: Child) -> None:
+        """A child takes calls."""
+
+    def child_full(self, child: Child) -> None:
+        """A child was given its last call."""
+
+    def child_drained(self, child: Child) -> None:
+        """A child has finished its last call."""
+
+    def child_broken(self, child: Child, reason: str) -> None:
+        """A child does not make sense any more."""
+
+
+class CallHooks(Protocol):
+    """What the message loop tells and asks of calls. Nothing here runs for one that simply succeeds, unless somebody
+    wants to know (``Core.wants_received``, ``Core.wants_outcomes``). None may raise (``guard``)."""
+
+    def received(self, name: str, task_id: str, delivery: Delivery) -> bool:
+        """A task message was admitted. True: it is to wait until ``Core.proceed``."""
+
+    def handed(self, delivery: Delivery) -> None:
+        """A message of a task whose messages are handed over is here: ``Core.judge`` says what becomes of it."""
+
+    def started(self, task_id: str, pid: int) -> None:
+        """A call has started."""
+
+    def accepted(self, delivery: Delivery, pid: int) -> None:
+        """A call that the main process has made has started."""
+
+    def finished(self, name: str, task_id: str, state: str, report: str | None, runtime_s: float) -> None:
+        """A call has ended; ``report`` is what the child says to monitors."""
+
+    def reported(self, delivery: Delivery, state: str, report: bytes | None) -> None:
+        """A child's outcome is for the main process: ``Core.recorded`` when it is dealt with."""
+
+    def foreign(self, props: bytes, body: bytes) -> tuple[bytes, bytes] | None:
+        """Return properties and body of a message of an older form, in today's; None when it is none."""
+
+    def refused(self, reason: str, queue: bytes, props: bytes, body: bytes) -> None:
+        """A message was rejected because it is not a task message, or none that this worker takes."""
+
+    def failure(
+        self, kind: str, name: str, task_id: str, detail: Any, delivery: Delivery
+    ) -> tuple[str, bytes | None] | None:
+        """Return the state and the encoded result of a delivery that no child can end.
+
+        None: it is recorded elsewhere, and ``Core.recorded`` called when that is done.
+        """
+
+    def unaddressed(self, task_id: str, meta: bytes, delivery: Delivery) -> None:
+        """A result is to reach a sender who gave no address; ``Core.confirmed`` when that was tried."""
+
+    def unsendable(self, task_id: str, queue: str, reason: str) -> None:
+        """A result or a message of a task has no form that the broker takes."""
+
+    def unconfirmed(self, name: str, task_id: str) -> None:
+        """A message that a task sent was refused by the broker: the task runs again."""
+
+    def result_lost(self, name: str, task_id: str) -> None:
+        """A result can be neither stored nor kept, as too many wait for the store already."""
+
+    def cancelled(self, name: str, task_id: str, delivery: Delivery) -> None:
+        """A call was ended because its connection is gone: the broker gives it out again."""
+
+    def hard_limit(self, child: Child, name: str, task_id: str, limit: float) -> None:
+        """A call ran past its hard limit: its process is to be killed."""
+
+    def terminate(self, child: Child, signum: int) -> None:
+        """The call that a child runs was revoked: its process is to get the signal, and to end."""

@@ -1,4 +1,4 @@
-"""What brokers without a wire of their own, or without RabbitMQ's replies, say to a worker that asks for more."""
+"""What brokers without a wire of their own say to a worker that asks for more."""
 
 from __future__ import annotations
 
@@ -11,17 +11,7 @@ if TYPE_CHECKING:
     from fastq.queues import QueueSpec
 
 
-class NoAnswers:
-    """A consumer where no sender waits for a reply in a queue of the task's own."""
-
-    async def prepare_answers(self) -> None:
-        """Do nothing: replies are RabbitMQ's."""
-
-    async def answer(self, task_id: str, meta: bytes) -> None:
-        """Do nothing: replies are RabbitMQ's."""
-
-
-class FixedQueues(NoAnswers):
+class FixedQueues:
     """A consumer whose queues are those it began with."""
 
     @property

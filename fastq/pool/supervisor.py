@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from fastq._child import Child
 from fastq._core import Core
 from fastq.errors import FastqError, PoolLost
+from fastq.guard import guarded
+from fastq.interfaces import ChildHooks
 from fastq.pool.companion import Companion
 from fastq.pool.process import DUMP_SIGNAL, STACKS_SIGNAL
 from fastq.pool.zygote import Exited, Failed, Zygote
@@ -90,6 +92,7 @@ class Slot:
     is_due: bool = False
 
 
+@guarded(ChildHooks)
 @dataclass(slots=True)
 class Pool:
     """Keeps ``concurrency`` slots filled.
@@ -100,7 +103,6 @@ class Pool:
     """
 
     loop: asyncio.AbstractEventLoop
-    core: Core
     zygote: Zygote
     concurrency: int
     keeps_spare: bool
@@ -109,6 +111,7 @@ class Pool:
     overlaps: bool = True
     start_timeout_s: float | None = None
     companion: Companion | None = None
+    core: Core = field(init=False)
     slots: list[Slot] = field(default_factory=list)
     spares: list[Member] = field(default_factory=list)  # starting, or ready and in no slot
     _members: dict[int, Member] = field(default_factory=dict)  # by pid
@@ -129,8 +132,9 @@ class Pool:
 
     # --- start and stop
 
-    async def start(self) -> None:
-        """Return when calls can run: every slot has its child, or some have and the others take longer."""
+    async def start(self, core: Core) -> None:
+        """Return when this message loop's calls can run: every slot has its child, or some have and others are late."""
+        self.core = core
         self.loop.add_reader(self.zygote.fd, self._on_reports)
         self.loop.add_reader(self.zygote.pidfd, self._on_zygote_end)
         self.slots += [Slot() for _ in range(self.concurrency)]
@@ -238,6 +242,7 @@ class Pool:
 
     def child_broken(self, child: Child, reason: str) -> None:
         """The child does not make sense any more."""
+        logger.critical("%s; it is killed", reason)
         self.kill_child(child)
 
     def dump_stack(self, child: Child) -> None:

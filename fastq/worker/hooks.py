@@ -15,6 +15,8 @@ from fastq._child import Child
 from fastq._core import Core
 from fastq.codecs.meta import encode_meta
 from fastq.errors import ContentDisallowed, DecodeError, NotRegistered, TaskRevoked, TimeLimitExceeded, WorkerLostError
+from fastq.guard import guarded
+from fastq.interfaces import CallHooks
 from fastq.link import Delivery
 from fastq.pool.supervisor import Pool
 from fastq.printable import Lines
@@ -60,27 +62,26 @@ TERMINATE_S = 5.0
 LOST_RESULTS_EVERY_S = 10.0
 
 
+@guarded(CallHooks, failure=(FAILURE, None))
 class Hooks:
-    """Answers the core's questions and passes on what happens; ``pool`` is set once it exists."""
+    """Answers the core about calls and passes on what happens (the protocol is ``interfaces.CallHooks``)."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, logger: logging.Logger = logger) -> None:
         self._loop = loop
         self._log = TaskLog(logger)
         self._logs_received = logger.isEnabledFor(logging.INFO)
-        self.pool: Pool | None = None
-        self.core: Core | None = None
+        self.pool: Pool
+        self.core: Core
         self.events: Events | None = None
-        #: Sends a result, by task id, to who gave no address.
-        self.answer: Callable[[str, bytes], Coroutine[Any, Any, None]] | None = None
         self._answers: set[asyncio.Future[None]] = set()
         self._lost_results = 0
         self._lost_results_logged_at = -LOST_RESULTS_EVERY_S
         self._revoked: Revoked | None = None
         self._sends: Events | None = None  # the same while task events are on
 
-    def attach(self, core: Core) -> None:
-        """Belong to this message loop."""
-        self.core = core
+    def attach(self, core: Core, pool: Pool, save_reply: Callable[[str, bytes], Coroutine[Any, Any, None]]) -> None:
+        """Belong to this message loop and pool. ``save_reply`` sends a result, by task id, to who gave no address."""
+        self.core, self.pool, self._save_reply = core, pool, save_reply
         self.refresh()
 
     def watch(self, revoked: Revoked, events: Events | None) -> None:
@@ -90,7 +91,6 @@ class Hooks:
 
     def refresh(self) -> None:
         """Say what the message loop is to report, as somebody's wishes have changed."""
-        assert self.core is not None
         has_events = self.events is not None and self.events.enabled
         self.core.wants_outcomes = has_events
         self.core.wants_received = has_events or self.wants_received
@@ -123,7 +123,6 @@ class Hooks:
 
     def look_for_stamps(self, task_id: str, delivery: Delivery) -> None:
         """Revoke a message if one of its stamps is revoked."""
-        assert self.core is not None
         if self._revoked is None or not self._revoked.stamps:
             return
         if self._revoked.see(task_id, delivery.describe()["props"]) and self.core.revoked is None:
@@ -209,14 +208,11 @@ class Hooks:
 
     def unaddressed(self, task_id: str, meta: bytes, delivery: Delivery) -> None:
         """A result is to reach a sender who gave no address; ``core.confirmed`` when that was tried."""
-        assert self.core is not None
-        assert self.answer is not None
-        work = asyncio.ensure_future(self.answer(task_id, meta))
+        work = asyncio.ensure_future(self._save_reply(task_id, meta))
         self._answers.add(work)
         work.add_done_callback(lambda _: self._answered(work, delivery))
 
     def _answered(self, work: asyncio.Future[None], delivery: Delivery) -> None:
-        assert self.core is not None
         self._answers.discard(work)
         if not work.cancelled() and (error := work.exception()) is not None:
             logger.warning("a result could not be sent: %s", error)
@@ -248,28 +244,7 @@ class Hooks:
         """A call was ended because its connection is gone: the broker gives it out again."""
         logger.warning("Task %s[%s] was ended, as the connection that brought it is gone; it runs again", name, task_id)
 
-    # --- children
-
-    def child_ready(self, child: Child) -> None:
-        """A child takes calls."""
-        assert self.pool is not None
-        self.pool.child_ready(child)
-
-    def child_full(self, child: Child) -> None:
-        """A child was given its last call."""
-        assert self.pool is not None
-        self.pool.child_full(child)
-
-    def child_drained(self, child: Child) -> None:
-        """A child has finished its last call."""
-        assert self.pool is not None
-        self.pool.child_drained(child)
-
-    def child_broken(self, child: Child, reason: str) -> None:
-        """A child does not make sense any more."""
-        assert self.pool is not None
-        logger.critical("%s; it is killed", reason)
-        self.pool.child_broken(child, reason)
+    # --- the processes of calls
 
     def hard_limit(self, child: Child, name: str, task_id: str, limit: float) -> None:
         """A call ran past its hard limit: have the child write its stacks, then kill it."""
@@ -278,12 +253,10 @@ class Hooks:
 
     def kill_with_stacks(self, child: Child, name: str, task_id: str) -> None:
         """Log where a child is, and kill it."""
-        assert self.pool is not None
         self.pool.dump_stack(child)
         self._loop.call_later(DUMP_S, self._kill_dumped, child, name, task_id)
 
     def _kill_dumped(self, child: Child, name: str, task_id: str) -> None:
-        assert self.pool is not None
         if stacks := self.pool.stacks(child):
             logger.warning(
                 "Stacks of the process that task %s[%s] did not leave in time:\n%s", name, task_id, Lines(stacks)
@@ -292,7 +265,6 @@ class Hooks:
 
     def terminate(self, child: Child, signum: int) -> None:
         """The call that a child runs was revoked: send its process the signal, and make sure that it ends."""
-        assert self.pool is not None
         # A child ignores INT, so that the programs it starts do; the call is to end all the same.
         self.pool.terminate(child, signal.SIGTERM if signum == signal.SIGINT else signum)
         self._loop.call_later(TERMINATE_S, self.pool.kill_child, child)
@@ -317,28 +289,3 @@ def _remedy(reason: str, props: bytes) -> str:
         f". Content type {content_type!r:.100} is not accepted: if all who can send are trusted, "
         "list its serializer in accept_content"
     )
-
-
-#: What the message loop calls, and what it is told when that fails.
-_DEFAULTS: Mapping[str, Any] = {"failure": (FAILURE, None)}
-
-
-class Guard:
-    """The hooks as the message loop calls them: what goes wrong in one is logged, and stops neither loop nor worker."""
-
-    def __init__(self, hooks: Hooks) -> None:
-        self._hooks = hooks
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self._hooks, name)
-        default = _DEFAULTS.get(name)
-
-        def guarded(*args: Any) -> Any:
-            try:
-                return method(*args)
-            except Exception:
-                logger.exception("internal error in %s, please report it", name)
-                return default
-
-        setattr(self, name, guarded)
-        return guarded

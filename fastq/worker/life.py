@@ -32,7 +32,7 @@ from fastq.queues import QueueSpec
 from fastq.results import find_store
 from fastq.running import messages
 from fastq.settings import Settings
-from fastq.worker.hooks import Guard, Hooks
+from fastq.worker.hooks import Hooks
 from fastq.worker.options import WorkerOptions
 from fastq.worker.process.exitcodes import EX_FAILURE, EX_OK
 from fastq.worker.process.log import SHOW_INFO
@@ -122,10 +122,8 @@ class Life:
         options = self.options
         hooks = self.program.hooks(loop)
         self._stop.start(loop)
-        self.core = self._make_core(loop, hooks)
-        self.pool = hooks.pool = Pool(
+        self.pool = Pool(
             loop,
-            self.core,
             zygote,
             max(1, options.autoscale[1]) if options.autoscale else options.concurrency or 1,
             keeps_spare=self.settings.fastq_keeps_spare
@@ -136,6 +134,7 @@ class Life:
             start_timeout_s=self.settings.fastq_child_start_timeout or None,
             companion=Companion(loop, zygote, "beat") if zygote.has_companion else None,
         )
+        self.core = self._make_core(loop, hooks)
         uninstall = install(loop, self._actions(), self._note_signal) if handle_signals else lambda: None
         serving: asyncio.Task[None] | None = None
         self.program.tell("starting", life=self)
@@ -143,7 +142,7 @@ class Life:
             loop, self.program, options, self.core, self.pool, lambda: self._consumer, self._stop_by_command
         )
         try:
-            await self._stop.unless(self.pool.start())
+            await self._stop.unless(self.pool.start(self.core))
             if not self._stop.asked:
                 if self.pool.companion is not None:
                     self.pool.companion.start()
@@ -246,8 +245,8 @@ class Life:
         consumer.source.max_held_bytes = settings.fastq_max_held_bytes
         try:
             self._choose_store(consumer)
-            if self.core.answers_all:
-                await consumer.prepare_answers()
+            if self.core.answers_all and consumer.replies is not None:
+                await consumer.replies.prepare()
             self.core.add_source(consumer.source)
             self.core.set_outlet(consumer.outlet)
             await consumer.consume(self._queues, self._window())
@@ -484,9 +483,9 @@ class Life:
 
     # --- parts
 
-    async def _answer(self, task_id: str, meta: bytes) -> None:
-        if self._consumer is not None:
-            await self._consumer.answer(task_id, meta)
+    async def _save_reply(self, task_id: str, meta: bytes) -> None:
+        if self._consumer is not None and self._consumer.replies is not None:
+            await self._consumer.replies.save(task_id, meta)
 
     def _make_core(self, loop: asyncio.AbstractEventLoop, hooks: Hooks) -> Core:
         options, settings = self.options, self.settings
@@ -494,7 +493,8 @@ class Life:
         core = Core(
             loop,
             self.program.task_options(options),
-            Guard(hooks),
+            hooks,
+            self.pool,
             reliable=reliable,
             max_deliveries=settings.fastq_max_deliveries,
             max_child_deaths=settings.fastq_max_child_deaths,
@@ -504,10 +504,8 @@ class Life:
             rpc_results=find_store(self._backend).replies,
         )
         core.max_etas = min(core.max_etas, settings.worker_eta_task_limit or core.max_etas)
-        hooks.attach(core)
-        if self.program.answers_all and core.rpc_results:
-            core.answers_all = True
-            hooks.answer = self._answer
+        core.answers_all = self.program.answers_all and core.rpc_results
+        hooks.attach(core, self.pool, self._save_reply)
         return core
 
 

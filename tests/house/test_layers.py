@@ -28,7 +28,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     3: ("bus", "brokers", "results", "pool"),
     2: ("_core", "_child", "link", "codecs"),
     1: ("wire", "net"),
-    0: ("interfaces", "errors", "states", "settings", "printable", "plugins", "queues"),
+    0: ("interfaces", "errors", "states", "settings", "printable", "plugins", "queues", "guard"),
 }
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
 FRIENDS = {

@@ -205,19 +205,6 @@ class RecordingHooks:
     def result_lost(self, name: str, task_id: str) -> None:
         self.events.append(("result_lost", task_id))
 
-    def child_ready(self, child: Child) -> None:
-        self.pool.child_ready(child)
-
-    def child_full(self, child: Child) -> None:
-        self.pool.child_full(child)
-
-    def child_drained(self, child: Child) -> None:
-        self.pool.child_drained(child)
-
-    def child_broken(self, child: Child, reason: str) -> None:
-        self.events.append(("broken", reason))
-        self.pool.child_broken(child, reason)
-
     def hard_limit(self, child: Child, name: str, task_id: str, limit: float) -> None:
         self.events.append(("hard_limit", name, limit))
         self.pool.kill_child(child)
@@ -256,10 +243,8 @@ def run_loop(
         hooks = RecordingHooks(loop)
         names = [*TASKS, "publish", "state", "large"]
         options = [TaskOptions(name, **(tasks or {}).get(name, {})) for name in names]
-        core = Core(loop, options, hooks, **core_options)
         pool = hooks.pool = Pool(
             loop,
-            core,
             zygote,
             concurrency,
             keeps_spare,
@@ -267,7 +252,8 @@ def run_loop(
             lambda error: hooks.events.append(("fatal", str(error))),
             **(pool_options or {}),
         )
-        await pool.start()
+        core = Core(loop, options, hooks, pool, **core_options)
+        await pool.start(core)
         broker = ListBroker(loop, window)
         core.set_store(broker)
         core.add_source(broker)

@@ -149,6 +149,7 @@ class MemoryConsumer(FixedQueues):
     source_class = MemorySource
 
     saves_results = True
+    replies = None
 
     def __init__(self, url: str, settings: Settings, core: Core | None = None) -> None:
         self._space = find_space(url)

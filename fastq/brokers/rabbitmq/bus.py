@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from fastq.brokers.rabbitmq.aio import ADMIN_CHANNEL, CHANNEL, AmqpConnection
 from fastq.brokers.rabbitmq.connection import BlockingConnection, Event, connect_any
-from fastq.brokers.rabbitmq.consumer import ADMIN_CHANNEL, CHANNEL, AmqpConnection
 from fastq.brokers.rabbitmq.link import AmqpLink
 from fastq.brokers.rabbitmq.url import Endpoints
 from fastq.bus import LosableBus

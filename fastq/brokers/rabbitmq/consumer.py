@@ -9,28 +9,20 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
-import socket
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
+from fastq.brokers.rabbitmq.aio import ADMIN_CHANNEL, CHANNEL, AmqpConnection
 from fastq.brokers.rabbitmq.delays import DelayQueues
-from fastq.brokers.rabbitmq.handshake import Handshake, closed_early, frame
 from fastq.brokers.rabbitmq.link import AmqpLink
 from fastq.brokers.rabbitmq.native_delays import binding_steps, delay_steps
-from fastq.brokers.rabbitmq.notices import Notices
-from fastq.brokers.rabbitmq.refusal import refusal
-from fastq.brokers.rabbitmq.task_queues import TaskQueues
-from fastq.brokers.rabbitmq.tcp import unreachable
+from fastq.brokers.rabbitmq.task_queues import TaskQueueReplies
 from fastq.brokers.rabbitmq.url import AmqpUrl, Endpoints
-from fastq.errors import ConnectionLost, FastqError, RemoteProtocolError, SettingsError
-from fastq.net.tcp import connect_first_on, none_reachable, tune_socket
-from fastq.net.tls import tls_context, tls_failed
+from fastq.errors import ConnectionLost, FastqError, SettingsError
+from fastq.net.tcp import none_reachable
 from fastq.queues import QueueSpec, Topology
 from fastq.wire.amqp import METHODS, decode_method
-from fastq.wire.frames import HEARTBEAT, PROTOCOL_HEADER
 
 if TYPE_CHECKING:
     from fastq._core import Core
@@ -39,231 +31,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastq.transport.amqp")
 
-CHANNEL = 1  # the first of either connection: deliveries and acknowledgements on the one, publishing on the other
-ADMIN_CHANNEL = 2  # for declaring: a refusal closes this channel and leaves the other ones alone
-CLOSE_TIMEOUT_S = 1.0
 MAX_PREFETCH = 65535  # a 16-bit field; 0 is no limit
 #: Chosen, for queues whose subscription is never given up: tasks that wait for their time fill no less.
 LASTING_PREFETCH = 10_000
 TIDY_EVERY_S = 1.0
 MAX_TAGS = 1000  # chosen: far more subscriptions than messages can be left of
-RPC_TIMEOUT_S = 10.0  # chosen: a broker that takes longer to answer is as good as gone
-
-
-class AmqpConnection:
-    """One connection on the event loop: methods and their answers, heartbeats. ``lost`` is done when it has ended."""
-
-    def __init__(self, url: AmqpUrl, link: AmqpLink, heartbeat_s: float, purpose: str) -> None:
-        self.url = url
-        self.link = link
-        self.blocked: str | None = None
-        self.on_cancelled: Callable[[str], None] = lambda tag: None
-        self.is_vital: Callable[[int], bool] = lambda channel: channel == CHANNEL
-        self._loop = asyncio.get_running_loop()
-        self.lost: asyncio.Future[Exception] = self._loop.create_future()
-        self._opened: asyncio.Future[Exception | None] = self._loop.create_future()
-        self._waiting: defaultdict[tuple[int, int], deque[asyncio.Future[dict[str, Any]]]] = defaultdict(deque)
-        self._open_channels: set[int] = set()
-        self._declaring = asyncio.Lock()
-        self._timer: asyncio.TimerHandle | None = None
-        self._notices = Notices(url, self._loop)
-        self._handshake = Handshake(url, heartbeat_s, f"fastq {purpose} {os.getpid()}@{socket.gethostname()}")
-        self._heartbeat_s: float = self._handshake.heartbeat_s
-
-    async def open(self, timeout_s: float) -> None:
-        """Connect and log in. Raises ConnectionLost (try again) or SettingsError (do not)."""
-        self.link.on_method = self._on_method
-        self.link.on_lost = self._on_lost
-        try:
-            await asyncio.wait_for(self._connect(), timeout_s)
-        except asyncio.TimeoutError:
-            self.link.abort()
-            raise unreachable(self.url, TimeoutError()) from None
-        except BaseException:
-            self.link.abort()
-            raise
-        self._beat(self._loop.time())
-
-    async def _connect(self) -> None:
-        tls = self.url.tls
-        try:
-            sock = await connect_first_on(self._loop, self.url.host, self.url.port)
-        except OSError as error:
-            raise unreachable(self.url, error) from None
-        try:
-            transport, _ = await self._loop.create_connection(
-                lambda: cast("Any", self.link),
-                sock=sock,
-                ssl=tls_context(tls) if tls else None,
-                server_hostname=(tls.server_name or self.url.host) if tls else None,
-            )
-        except OSError as error:
-            raise (tls_failed if tls else unreachable)(self.url, error) from None
-        tune_transport(transport)
-        self.link.write(PROTOCOL_HEADER)
-        if (failure := await self._opened) is not None:
-            raise failure
-
-    # --- methods
-
-    def send(self, method: str, channel: int, /, **fields: Any) -> None:
-        """Send a method that has no answer."""
-        self.link.write(frame(method, channel, **fields))
-
-    async def rpc(self, channel: int, method: str, /, **fields: Any) -> dict[str, Any]:
-        """Send a method and return the fields of its ``-ok`` answer. Raises ConnectionLost, or what a close means."""
-        if channel not in self._open_channels and not method.startswith("channel."):
-            await self.open_channel(channel)
-        if self.lost.done():
-            raise ConnectionLost(str(self.lost.result()))
-        answer: asyncio.Future[dict[str, Any]] = self._loop.create_future()
-        self._waiting[channel, METHODS[f"{method}-ok"]].append(answer)
-        self.send(method, channel, **fields)
-        try:
-            return await asyncio.wait_for(answer, RPC_TIMEOUT_S)
-        except asyncio.TimeoutError:
-            error = ConnectionLost(f"RabbitMQ at {self.url} did not answer {method} within {RPC_TIMEOUT_S:g} s")
-            self._fail(error)
-            raise error from None
-
-    async def open_channel(self, channel: int) -> None:
-        """Open a channel; ``rpc`` does so by itself."""
-        await self.rpc(channel, "channel.open")
-        self._open_channels.add(channel)
-
-    async def close_channel(self, channel: int) -> None:
-        """Close a channel that is of no use any more."""
-        self._open_channels.discard(channel)
-        await self.rpc(channel, "channel.close", reply_code=200, reply_text="bye")
-
-    @property
-    def channel_max(self) -> int:
-        """How many channels there may be."""
-        return self._handshake.channel_max
-
-    async def declare(self, spec: QueueSpec) -> None:
-        """Create a queue and its binding if they are missing. Raises SettingsError when they exist but differ."""
-        await self.declare_steps(spec.steps())
-
-    async def declare_steps(self, steps: Iterable[tuple[str, dict[str, Any]]]) -> None:
-        """Carry out methods that declare, one after the other. Raises SettingsError for one that is refused."""
-        # One at a time: a refusal closes the channel, and is not to hit others who wait on it.
-        async with self._declaring:
-            for method, fields in steps:
-                await self.rpc(ADMIN_CHANNEL, method, **fields)
-
-    def _on_method(self, channel: int, method_id: int, arguments: bytes) -> None:
-        try:
-            if not self._handshake.is_open:
-                self._shake_hands(method_id, arguments)
-            elif channel == 0:
-                self._on_connection_method(*decode_method(method_id, arguments))
-            else:
-                self._on_channel_method(channel, method_id, *decode_method(method_id, arguments))
-        except FastqError as error:
-            self._fail(error)
-
-    def _shake_hands(self, method_id: int, arguments: bytes) -> None:
-        if answer := self._handshake.answer(method_id, arguments):
-            self.link.write(answer)
-        if self._handshake.is_open:
-            self.link.frame_max = self._handshake.frame_max
-            if not self._opened.done():
-                self._opened.set_result(None)
-
-    def _on_connection_method(self, name: str, fields: dict[str, Any]) -> None:
-        if name == "connection.close":
-            self.send("connection.close-ok", 0)
-            raise refusal(self.url, fields)
-        if name == "connection.blocked":
-            self.blocked = str(fields["reason"])
-            self._notices.tell(self.blocked)
-        elif name == "connection.unblocked":
-            self.blocked = None
-            self._notices.tell(None)
-        elif name == "connection.close-ok":
-            raise ConnectionLost(f"the connection to {self.url} was closed")
-
-    def _on_channel_method(self, channel: int, method_id: int, name: str, fields: dict[str, Any]) -> None:
-        if name == "channel.close":
-            self._on_channel_close(channel, fields)
-        elif name == "basic.cancel":
-            self.on_cancelled(fields["consumer_tag"])
-        elif answers := self._waiting.get((channel, method_id)):
-            answer = answers.popleft()
-            if not answer.done():
-                answer.set_result(fields)
-
-    def _on_channel_close(self, channel: int, fields: dict[str, Any]) -> None:
-        """The broker closed a channel: who waits on it hears why. Without a vital one the connection is of no use."""
-        self.send("channel.close-ok", channel)
-        self._open_channels.discard(channel)
-        error = refusal(self.url, fields)
-        if self.is_vital(channel):
-            raise error
-        self._fail_waiting(error, channel)
-
-    # --- the end
-
-    def _on_lost(self, reason: Exception | None) -> None:
-        if not self._handshake.is_open:
-            error: Exception = closed_early(self.url)
-            if isinstance(reason, RemoteProtocolError):
-                error = SettingsError(f"{self.url} does not speak AMQP 0-9-1: {reason}")
-        elif isinstance(reason, FastqError):
-            error = reason
-        else:
-            error = ConnectionLost(f"RabbitMQ at {self.url} closed the connection{f': {reason}' if reason else ''}")
-        self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        """End the connection; everybody who waits for something on it gets ``error``."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._notices.close()
-        self.link.on_lost = None
-        self.link.abort()
-        if not self._opened.done():
-            self._opened.set_result(error)
-        if not self.lost.done():
-            self.lost.set_result(error)
-        self._fail_waiting(error, None)
-        # Nobody is told of anything any more, and nothing that is kept refers to itself.
-        self.on_cancelled = lambda tag: None
-        self.is_vital = lambda channel: False
-
-    def _fail_waiting(self, error: Exception, channel: int | None) -> None:
-        for (each, _), answers in self._waiting.items():
-            if channel is None or each == channel:
-                for answer in answers:
-                    if not answer.done():
-                        answer.set_exception(error)
-                answers.clear()
-
-    async def close(self) -> None:
-        """Say goodbye, wait a moment for the answer, and close."""
-        if not self.lost.done() and self._handshake.is_open:
-            self.send("connection.close", 0, reply_code=200, reply_text="bye")
-            await asyncio.wait([self.lost], timeout=CLOSE_TIMEOUT_S)
-        self._fail(ConnectionLost(f"the connection to {self.url} was closed"))
-
-    # --- heartbeats
-
-    def _beat(self, due: float) -> None:
-        """Send a heartbeat when nothing else was sent for half an interval; end when nothing came for two."""
-        if not self._heartbeat_s or self.lost.done():
-            return
-        now = self._loop.time()
-        silence_s = time.monotonic() - self.link.received_at
-        # After a pause of this process (stopped, suspended) the broker's bytes are still waiting to be read.
-        was_paused = now - due > self._heartbeat_s
-        if silence_s > 2 * self._heartbeat_s and not was_paused and not self.link.is_paused:
-            self._fail(ConnectionLost(f"RabbitMQ at {self.url} was silent for {silence_s:.0f} s (broker_heartbeat)"))
-            return
-        if time.monotonic() - self.link.sent_at >= self._heartbeat_s / 2:
-            self.link.write(HEARTBEAT)
-        due = now + self._heartbeat_s / 4
-        self._timer = self._loop.call_at(due, self._beat, due)
 
 
 class AmqpConsumer:
@@ -277,6 +49,7 @@ class AmqpConsumer:
     outlet: AmqpLink
     lost: asyncio.Future[Exception]
     saves_results = False
+    replies: TaskQueueReplies
     name = ""
 
     def __init__(self, url: str | Sequence[str], settings: Settings, core: Core | None = None) -> None:
@@ -292,7 +65,6 @@ class AmqpConsumer:
         self._added: dict[str, QueueSpec] = {}  # queues that were added while running
         self._tags = itertools.count(1)
         self._delays = DelayQueues()
-        self._task_queues = TaskQueues(settings)
         self._native_queue_type: str = settings.broker_native_delayed_delivery_queue_type or ""
         self._prefetch = 0
         self._changing = asyncio.Lock()
@@ -328,6 +100,7 @@ class AmqpConsumer:
             await self.close()
             raise
         self.outlet.start_confirms(CHANNEL)
+        self.replies = TaskQueueReplies(self._publishing, self._settings)
         self.source.postpone = self._postpone
         for connection in (self._consuming, self._publishing):
             connection.lost.add_done_callback(lambda lost: self._lose(lost.result()))
@@ -508,22 +281,6 @@ class AmqpConsumer:
         async with self._changing:
             await self._start(queue, await self._fresh_channel())
 
-    async def answer(self, task_id: str, meta: bytes) -> None:
-        """Publish a result to the queue of the task's own, for clients that give no address and wait there."""
-        spec = self._task_queues.spec(task_id)
-        if spec is None:
-            return
-        # The client may have been first, and have declared it in another way: it exists, that is enough.
-        with contextlib.suppress(SettingsError):
-            await self._publishing.declare(spec)
-        self.outlet.publish([(0, self._task_queues.message(spec, task_id, meta))])
-
-    async def prepare_answers(self) -> None:
-        """Declare what such clients look for before they wait."""
-        method, fields = self._task_queues.exchange()
-        with contextlib.suppress(SettingsError):
-            await self._publishing.declare_steps([(method, fields)])
-
     def _postpone(self, found: dict[str, Any], due: float) -> Message | None:
         """Return the message that brings a delivery back nearer its time; None as long as there is no queue for it."""
         queue = self._tagged.get(found["consumer"])
@@ -581,9 +338,3 @@ class AmqpConsumer:
     def _lose(self, error: Exception) -> None:
         if not self.lost.done():
             self.lost.set_result(error)
-
-
-def tune_transport(transport: asyncio.Transport) -> None:
-    """Set the socket options of a connection that the loop has made."""
-    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as copy:
-        tune_socket(copy)

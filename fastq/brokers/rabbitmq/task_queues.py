@@ -1,4 +1,4 @@
-"""Results for clients that wait in a queue of the task's own, on RabbitMQ: what to declare and send. No I/O.
+"""Results for clients that wait in a queue of the task's own, on RabbitMQ: what to declare and send.
 
 Some clients (celery.node, celery-php) send no address for the reply. They await the result in a queue named after the
 task's id, as Celery 3 and 4 filled it with the result store ``amqp://``. Source: the AMQP calls of celery-node 0.5.9
@@ -7,12 +7,15 @@ task's id, as Celery 3 and 4 filled it with the result store ``amqp://``. Source
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
+from fastq.errors import SettingsError
 from fastq.queues import QueueSpec
 from fastq.wire.message import Message, encode_properties
 
 if TYPE_CHECKING:
+    from fastq.brokers.rabbitmq.aio import AmqpConnection
     from fastq.settings import Settings
 
 #: celery-php binds its queue to it, and gives up when it does not exist.
@@ -72,3 +75,26 @@ class TaskQueues:
         }
         # Without an id, as a reply: when the client has deleted its queue meanwhile, nobody misses it.
         return Message("", spec.name, encode_properties(properties), meta)
+
+
+class TaskQueueReplies:
+    """ReplySaver for such clients (the protocol is ``interfaces.ReplySaver``), over a connection that publishes."""
+
+    def __init__(self, connection: AmqpConnection, settings: Settings) -> None:
+        self._connection = connection
+        self._queues = TaskQueues(settings)
+
+    async def prepare(self) -> None:
+        """Declare the exchange that such clients look for before they wait."""
+        with contextlib.suppress(SettingsError):
+            await self._connection.declare_steps([self._queues.exchange()])
+
+    async def save(self, task_id: str, meta: bytes) -> None:
+        """Publish a result to the queue of the task's own."""
+        spec = self._queues.spec(task_id)
+        if spec is None:
+            return
+        # The client may have been first, and have declared it in another way: it exists, that is enough.
+        with contextlib.suppress(SettingsError):
+            await self._connection.declare(spec)
+        self._connection.link.publish([(0, self._queues.message(spec, task_id, meta))])

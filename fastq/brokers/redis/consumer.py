@@ -13,7 +13,6 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
-from fastq.brokers.fixed import NoAnswers
 from fastq.brokers.redis import scripts
 from fastq.brokers.redis.aio import AsyncRedis
 from fastq.brokers.redis.commands import (
@@ -49,7 +48,7 @@ POLL_S: Final = 0.1  # chosen: without server-assisted tracking the queues are l
 CLOSE_S: Final = 3.0
 
 
-class RedisConsumer(NoAnswers):
+class RedisConsumer:
     """A worker's side of Redis. One that does not ``consume`` still publishes.
 
     Two connections: one for all commands, one that hears of new messages (the server tells which of the lists that
@@ -61,6 +60,7 @@ class RedisConsumer(NoAnswers):
     lost: asyncio.Future[Exception]
     #: Results in Redis go over a connection of their own: ``results.redis.saver``.
     saves_results = False
+    replies = None
     source_class = RedisSource
 
     def __init__(self, url: str, settings: Settings, core: Core | None = None) -> None:

@@ -151,6 +151,7 @@ class SqliteConsumer(FixedQueues):
     lost: asyncio.Future[Exception]
     source_class = SqliteSource
     saves_results = True
+    replies = None
 
     def __init__(self, url: str, settings: Settings, core: Core | None = None) -> None:
         self._location = database.parse_url(url)

@@ -30,6 +30,8 @@ from fastq.celery.worker.consumer import Heart, Pool, Worker
 from fastq.celery.worker.requests import message_of, modern_form, request_of
 from fastq.celery.worker.strategies import Strategies
 from fastq.celery.worker.threads import Recorder
+from fastq.guard import guarded
+from fastq.interfaces import CallHooks
 from fastq.link import Delivery
 from fastq.running.child import MAX_DETAIL
 from fastq.states import PENDING, RECEIVED, REJECTED, RETRY
@@ -47,6 +49,7 @@ _NOT_BEGUN = frozenset({PENDING, RECEIVED, RETRY, REJECTED})
 _ACK, _REJECT, _REQUEUE = range(3)  # fastq.link's verdicts
 
 
+@guarded(CallHooks)
 class CeleryHooks(Hooks):
     """Answers the core as Celery's consumer would. ``consumer`` is set before the first call."""
 
@@ -66,11 +69,11 @@ class CeleryHooks(Hooks):
         self._strategies: Strategies
         worker.pool = Pool(lambda *args, **options: self._strategies.apply(*args, **options), lambda: self.pool, app)
 
-    def attach(self, core: Core) -> None:
-        """Belong to this message loop."""
+    def attach(self, core: Core, *parts: Any) -> None:
+        """Belong to this message loop and to its pool."""
         core.reads_foreign = True
         self._strategies = Strategies(self._loop, self._app, self.consumer, self.recorder, core)
-        super().attach(core)
+        super().attach(core, *parts)
 
     def watch(self, revoked: Revoked, events: Events | None) -> None:
         """Take part in remote control: the pool is there, and the steps may start."""
@@ -104,7 +107,6 @@ class CeleryHooks(Hooks):
 
         Receivers have their say before the task begins, as under Celery: the delivery waits for them.
         """
-        assert self.core is not None
         options = self.core.tasks[name.encode()]
         if options.handed_over:
             self.look_for_stamps(task_id, delivery)
@@ -178,7 +180,6 @@ class CeleryHooks(Hooks):
 
     def mark_revoked(self, ids: Sequence[str]) -> None:
         """Store REVOKED for tasks, in the recorder's thread."""
-        assert self.core is not None
         # A task may have a store of its own; which task an id is of is known of those that wait here.
         names = {row["id"]: row["name"] for row in (*self.core.reserved(), *self.core.scheduled())}
         for task_id in ids:
@@ -207,7 +208,6 @@ class CeleryHooks(Hooks):
     # --- in the recorder's thread
 
     def _tell_received(self, task_id: str, delivery: Delivery, has_own_request: bool) -> None:
-        assert self.core is not None
         try:
             if has_own_request:
                 request = self._strategies.request_of(delivery)
@@ -246,7 +246,6 @@ class CeleryHooks(Hooks):
         close_databases(self._app)
         verdict = verdicts[0] if verdicts else _ACK
         reason = f"Reject: {_reason_of(detail)}" if kind == "rejected" else None
-        assert self.core is not None
         self._loop.call_soon_threadsafe(self.core.recorded, delivery, verdict, reason)
 
     def _request_method(self, kind: str, found: dict[str, Any], detail: Any, verdicts: list[int]) -> None:
