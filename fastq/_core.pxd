@@ -2,31 +2,21 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from fastq._child cimport Child, Keeper, TaskOptions
+from fastq._child cimport Child, TaskOptions
+from fastq._ledger cimport Ledger
 from fastq.link cimport BatchSource, Delivery, Source
 from fastq.wire.message cimport Message
 
 
-cdef class Core(Keeper):
-    cdef readonly dict tasks                # TaskOptions by encoded name
+cdef class Core(Ledger):
     cdef TaskOptions last_task
     cdef object revoked_ids                 # container of ids that must not run; None: nothing is revoked
-    cdef readonly list children
-    cdef list sources
     cdef Source outlet                      # publishes follow-ups and rpc results; None while disconnected
     cdef BatchSource store                  # keeps results; None: nowhere, or by rpc
     cdef readonly bint rpc_results
     cdef list backlog                       # messages waiting for an outlet
-    cdef Delivery waiting_first
-    cdef Delivery waiting_last
-    cdef readonly Py_ssize_t waiting
-    cdef list etas                          # heap of (due, order, delivery)
-    cdef uint64_t eta_order
     cdef public Py_ssize_t max_etas         # messages that wait here for their time, as long as there is another place
-    cdef set handed                         # deliveries that the hooks have taken and not judged
     cdef TaskOptions own_task               # of calls that the main process makes, and no message asked for
-    cdef public Py_ssize_t parked           # how many of those that the hooks have wait for their time
-    cdef readonly list ledger               # how many deliveries are in each state
     cdef readonly object hooks              # what calls do is told them, what children do the pool
     cdef readonly object pool
     cdef public object on_idle
@@ -46,9 +36,6 @@ cdef class Core(Keeper):
     cdef public bint reads_foreign          # a message without our headers may be in an older form
     cdef public bint answers_all            # replies (rpc) to senders that gave no address, too
     cdef readonly double run_ns             # moving average over all tasks
-    cdef readonly uint64_t received, done, postponed
-    cdef readonly dict refused
-    cdef readonly list outcomes
     cdef bint looping
 
     cdef int release(self, Delivery delivery) except -1
@@ -58,7 +45,6 @@ cdef class Core(Keeper):
     cdef double soft_limit_of(self, Delivery delivery) except -1
     cdef bint has_limit(self, Child child) except -1
     cdef str reply_to(self, Delivery delivery)
-    cdef Py_ssize_t unsettled(self) except -1
     cdef int refuse(self, Delivery delivery, str reason, str detail) except -1
     cdef int fail(self, Delivery delivery, str kind, object detail, int verdict) except -1
     cdef int admit(self, Delivery delivery) except -1
@@ -70,10 +56,7 @@ cdef class Core(Keeper):
     cdef bint is_revoked(self, Delivery delivery) except -1
     cdef bint runs_already(self, Delivery delivery) except -1
     cdef double turn_of(self, Delivery delivery, double now) except -1
-    cdef int wait_until(self, Delivery delivery, double due) except -1
     cdef bint read_foreign(self, Delivery delivery) except -1
-    cdef int enqueue(self, Delivery delivery) except -1
-    cdef int enqueue_first(self, Delivery delivery) except -1
     cdef Child pick(self, TaskOptions task)
     cdef int hand_over(self, Child child, Delivery delivery) except -1
     cdef int dispatch(self) except -1
@@ -87,7 +70,6 @@ cdef class Core(Keeper):
     cdef int publish(self, Message message, Delivery owner) except -1
     cdef int conclude(self, Delivery delivery) except -1
     cdef int settle(self, Delivery delivery, int verdict) except -1
-    cdef int move(self, Delivery delivery, int state) except -1
     cdef int check_children(self) except -1
     cdef int take_back(self, Child child) except -1
     cdef int wake_etas(self) except -1

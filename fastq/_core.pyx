@@ -10,8 +10,9 @@ from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport int64_t
 from libc.string cimport memcmp, memcpy
 
-from fastq._child cimport MAX_ADVANCE, SENT_SLOTS, Child, Keeper, TaskOptions, delivery_id, delivery_task
-from fastq.link cimport ACK, DISPATCHED, FINISHED, LEDGER_STATES, RECEIVED, REJECT, REQUEUE, RETURN, SETTLED, STARTED
+from fastq._child cimport MAX_ADVANCE, SENT_SLOTS, Child, TaskOptions, delivery_id, delivery_task
+from fastq._ledger cimport Ledger
+from fastq.link cimport ACK, DISPATCHED, FINISHED, RECEIVED, REJECT, REQUEUE, RETURN, SETTLED, STARTED
 from fastq.wire.message cimport FINE, NO_TASK, Head, encode_result_properties, is_utf8, read_clock, read_text, scan_head
 from fastq.wire.pipe cimport (
     FLAG_FOR_HOOKS, FLAG_RECYCLE, OUTCOME_FAILURE, OUTCOME_MALFORMED, OUTCOME_REJECTED, OUTCOME_REQUEUE,
@@ -19,7 +20,6 @@ from fastq.wire.pipe cimport (
     OutcomeRecord, PublishRecord, StateRecord, load32, load64s, monotonic_ns, store32)
 
 import os
-from heapq import heappop, heappush
 
 from fastq.errors import EncodeError, LocalProtocolError
 from fastq.states import READY_STATES
@@ -48,23 +48,20 @@ cdef double ETA_TICK_S = 1.0    # the wall clock is looked at again at least thi
 _STATES = ("SUCCESS", "FAILURE", "RETRY", "IGNORED", "REJECTED", "REJECTED", "REJECTED", "RECEIVED", "FAILURE")
 
 
-def _due_first(tuple entry):
-    return entry[:2]
-
-
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
-cdef class Core(Keeper):
+cdef class Core(Ledger):
     """The message loop of one worker.
 
     ``tasks`` are the TaskOptions by name. ``hooks`` (``interfaces.CallHooks``) and ``pool`` (``interfaces.ChildHooks``) are called
     for what is rare. Limits are in seconds, 0 = none.
     """
 
-    def __init__(self, object loop, list tasks, object hooks, object pool, *, bint reliable=True, int max_deliveries=20, int max_child_deaths=3,
-                 uint64_t max_tasks_per_child=0, double time_limit=0, double soft_time_limit=0, bint rpc_results=False):
+    def __init__(self, object loop, list tasks, object hooks, object pool, *, bint reliable=True, int max_deliveries=20,
+                 int max_child_deaths=3, uint64_t max_tasks_per_child=0, double time_limit=0, double soft_time_limit=0,
+                 bint rpc_results=False):
+        super().__init__(tasks)
         self.loop = loop
-        self.tasks = {(<TaskOptions> task).key: task for task in tasks}
         self.hooks = hooks
         self.pool = pool
         self.reliable = reliable
@@ -74,15 +71,8 @@ cdef class Core(Keeper):
         self.time_limit = time_limit
         self.soft_time_limit = soft_time_limit
         self.rpc_results = rpc_results
-        self.children = []
-        self.sources = []
         self.backlog = []
-        self.etas = []
-        self.handed = set()
         self.own_task = TaskOptions("", requeue_lost=reliable)
-        self.ledger = [0] * LEDGER_STATES
-        self.refused = {}
-        self.outcomes = [0] * STATE_COUNT
         self.run_ns = -1
         self.max_etas = 1000    # about a megabyte
 
@@ -97,26 +87,11 @@ cdef class Core(Keeper):
     def drop_source(self, Source source) -> None:
         """The source's connection is gone: forget what it brought and has not started; the broker hands it out again."""
         cdef Delivery each
-        cdef list kept = []
         source.dead = True
         if source in self.sources:
             self.sources.remove(source)
-        each, self.waiting_first, self.waiting_last, self.waiting = self.waiting_first, None, None, 0
-        while each is not None:
-            following, each.next = each.next, None
-            if each.source is source:
-                self.move(each, SETTLED)
-            else:
-                kept.append(each)
-            each = following
-        for each in kept:
-            self.enqueue(each)
-        kept = [entry for entry in self.etas if (<Delivery> entry[2]).source is not source]
-        for entry in self.etas:
-            if (<Delivery> entry[2]).source is source:
-                self.move(<Delivery> entry[2], SETTLED)
-        kept.sort()
-        self.etas = kept
+        for each in self.line.drop(source) + self.later.drop(source):
+            self.move(each, SETTLED)
         for each in [each for each in self.handed if (<Delivery> each).source is source]:
             self.handed.remove(each)
             self.move(each, SETTLED)
@@ -199,7 +174,7 @@ cdef class Core(Keeper):
             self.settle(delivery, RETURN)
         else:
             self.move(delivery, RECEIVED)
-            self.enqueue_first(delivery)
+            self.line.join_first(delivery)
         return 0
 
     cdef int lost(self, Delivery delivery, Child child, str reason) except -1:
@@ -228,7 +203,7 @@ cdef class Core(Keeper):
             return self.move(delivery, SETTLED)
         delivery.deliveries += 1
         self.move(delivery, RECEIVED)
-        return self.enqueue_first(delivery)
+        return self.line.join_first(delivery)
 
     # --- admit
 
@@ -293,7 +268,7 @@ cdef class Core(Keeper):
         delivery.options = self.tasks.get(delivery_task(delivery).encode(), self.own_task)
         if self.stopping:
             return self.settle(delivery, RETURN)
-        return self.enqueue(delivery)
+        return self.line.join(delivery)
 
     cdef int hand(self, Delivery delivery) except -1:
         """Give a delivery to the hooks, which say by ``judge`` what becomes of it."""
@@ -324,20 +299,20 @@ cdef class Core(Keeper):
             return self.fail(delivery, "revoked", None, ACK)
         if delivery.head.eta and delivery.head.eta > read_clock():
             # Those that are large would take the place of all others before they are many (rules, section 6.2: 64 of 256 MiB).
-            is_full = len(self.etas) >= self.max_etas or 4 * delivery.source.held_bytes > delivery.source.max_held_bytes
+            is_full = len(self.later) >= self.max_etas or 4 * delivery.source.held_bytes > delivery.source.max_held_bytes
             if is_full and delivery.source.postpone is not None and self.postpone(delivery):
                 return 0
-            return self.wait_until(delivery, delivery.head.eta)
+            return self.later.put(delivery, delivery.head.eta)
         if delivery.head.retries > 0 and self.runs_already(delivery):
-            return self.wait_until(delivery, read_clock() + OVERTAKE_S)
+            return self.later.put(delivery, read_clock() + OVERTAKE_S)
         if task.rate_limit > 0 and not delivery.is_rated:
             now = read_clock()
             turn = self.turn_of(delivery, now)
             if turn > now:
-                return self.wait_until(delivery, turn)
+                return self.later.put(delivery, turn)
         if task.handed_in_turn:
             return self.hand(delivery)
-        return self.enqueue(delivery)
+        return self.line.join(delivery)
 
     cdef bint runs_already(self, Delivery delivery) except -1:
         """Whether the run before this retry has not ended yet: what it still stores must not come last."""
@@ -378,32 +353,11 @@ cdef class Core(Keeper):
     def postpone_far(self) -> None:
         """The broker keeps messages from now on: give it what is far, beyond the number that is held here anyway."""
         cdef Delivery delivery
-        cdef list kept = []
-        for entry in sorted(self.etas, key=_due_first):
-            delivery = <Delivery> entry[2]
-            if len(kept) < self.max_etas or delivery.source.postpone is None or not self.postpone(delivery):
-                kept.append(entry)
-        self.etas = kept
+        for due, _, each in self.later.clear():
+            delivery = <Delivery> each
+            if len(self.later) < self.max_etas or delivery.source.postpone is None or not self.postpone(delivery):
+                self.later.put(delivery, due)
         self.on_batch()
-
-    cdef int wait_until(self, Delivery delivery, double due) except -1:
-        self.eta_order += 1
-        heappush(self.etas, (due, self.eta_order, delivery))
-        return 0
-
-    @property
-    def scheduled_count(self) -> int:
-        """How many have been put on the heap so far."""
-        return self.eta_order
-
-    def scheduled_since(self, uint64_t count) -> int:
-        """How many of those that were put there since ``scheduled_count`` was that still wait."""
-        cdef Py_ssize_t found = 0
-        cdef uint64_t order
-        for entry in self.etas:
-            order = (<tuple> entry)[1]
-            found += order > count
-        return found
 
     cdef bint is_revoked(self, Delivery delivery) except -1:
         return delivery_id(delivery) in self.revoked_ids
@@ -466,24 +420,6 @@ cdef class Core(Keeper):
         self.on_confirmed(delivery, True)
         self.on_batch()
 
-    cdef int enqueue(self, Delivery delivery) except -1:
-        delivery.next = None
-        if self.waiting_last is None:
-            self.waiting_first = delivery
-        else:
-            self.waiting_last.next = delivery
-        self.waiting_last = delivery
-        self.waiting += 1
-        return 0
-
-    cdef int enqueue_first(self, Delivery delivery) except -1:
-        delivery.next = self.waiting_first
-        self.waiting_first = delivery
-        if self.waiting_last is None:
-            self.waiting_last = delivery
-        self.waiting += 1
-        return 0
-
     # --- dispatch
 
     cdef Child pick(self, TaskOptions task):
@@ -525,16 +461,12 @@ cdef class Core(Keeper):
         """Hand waiting deliveries to children for as long as one takes them."""
         cdef Delivery delivery
         cdef Child child
-        while self.waiting_first is not None and not self.on_hold:
-            delivery = self.waiting_first
+        while self.line.first is not None and not self.on_hold:
+            delivery = self.line.first
             child = self.pick(<TaskOptions> delivery.options)
             if child is None:
                 break
-            self.waiting_first = delivery.next
-            if self.waiting_first is None:
-                self.waiting_last = None
-            delivery.next = None
-            self.waiting -= 1
+            self.line.leave()
             if delivery.head.expires and delivery.head.expires <= read_clock():
                 self.fail(delivery, "expired", delivery.head.expires, ACK)
                 continue
@@ -840,12 +772,6 @@ cdef class Core(Keeper):
             delivery.source.tell(delivery, verdict)
         return 0
 
-    cdef int move(self, Delivery delivery, int state) except -1:
-        self.ledger[delivery.state] -= 1
-        self.ledger[state] += 1
-        delivery.state = state
-        return 0
-
     cdef int flush(self, bint now) except -1:
         for each in self.sources:
             (<Source> each).flush(now)
@@ -875,10 +801,6 @@ cdef class Core(Keeper):
             self.looping = False
         return 0
 
-    cdef Py_ssize_t unsettled(self) except -1:
-        return <Py_ssize_t> self.ledger[DISPATCHED] + <Py_ssize_t> self.ledger[STARTED] + <Py_ssize_t> self.ledger[FINISHED] \
-            + self.waiting
-
     # --- time
 
     cdef int arm(self) except -1:
@@ -894,8 +816,8 @@ cdef class Core(Keeper):
                 delay = TICK_S
             elif delay == 0 and child.outstanding() and self.has_limit(child):
                 delay = LIMIT_TICK_S
-        if delay == 0 and self.etas:
-            delay = self.etas[0][0] - read_clock()
+        if delay == 0 and len(self.later):
+            delay = self.later.first_due() - read_clock()
             if delay > ETA_TICK_S:
                 delay = ETA_TICK_S
             if delay < 0.0005:
@@ -975,8 +897,10 @@ cdef class Core(Keeper):
 
     cdef int wake_etas(self) except -1:
         cdef double now = read_clock()
-        while self.etas and self.etas[0][0] <= now:
-            self.admit(<Delivery> heappop(self.etas)[2])
+        cdef Delivery delivery = self.later.take_due(now)
+        while delivery is not None:
+            self.admit(delivery)
+            delivery = self.later.take_due(now)
         return 0
 
     # --- stop
@@ -996,14 +920,10 @@ cdef class Core(Keeper):
         """Start nothing more: give back what waits and what children have not started. What runs goes on."""
         cdef Delivery each
         self.stopping = True
-        each, self.waiting_first, self.waiting_last, self.waiting = self.waiting_first, None, None, 0
-        while each is not None:
-            following, each.next = each.next, None
+        for each in self.line.clear():
             self.settle(each, RETURN)
-            each = following
-        etas, self.etas = self.etas, []
-        for entry in etas:
-            self.settle(<Delivery> entry[2], RETURN)
+        for _, _, each in self.later.clear():
+            self.settle(each, RETURN)
         for child in self.children:
             self.take_back(<Child> child)
         self.flush(True)
@@ -1026,7 +946,7 @@ cdef class Core(Keeper):
                     self.settle(delivery, REQUEUE)
         self.flush(True)
 
-    # --- a look inside, and remote control
+    # --- remote control
 
     @property
     def revoked(self) -> object:
@@ -1042,45 +962,6 @@ cdef class Core(Keeper):
         for child in self.children:
             self.take_back(<Child> child)
         self.on_batch()
-
-    @property
-    def load(self) -> int:
-        """How many calls run or wait for a child."""
-        return self.waiting + self.ledger[DISPATCHED] + self.ledger[STARTED]
-
-    @property
-    def running(self) -> int:
-        """How many calls run."""
-        return self.ledger[STARTED]
-
-    @property
-    def prefetch(self) -> int:
-        """How many messages may be here, ETA tasks not counted; 0: any number."""
-        return sum([(<Source> source).window for source in self.sources])
-
-    def active(self) -> list[dict[str, object]]:
-        """Return the running calls."""
-        return [self.describe(call, child.pid, ran) for child in self.children for call, ran in child.calls if ran >= 0]
-
-    def reserved(self) -> list[dict[str, object]]:
-        """Return what is here and waits for a child, its time not counted."""
-        cdef Delivery each = self.waiting_first
-        cdef list found = [self.describe(call, None, -1.0) for child in self.children for call, ran in child.calls if ran < 0]
-        while each is not None:
-            found.append(self.describe(each, None, -1.0))
-            each = each.next
-        return found
-
-    def scheduled(self) -> list[dict[str, object]]:
-        """Return what waits for its time or for its turn under a rate limit."""
-        return [self.describe(delivery, None, -1.0) | {"eta": due} for due, _, delivery in sorted(self.etas, key=_due_first)]
-
-    def describe(self, Delivery delivery, object pid, double ran) -> dict[str, object]:
-        """Return a delivery as inspection shows it; ``ran``: seconds since its start, -1 when it has not started."""
-        return {
-            "id": delivery_id(delivery), "name": delivery_task(delivery), "pid": pid,
-            "started": read_clock() - ran if ran >= 0 else None, **delivery.describe(),
-        }
 
     def terminate(self, set ids, int signum) -> list[str]:
         """Have the calls with these ids that run now ended by a signal to their process; return their ids."""
@@ -1101,11 +982,6 @@ cdef class Core(Keeper):
         """Whether results cannot be stored at present."""
         return self.store is not None and (self.store.dead or self.store.is_stuck)
 
-    @property
-    def only_stores(self) -> bool:
-        """Whether nothing is to run any more, and what is left only waits to be stored."""
-        return self.unsettled() == self.ledger[FINISHED]
-
     def cancel_lost(self, int signum) -> None:
         """End the running calls whose connection is gone before they were acknowledged: they run again elsewhere."""
         cdef Child child
@@ -1116,19 +992,3 @@ cdef class Core(Keeper):
             if running is not None and running.source.dead and not running.settled and not child.terminated_by:
                 child.terminate_for(signum)
                 self.hooks.terminate(child, signum)
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing runs, waits to run or waits for a confirmation."""
-        return self.unsettled() == 0
-
-    def stats(self) -> dict[str, object]:
-        """Return the counters: deliveries by ledger state, outcomes, refusals by class."""
-        return {
-            "received": self.received, "done": self.done, "postponed": self.postponed, "waiting": self.waiting,
-            "scheduled": len(self.etas) + self.parked,
-            "ledger": dict(zip(("received", "dispatched", "started", "finished", "settled"), self.ledger)),
-            "outcomes": dict(zip(("success", "failure", "retry", "ignored", "rejected", "requeued", "malformed", "returned",
-                                  "unknown"), self.outcomes)),
-            "refused": dict(self.refused),
-        }

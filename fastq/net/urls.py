@@ -15,6 +15,8 @@ logger = logging.getLogger("fastq.amqp.url")
 WRONG_PLACE: Final = "host or port is wrong, or the password has special characters"
 
 SECRET_PARAMETER: Final = re.compile(r"(?i)([?&][^=&]*(?:pass|secret|token|credential|api_?key)[^=&]*=)[^&\s'\"]*")
+#: An object of a module, in place of a scheme.
+PLACE: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 LOGIN: Final = re.compile(r"(://[^:@/\s'\"]*:)[^\s'\"]+@")
 
 
@@ -48,8 +50,9 @@ def split_urls(urls: str | Sequence[str]) -> list[str]:
 def scheme_of(urls: str | Sequence[str] | None) -> str:
     """Return the scheme of a URL, or of the first of several; text without ``://`` is one. ``module:NAME`` stays."""
     first = next(iter(split_urls(urls or "")), "")
-    scheme = first.partition("://")[0]
-    return scheme if ":" in scheme else scheme.lower()
+    scheme, separator, _ = first.partition("://")
+    # What has a colon otherwise is a URL with a typing error, and what follows may be a password.
+    return scheme if separator and PLACE.fullmatch(scheme) else scheme.partition(":")[0].lower()
 
 
 def parts_of(text: str) -> SplitResult:

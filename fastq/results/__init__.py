@@ -67,7 +67,7 @@ def find_store(url: str) -> Store:
     found = _OF_SCHEME.get(scheme) or find_plugin(ENTRY_POINTS, scheme, Store)
     if found is None:
         known = ", ".join(name if name == "disabled" else f"{name}://" for name in _OF_SCHEME)
-        raise SettingsError(f"no result store is known for {scheme}://; set result_backend to one of {known}")
+        raise SettingsError(f"results cannot be stored at {scheme}://; set result_backend to one of {known}")
     return found
 
 

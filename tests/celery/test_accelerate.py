@@ -401,7 +401,7 @@ def test_patched_sockets_are_left_to_kombu(monkeypatch: pytest.MonkeyPatch, amqp
         "patched.is_module_patched = lambda name: name == 'socket'\n"
         "sys.modules['gevent.monkey'] = patched\n"
         "import celery\n"
-        "from fastq.celery.publishing.stock import obstacle\n"
+        "from fastq.celery.sending.stock import obstacle\n"
         "app = celery.Celery('t')\n"
         "app.amqp.send_task_message\n"
         "print(obstacle(app))\n"

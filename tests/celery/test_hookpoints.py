@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import pytest
 
-FASTQ_FIRST = "import fastq.celery.hookpoints"
+FASTQ_FIRST = "import fastq.celery.checking.hookpoints"
 
 PROGRAM = """
 import json
@@ -350,7 +350,7 @@ def test_a_function_of_fastq_counts_as_what_it_stands_in_for() -> None:
     import functools, fastq
     from celery.app.task import Task as T
     code = compile("def __call__(self, *a, **k): return original(self, *a, **k)", fastq.__file__, "exec")
-    space = {"original": T.__call__, "__name__": "fastq.celery.accelerate"}
+    space = {"original": T.__call__, "__name__": "fastq.celery.sending.accelerate"}
     exec(code, space)
     T.__call__ = functools.wraps(T.__call__)(space["__call__"])
     """

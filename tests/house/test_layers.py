@@ -26,7 +26,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     5: ("running",),
     4: ("__init__", "app", "task", "result", "request", "sending", "steps"),
     3: ("bus", "brokers", "results", "pool"),
-    2: ("_core", "_child", "link", "codecs"),
+    2: ("_core", "_ledger", "_waiting", "_child", "link", "codecs"),
     1: ("wire", "net"),
     0: ("interfaces", "errors", "states", "settings", "printable", "plugins", "queues", "guard"),
 }
@@ -41,7 +41,9 @@ FRIENDS = {
     "steps": {"request"},
     "result": {"request"},
     "sending": {"request"},
-    "_core": {"_child", "link"},
+    "_core": {"_ledger", "_waiting", "_child", "link"},
+    "_ledger": {"_waiting", "_child", "link"},
+    "_waiting": {"link"},
     "_child": {"link"},
     "brokers": {"bus"},
     "results": {"brokers"},  # a store may use the connection of a broker, never the other way round

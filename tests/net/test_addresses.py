@@ -15,7 +15,7 @@ import pytest
 import uvloop
 
 from fastq.brokers import open_blocking_bus
-from fastq.net import addresses
+from fastq.net import tcp
 from fastq.net.tcp import connect_first, connect_first_on
 from tests.support.stage import Stage, open_stage
 from tests.support.worker_process import WorkerProcess
@@ -120,7 +120,7 @@ def test_the_first_address_that_takes_a_connection_is_used(connect: Connect, swa
 def test_an_address_that_refuses_costs_no_wait(
     connect: Connect, swallowing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(addresses, "DELAY_S", 30.0)
+    monkeypatch.setattr(tcp, "DELAY_S", 30.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         refusing = socket.create_server(("127.0.0.1", 0))
         nobody = refusing.getsockname()[1]

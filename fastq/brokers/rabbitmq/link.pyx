@@ -12,7 +12,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memmove
 from posix.time cimport nanosleep, timespec
 
-from fastq.link cimport ACK, REJECT, REQUEUE, RETURN, Delivery, Sink, Source
+from fastq.link cimport ACK, REJECT, Delivery, Sink, Source
 from fastq.wire.buffer cimport Writer, load_u16, load_u32, load_u64
 from fastq.wire.frames cimport (
     BASIC_ACK, BASIC_DELIVER, BASIC_NACK, BASIC_RETURN, FRAME_BODY, FRAME_END, FRAME_HEADER, FRAME_HEARTBEAT, FRAME_METHOD,
@@ -20,7 +20,7 @@ from fastq.wire.frames cimport (
 from fastq.wire.message cimport Message
 from fastq.wire.pipe cimport monotonic_ns
 
-from fastq.errors import LocalProtocolError, RemoteProtocolError
+from fastq.errors import RemoteProtocolError
 
 cdef enum:
     BUFFER_BYTES = 1 << 18      # two of the largest frames that are agreed on

@@ -29,7 +29,9 @@ from fastq.settings import Settings
         ("amqp://broker?heartbeat=30&auth_mechanism=external", AmqpUrl("broker", mechanism="EXTERNAL", heartbeat_s=30)),
         (
             "amqps://broker/?cacertfile=/ca.pem&certfile=/me.pem&keyfile=/key.pem&server_name_indication=other",
-            AmqpUrl("broker", 5671, tls=TlsOptions("/ca.pem", "/me.pem", "/key.pem", None, "other")),
+            AmqpUrl(
+                "broker", 5671, tls=TlsOptions("/ca.pem", cert_file="/me.pem", key_file="/key.pem", server_name="other")
+            ),
         ),
         ("amqps://broker/?ssl_insecure=true", AmqpUrl("broker", 5671, tls=TlsOptions(insecure=True))),
         ("amqps://broker/?ssl_insecure=false", AmqpUrl("broker", 5671, tls=TlsOptions())),
@@ -53,7 +55,7 @@ def test_a_url_names_a_broker(text: str, expected: AmqpUrl) -> None:
         ({"cert_reqs": "CERT_NONE", "insecure": False}, TlsOptions(insecure=True)),
         (
             {"keyfile": "/k", "certfile": "/c", "ssl_version": 17, "server_hostname": "x"},
-            TlsOptions(None, "/c", "/k", None, "x"),
+            TlsOptions(cert_file="/c", key_file="/k", server_name="x"),
         ),
     ],
 )

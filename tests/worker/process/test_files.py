@@ -154,13 +154,13 @@ def test_a_log_that_was_replaced_by_a_link_is_not_followed_but_written_on(
     if celery:
         made = (
             "import celery\n"
-            "from fastq.celery.logs import set_up\n"
+            "from fastq.celery.worker.logs import set_up\n"
             "from fastq.worker.options import WorkerOptions\n"
             "set_up(celery.Celery(), WorkerOptions(logfile=sys.argv[1], loglevel='INFO'))\n"
             "h = next(each for each in logging.getLogger().handlers if hasattr(each, 'baseFilename'))"
         )
     script = (
-        f"import logging, os, sys\nfrom fastq.worker.log import open_handler\n{made}\n"
+        f"import logging, os, sys\nfrom fastq.worker.process.log import open_handler\n{made}\n"
         "say = lambda text: h.emit(logging.makeLogRecord({'msg': text}))\n"
         "say('one')\n"
         "os.rename(sys.argv[1], sys.argv[1] + '.1')\n"
@@ -214,7 +214,7 @@ def test_links_of_our_own_are_followed(tmp_path: Path) -> None:
 
 def test_standard_streams_can_be_named() -> None:
     script = (
-        "import logging\nfrom fastq.worker.log import open_handler\n"
+        "import logging\nfrom fastq.worker.process.log import open_handler\n"
         "for name in ('/dev/stdout', '/dev/stderr', '/proc/self/fd/1'):\n"
         "    open_handler(name, 'w@h').emit(logging.makeLogRecord({'msg': name}))\n"
     )

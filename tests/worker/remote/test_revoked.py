@@ -34,7 +34,7 @@ def test_the_oldest_are_forgotten_when_there_are_too_many() -> None:
 
 def test_what_is_too_old_is_forgotten_at_a_purge(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr("fastq.worker.revoked.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("fastq.worker.remote.revoked.time.monotonic", lambda: clock[0])
     revoked = Revoked(expires_s=10)
     revoked.update(["old"])
     clock[0] = 111.0
