@@ -17,7 +17,8 @@ from fastq import FastQ
 from fastq.brokers.rabbitmq.link import AmqpLink
 from fastq.wire import amqp
 from fastq.wire.frames import FrameReader, publish_frames
-from fastq.wire.message import Message, encode_task, scan
+from fastq.wire.head import scan
+from fastq.wire.message import Message, encode_task
 from fastq.wire.pipe import SHARED_SIZE, ChildPipe, RingReader, call_record
 from tests.support.recording import RecordingPublisher
 

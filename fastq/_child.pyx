@@ -7,7 +7,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 
 from fastq.link cimport Delivery
-from fastq.wire.message cimport read_text
+from fastq.wire.head cimport read_text
 from fastq.wire.pipe cimport RECORD_CALL, RECORD_SLOT, RECORD_STOP, CallRecord, load32, load64s, monotonic_ns, store32
 
 from fastq.wire.pipe import SHARED_SIZE

@@ -13,7 +13,9 @@ from libc.string cimport memcmp, memcpy
 from fastq._child cimport MAX_ADVANCE, SENT_SLOTS, Child, TaskOptions, delivery_id, delivery_task
 from fastq._ledger cimport Ledger
 from fastq.link cimport ACK, DISPATCHED, FINISHED, RECEIVED, REJECT, REQUEUE, RETURN, SETTLED, STARTED
-from fastq.wire.message cimport FINE, NO_TASK, Head, encode_result_properties, is_utf8, read_clock, read_text, scan_head
+from fastq.wire.head cimport FINE, NO_TASK, Head, is_utf8, read_text, scan_head
+from fastq.wire.message cimport encode_result_properties
+from fastq.wire.dates cimport read_clock
 from fastq.wire.pipe cimport (
     FLAG_FOR_HOOKS, FLAG_RECYCLE, OUTCOME_FAILURE, OUTCOME_MALFORMED, OUTCOME_REJECTED, OUTCOME_REQUEUE,
     OUTCOME_RETURNED, OUTCOME_UNKNOWN, RECORD_OUTCOME, RECORD_PUBLISH, RECORD_READY, RECORD_STATE,
@@ -23,7 +25,7 @@ import os
 
 from fastq.errors import EncodeError, LocalProtocolError
 from fastq.states import READY_STATES
-from fastq.wire.message import PROBLEMS
+from fastq.wire.head import PROBLEMS
 
 cdef enum:
     NO_LIMIT = 0xFFFFFFFF

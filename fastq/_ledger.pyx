@@ -3,7 +3,7 @@
 
 from fastq._child cimport delivery_id, delivery_task
 from fastq.link cimport DISPATCHED, FINISHED, LEDGER_STATES, STARTED, Source
-from fastq.wire.message cimport read_clock
+from fastq.wire.dates cimport read_clock
 
 from fastq.wire.pipe import OUTCOME_NAMES
 

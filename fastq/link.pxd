@@ -3,11 +3,12 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from fastq.wire.ack_window cimport AckWindow
-from fastq.wire.message cimport Head, Message
+from fastq.wire.head cimport Head
+from fastq.wire.message cimport Message
 
 
 # What becomes of a delivery.
-cdef enum Verdict:
+cpdef enum:
     ACK = 0             # done: the broker may forget it
     REJECT = 1          # never to run again: to the dead letters, if there are any
     REQUEUE = 2         # back to the queue

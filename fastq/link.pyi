@@ -3,6 +3,11 @@ from typing import Any
 
 from fastq.wire.message import Message
 
+ACK: int
+REJECT: int
+REQUEUE: int
+RETURN: int
+
 class Delivery:
     tag: int
     request: Any

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastq.wire.message import Call
+    from fastq.wire.call import Call
 
 #: Message headers of the protocol; every other header is the user's.
 PROTOCOL_HEADERS = frozenset(

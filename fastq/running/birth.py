@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Final
 
 from fastq.pool.process import STACKS_SIGNAL
-from fastq.wire.pipe import SHARED_SIZE, ChildPipe
+from fastq.wire.pipe import FLAG_RECYCLE, SHARED_SIZE, ChildPipe
 
 #: End the call that was revoked with `terminate`, and do nothing otherwise.
 _LEFT_TO_MAIN: Final = (signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR2)
@@ -26,8 +26,6 @@ _IGNORED: Final = (signal.SIGINT, signal.SIGTTIN, signal.SIGTTOU)
 
 #: Time for threads that flush what they hold (QueueListener, statsd, spans): as much as Celery's children have.
 _THREADS_S: Final = 1.0
-
-RECYCLE: Final = 1  # FLAG_RECYCLE
 
 
 class Signals:
@@ -91,7 +89,7 @@ class MemoryLimit:
             self._is_beyond = True
             # billiard's words: log readers look for them.
             self._warn(f"child process exiting after exceeding memory limit ({peak_kib}KiB / {self.limit_kib}KiB)")
-        return RECYCLE
+        return FLAG_RECYCLE
 
 
 def wait_for_threads() -> None:

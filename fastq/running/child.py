@@ -43,7 +43,8 @@ from fastq.running.messages import TaskLog, retry_reason
 from fastq.states import FAILURE, REJECTED, RETRY, STARTED, SUCCESS
 from fastq.steps.retry import on_exception
 from fastq.task import ExceptionInfo, Task
-from fastq.wire.message import Call, Message
+from fastq.wire.call import Call
+from fastq.wire.message import Message
 from fastq.wire.pipe import OUTCOME_NAMES, ChildPipe
 
 _SUCCESS, _FAILURE, _RETRY, _IGNORED, _REJECTED, _REQUEUE, _MALFORMED, _RETURNED, _UNKNOWN = range(len(OUTCOME_NAMES))

@@ -24,7 +24,8 @@ from fastq.queues import named_options
 from fastq.request import BROKER_HEADERS, Request
 from fastq.sending.options import CHECKS, RetryOptions, SendOptions, custom_headers, seconds, text_option
 from fastq.sending.routing import NO_ROUTE, Router
-from fastq.wire.message import Message, TaskTemplate, iso8601_to_unix
+from fastq.wire.dates import iso8601_to_unix
+from fastq.wire.message import Message, TaskTemplate
 
 if TYPE_CHECKING:
     from fastq.interfaces import Codec

@@ -6,7 +6,7 @@ from cpython.unicode cimport PyUnicode_DecodeLatin1
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy
 
-from fastq.wire.message cimport read_clock
+from fastq.wire.dates cimport read_clock
 
 import os
 

@@ -1,51 +1,7 @@
-"""Task message protocol 2 in AMQP basic properties: declarations. Spans point into the property bytes that were scanned."""
-
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+"""A message on its way out: declarations."""
 
 from fastq.wire.buffer cimport Writer
 
-
-cdef struct Span:
-    uint32_t offset
-    uint32_t length
-
-
-cdef enum Problem:
-    FINE = 0
-    BAD_PROPERTIES
-    NO_TASK
-    BAD_TASK
-    NO_ID
-    BAD_ID
-    BAD_ETA
-    BAD_EXPIRES
-    BAD_TIMELIMIT
-    BAD_RETRIES
-    PROBLEM_COUNT
-
-
-# What the worker's main process decides on; everything else stays encoded.
-cdef struct Head:
-    Span task
-    Span id
-    Span reply_to
-    Span correlation_id
-    double eta              # unix seconds, 0 = none
-    double expires          # unix seconds, 0 = none
-    double time_limit       # seconds, 0 = no limit, -1 = not said
-    double soft_time_limit
-    int64_t retries
-    int64_t delivery_count  # RabbitMQ's count on quorum queues: former deliveries, 0 = first
-    int priority
-    int ignore_result       # -1 = not said
-    bint compressed
-
-
-cdef int scan_head(const uint8_t *props, Py_ssize_t size, Head *head) noexcept nogil
-cdef bint is_utf8(const uint8_t *p, Py_ssize_t size) noexcept
-cdef double parse_iso8601(const uint8_t *text, Py_ssize_t size) noexcept nogil
-cdef double read_clock() noexcept nogil
-cdef str read_text(const char *text, Py_ssize_t size)
 cdef int put_shortstr(Writer out, str text) except -1
 cdef bytes encode_result_properties(const char *task_id, Py_ssize_t size)
 
@@ -59,24 +15,3 @@ cdef class Message:
     cdef readonly int priority
     cdef readonly object due
     cdef readonly object expires
-
-
-cdef class Call:
-    cdef readonly bytes props
-    cdef readonly bytes body
-    cdef readonly str exchange
-    cdef readonly str routing_key
-    cdef readonly str name
-    cdef readonly str id
-    cdef readonly int retries
-    cdef readonly int deliveries
-    cdef readonly bint redelivered
-    cdef readonly bint wants_result
-    cdef readonly bint wants_report
-    cdef readonly bint is_own       # made by the worker's main process itself: no broker has seen its body
-    cdef readonly double soft_time_limit
-    cdef readonly double time_limit
-    cdef readonly object json_body
-    cdef uint32_t seq
-    cdef int64_t started_ns
-    cdef dict _properties

@@ -1,8 +1,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-PROBLEMS: tuple[str, ...]
-
 class Message:
     exchange: str
     routing_key: str
@@ -23,28 +21,6 @@ class Message:
         due: float | None = None,
         expires: float | None = None,
     ) -> None: ...
-
-class Call:
-    props: bytes
-    body: bytes
-    exchange: str
-    routing_key: str
-    name: str
-    id: str
-    retries: int
-    deliveries: int
-    redelivered: bool
-    wants_result: bool
-    wants_report: bool
-    is_own: bool
-    soft_time_limit: float
-    time_limit: float
-    json_body: bool
-    @property
-    def started_s(self) -> float: ...
-    def success_meta(self, value: bytes) -> bytes | None: ...
-    def properties(self) -> dict[str, Any]: ...
-    def headers(self) -> dict[str, Any]: ...
 
 class TaskTemplate:
     def __init__(
@@ -111,6 +87,3 @@ def encode_task(
     headers: Mapping[str, Any] | None = None,
 ) -> Message: ...
 def encode_properties(properties: Mapping[str, Any]) -> bytes: ...
-def scan(props: bytes) -> dict[str, Any]: ...
-def iso8601_to_unix(text: bytes) -> float | None: ...
-def unix_to_iso8601(unix: float) -> str: ...

@@ -7,7 +7,7 @@ one program.
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from fastq.wire.message cimport Call
+from fastq.wire.call cimport Call
 
 
 cdef enum:
@@ -28,7 +28,7 @@ cdef enum RecordKind:
 
 
 # How a call ended; the order is that of OUTCOME_NAMES in pipe.pyx.
-cdef enum OutcomeState:
+cpdef enum:
     OUTCOME_SUCCESS = 0
     OUTCOME_FAILURE = 1
     OUTCOME_RETRY = 2
@@ -40,7 +40,7 @@ cdef enum OutcomeState:
     OUTCOME_UNKNOWN = 8         # no such task in the child: FAILURE is stored, the message rejected
 
 
-cdef enum:
+cpdef enum:
     FLAG_RECYCLE = 1            # the child wants to be replaced (memory)
     FLAG_FOR_HOOKS = 2          # what the outcome brings is for the main process's hooks, not for the result store
 

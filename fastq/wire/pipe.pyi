@@ -1,7 +1,19 @@
 from collections.abc import Callable
 
-from fastq.wire.message import Call, Message
+from fastq.wire.call import Call
+from fastq.wire.message import Message
 
+OUTCOME_SUCCESS: int
+OUTCOME_FAILURE: int
+OUTCOME_RETRY: int
+OUTCOME_IGNORED: int
+OUTCOME_REJECTED: int
+OUTCOME_REQUEUE: int
+OUTCOME_MALFORMED: int
+OUTCOME_RETURNED: int
+OUTCOME_UNKNOWN: int
+FLAG_RECYCLE: int
+FLAG_FOR_HOOKS: int
 OUTCOME_NAMES: tuple[str, ...]
 SHARED_SIZE: int
 

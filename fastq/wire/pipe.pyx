@@ -15,7 +15,8 @@ from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, mun
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, nanosleep, timespec
 from posix.unistd cimport close
 
-from fastq.wire.message cimport Head, Message, read_text, scan_head
+from fastq.wire.head cimport Head, read_text, scan_head
+from fastq.wire.message cimport Message
 
 import os
 

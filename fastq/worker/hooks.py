@@ -22,7 +22,7 @@ from fastq.pool.supervisor import Pool
 from fastq.printable import Lines
 from fastq.running.messages import TaskLog
 from fastq.states import FAILURE, REVOKED
-from fastq.wire.message import scan
+from fastq.wire.head import scan
 from fastq.wire.properties import readable_properties
 from fastq.worker.remote.events import Events
 from fastq.worker.remote.revoked import Revoked

@@ -24,8 +24,6 @@ from fastq.wire.ids import new_id
 from fastq.wire.message import Message, encode_task
 from fastq.wire.pipe import ChildPipe
 
-ACK, REJECT, REQUEUE, RETURN = range(4)
-
 
 def stuck_in_c(seconds: float) -> None:
     """Hold the interpreter lock in C, so that no Python signal handler runs."""

@@ -14,7 +14,8 @@ from fastq.codecs.meta import decode_meta
 from fastq.errors import ResultTimeout
 from fastq.interfaces import Meta, Unwatch
 from fastq.states import READY_STATES
-from fastq.wire.message import Call, Message
+from fastq.wire.call import Call
+from fastq.wire.message import Message
 from fastq.wire.pipe import SHARED_SIZE, ChildPipe, RingReader, call_record
 from fastq.wire.properties import decode_properties
 

@@ -16,8 +16,9 @@ from kombu import Connection
 from kombu.transport.virtual import Message as KombuMessage
 
 from fastq.errors import DecodeError, EncodeError
+from fastq.wire.head import scan
 from fastq.wire.kombu import decode_claim, decode_envelope, encode_envelope
-from fastq.wire.message import encode_properties, encode_task, scan
+from fastq.wire.message import encode_properties, encode_task
 from fastq.wire.properties import decode_properties
 
 TASK_ID = "6c0d5e0c-4a6d-4a5e-9d0f-1f3b7f7a0001"

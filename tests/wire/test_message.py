@@ -15,8 +15,10 @@ from celery.utils.time import maybe_iso8601
 
 from fastq.errors import EncodeError
 from fastq.wire import amqp
+from fastq.wire.dates import iso8601_to_unix, unix_to_iso8601
+from fastq.wire.head import scan
 from fastq.wire.ids import new_id
-from fastq.wire.message import Message, encode_properties, encode_task, iso8601_to_unix, scan, unix_to_iso8601
+from fastq.wire.message import Message, encode_properties, encode_task
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 #: The headers of protocol 2 in the order in which Celery writes them.

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from fastq.errors import ContentDisallowed, DecodeError, EncodeError
+from fastq.wire.head import scan
 from fastq.wire.ids import new_id
 from fastq.wire.kombu import encode_envelope
-from fastq.wire.message import Message, encode_properties, encode_task, scan
+from fastq.wire.message import Message, encode_properties, encode_task
 from fastq.wire.properties import decode_properties
 from tests.support.malformed_messages import (
     BODY,

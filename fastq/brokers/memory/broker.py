@@ -12,15 +12,13 @@ from fastq.brokers.fixed import FixedQueues
 from fastq.brokers.limits import check_sizes
 from fastq.brokers.memory.space import Space, find_space
 from fastq.errors import PublishError, SettingsError
-from fastq.link import BatchSource
+from fastq.link import ACK, REJECT, REQUEUE, RETURN, BatchSource
 
 if TYPE_CHECKING:
     from fastq._core import Core
     from fastq.brokers.sqlite.results import SaveItem
     from fastq.settings import Settings
     from fastq.wire.message import Message
-
-ACK, REJECT, REQUEUE, RETURN = range(4)  # fastq.link's verdicts
 
 
 class MemoryPublisher:

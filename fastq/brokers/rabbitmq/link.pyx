@@ -469,7 +469,7 @@ cdef class AmqpLink(Source):
 
     def mark_returned(self) -> None:
         """A message was returned as unroutable: its confirmation, which follows, counts as a refusal."""
-        from fastq.wire.message import scan
+        from fastq.wire.head import scan
         task_id = scan(self.content_props)["correlation_id"]
         for tag, (message, owner) in self.unconfirmed.items():
             if message is not None and message.id == task_id:

@@ -27,9 +27,10 @@ from fastq.brokers.redis.records import end_of_record
 from fastq.brokers.redis.replies import CLAIM_BYTES, longest_envelope
 from fastq.brokers.redis.unacked import FIELDS, POSTPONED, Unacked
 from fastq.errors import EncodeError, PublishError, RedisError
-from fastq.link import BatchSource
+from fastq.link import ACK, REJECT, REQUEUE, RETURN, BatchSource
+from fastq.wire.head import scan
 from fastq.wire.kombu import decode_claim
-from fastq.wire.message import Message, scan
+from fastq.wire.message import Message
 
 if TYPE_CHECKING:
     from fastq.brokers.redis.consumer import RedisConsumer
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastq.transport.redis_source")
 
-ACK, REJECT, REQUEUE, RETURN = range(4)  # fastq.link's verdicts
 
 SAMPLE_BYTES: Final = 4096  # of a message that is too long to be taken, to be logged
 MAX_CLAIM: Final = 1 << 31

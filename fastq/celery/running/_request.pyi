@@ -2,7 +2,7 @@ from typing import Any, Protocol
 
 from celery.app.task import Context
 
-from fastq.wire.message import Call
+from fastq.wire.call import Call
 
 class Stack(Protocol):
     def __len__(self) -> int: ...

@@ -4,7 +4,7 @@
 Sources: celery.worker.request (which fields), celery.app.task (how a Context reads them), celery.utils.threads.
 """
 
-from fastq.wire.message cimport Call
+from fastq.wire.call cimport Call
 
 from celery.app.task import Context
 

@@ -16,7 +16,7 @@ from fastq.codecs import compression
 from fastq.codecs.json import decode as decode_json
 from fastq.errors import DecodeError
 from fastq.running.child import Malformed
-from fastq.wire.message import Call
+from fastq.wire.call import Call
 
 #: What kombu.utils.json reads from the start; an application may register more.
 _KNOWN_TYPES = frozenset({"datetime", "date", "time", "Decimal", "decimal", "uuid", "bytes", "base64", "register_type"})

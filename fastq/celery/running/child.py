@@ -49,7 +49,7 @@ from fastq.printable import Lines
 from fastq.running.birth import MemoryLimit, Signals, wait_for_threads, write_stacks_to
 from fastq.running.child import EX_RECYCLE, ChildOptions, Malformed
 from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, STARTED, SUCCESS
-from fastq.wire.message import Call
+from fastq.wire.call import Call
 from fastq.wire.pipe import OUTCOME_NAMES, ChildPipe
 
 _SUCCESS, _FAILURE, _RETRY, _IGNORED, _REJECTED, _REQUEUE, _MALFORMED, _RETURNED, _UNKNOWN = range(len(OUTCOME_NAMES))

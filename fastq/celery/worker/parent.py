@@ -32,10 +32,10 @@ from fastq.celery.worker.strategies import Strategies
 from fastq.celery.worker.threads import Recorder
 from fastq.guard import guarded
 from fastq.interfaces import CallHooks
-from fastq.link import Delivery
+from fastq.link import ACK, REJECT, REQUEUE, Delivery
 from fastq.running.child import MAX_DETAIL
 from fastq.states import PENDING, RECEIVED, REJECTED, RETRY
-from fastq.wire.message import scan
+from fastq.wire.head import scan
 from fastq.wire.properties import readable_properties
 from fastq.worker.hooks import Hooks, refusal
 from fastq.worker.remote.events import Events
@@ -45,8 +45,6 @@ logger = logging.getLogger("celery.worker.consumer")
 
 #: States of a task that no worker has begun, or that is to be begun again.
 _NOT_BEGUN = frozenset({PENDING, RECEIVED, RETRY, REJECTED})
-
-_ACK, _REJECT, _REQUEUE = range(3)  # fastq.link's verdicts
 
 
 @guarded(CallHooks)
@@ -231,10 +229,10 @@ class CeleryHooks(Hooks):
             close_databases(self._app)
             try:
                 if kind == "unknown":
-                    verdicts.append(_REJECT)
+                    verdicts.append(REJECT)
                     self._unknown(found, name, task_id)
                 elif kind == "refused":
-                    verdicts.append(_REJECT)
+                    verdicts.append(REJECT)
                     self._tell_refused(found, name, task_id, detail)
                 else:
                     self._request_method(kind, found, detail, verdicts)
@@ -244,7 +242,7 @@ class CeleryHooks(Hooks):
                 if is_last:
                     logger.exception("the failure of task %s[%s] could not be recorded", name, task_id)
         close_databases(self._app)
-        verdict = verdicts[0] if verdicts else _ACK
+        verdict = verdicts[0] if verdicts else ACK
         reason = f"Reject: {_reason_of(detail)}" if kind == "rejected" else None
         self._loop.call_soon_threadsafe(self.core.recorded, delivery, verdict, reason)
 
@@ -254,8 +252,8 @@ class CeleryHooks(Hooks):
             found,
             self._hostname,
             self.consumer.event_dispatcher,
-            on_ack=lambda *_: verdicts.append(_ACK),
-            on_reject=lambda _logger, _errors, requeue=False: verdicts.append(_REQUEUE if requeue else _REJECT),
+            on_ack=lambda *_: verdicts.append(ACK),
+            on_reject=lambda _logger, _errors, requeue=False: verdicts.append(REQUEUE if requeue else REJECT),
         )
         free_claim(request.task.backend, request.id, request.group)
         if kind in ("expired", "revoked"):

@@ -29,12 +29,11 @@ from fastq._core import Core
 from fastq.celery.worker.consumer import Consumer
 from fastq.celery.worker.requests import message_of
 from fastq.celery.worker.threads import Recorder
-from fastq.link import BatchSource, Delivery
+from fastq.link import ACK, REJECT, REQUEUE, BatchSource, Delivery
 from fastq.wire.message import encode_properties
 
 logger = logging.getLogger("celery.worker.strategy")
 
-_ACK, _REJECT, _REQUEUE = range(3)  # fastq.link's verdicts
 
 #: What a call is named that is not one of a task. A broker's message with this name is one of an unknown task.
 APPLY = "fastq.apply"
@@ -185,7 +184,7 @@ class Strategies:
             self.consumer.perform_pending_operations()
         finally:
             self._jobs.pop(delivery.tag, None)
-            self._loop.call_soon_threadsafe(self._core.recorded, delivery, _ACK)
+            self._loop.call_soon_threadsafe(self._core.recorded, delivery, ACK)
 
     def _terminate(self, task_id: str, signum: int) -> None:
         self._loop.call_soon_threadsafe(self._core.terminate, {task_id}, signum)
@@ -291,8 +290,8 @@ class _Channel:
 
     def basic_ack(self, delivery_tag: object, multiple: bool = False) -> None:
         """Settle the message as done."""
-        self._judge(self.delivery, _ACK)
+        self._judge(self.delivery, ACK)
 
     def basic_reject(self, delivery_tag: object, requeue: bool = False) -> None:
         """Drop the message, or put it back."""
-        self._judge(self.delivery, _REQUEUE if requeue else _REJECT)
+        self._judge(self.delivery, REQUEUE if requeue else REJECT)

@@ -25,7 +25,7 @@ from fastq.codecs.json import decode_event, encode_event, encode_loosely, place_
 from fastq.errors import ConnectionLost, EncodeError
 from fastq.sending.sent import utc_offset_h
 from fastq.states import FAILURE, REJECTED, RETRY, SUCCESS
-from fastq.wire.message import iso8601_to_unix, unix_to_iso8601
+from fastq.wire.dates import iso8601_to_unix, unix_to_iso8601
 from fastq.wire.properties import readable_properties
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import amqp.transport
 import redis.connection
 
 from fastq.celery.running.child import CeleryRunner
-from fastq.wire.message import Call
+from fastq.wire.call import Call
 from tests.celery.proj.app import make_app
 
 app = make_app({**json.loads(os.environ.get("PROJ_SETTINGS", "{}")), "include": ()})

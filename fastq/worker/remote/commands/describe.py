@@ -14,7 +14,7 @@ from fastq.codecs import json
 from fastq.codecs._walk import short_repr
 from fastq.codecs.compression import decompress
 from fastq.errors import DecodeError
-from fastq.wire.message import unix_to_iso8601
+from fastq.wire.dates import unix_to_iso8601
 from fastq.wire.properties import readable_properties
 
 #: Chosen: a larger or deeper body is described by what its sender wrote of the arguments.
