@@ -11,6 +11,7 @@ import uvloop
 
 from fastq._child import TaskOptions
 from fastq._core import Core
+from fastq.pool import PoolOptions
 from fastq.pool.supervisor import Pool
 from fastq.pool.zygote import start_zygote
 from fastq.wire.ids import new_id
@@ -30,10 +31,11 @@ def broker() -> Iterator[ListBroker]:
     pool = hooks.pool = Pool(
         loop,
         zygote,
-        1,
-        False,
-        lambda pid, reason: hooks.lost.append((pid, reason)),
-        lambda text: hooks.events.append(("fatal", text)),
+        PoolOptions(
+            1,
+            lambda pid, reason: hooks.lost.append((pid, reason)),
+            lambda text: hooks.events.append(("fatal", text)),
+        ),
     )
     core = Core(loop, [TaskOptions("noop")], hooks, pool)
     loop.run_until_complete(pool.start(core))

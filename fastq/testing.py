@@ -23,13 +23,13 @@ def worker(app: FastQ, *, concurrency: int = 1, timeout_s: float = 30.0, **optio
     """
     app.finalize()
     running = Worker(FastQProgram(app), WorkerOptions(concurrency=concurrency, **options).resolved(app.conf))
-    zygote = running.start_zygote()
+    prepared = running.prepare_pool()
     ready = threading.Event()
     failed: list[BaseException] = []
 
     def run() -> None:
         try:
-            running.run_with(zygote, on_ready=ready.set, handle_signals=False)
+            running.run_with(prepared, on_ready=ready.set, handle_signals=False)
         except BaseException as error:
             failed.append(error)
             ready.set()

@@ -25,6 +25,7 @@ from fastq.cli.options import misplaced_globals, name_list, plural
 from fastq.cli.unread import declared_queues, unread_queues
 from fastq.errors import FastqError, SettingsError
 from fastq.net.urls import mask_url, scheme_of
+from fastq.pool import find_pool
 from fastq.pool.patched import patched_by
 from fastq.queues import Topology
 from fastq.worker.banner import Banner
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastq.worker")
 
-POOLS = click.Choice(["prefork", "processes", "threads", "solo", "gevent", "eventlet", "custom"])
+#: Celery's pools that there is no other for yet.
+NOT_CARRIED = frozenset({"threads", "solo", "gevent", "eventlet", "custom"})
 
 
 def _concurrency(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -92,9 +94,11 @@ def _start_method(ctx: click.Context, param: click.Parameter, value: str | None)
         )
 
 
-def _pool(ctx: click.Context, param: click.Parameter, value: str) -> None:
-    if value not in ("prefork", "processes"):
+def _pool(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if value in NOT_CARRIED:
         raise Misuse(f"option -P/--pool {value} is not carried by this version of fastq; remove it to use prefork")
+    find_pool(value)
+    return value
 
 
 #: The help's sections, by an option's parameter; what stands in none of them is general.
@@ -143,7 +147,7 @@ class WorkerCommand(click.Command):
 @click.option("--grace", type=float, help="Seconds that running tasks have to end after a warm stop was asked for.")
 @click.option("--purge", "--discard", is_flag=True, help="Delete what waits in the queues before starting.")
 @click.option("-O", "--optimization", type=click.Choice(["default", "fair"]), default="default", hidden=True)
-@click.option("-P", "--pool", type=POOLS, default="prefork", callback=_pool, expose_value=False, hidden=True)
+@click.option("-P", "--pool", default="prefork", callback=_pool, help="What runs the tasks: prefork, or module:NAME.")
 @click.option("-E", "--task-events", "--events", is_flag=True, default=None, help="Send task events, for monitors.")
 @click.option("--autoscale", callback=_autoscale, metavar="MAX,MIN", help="Grow and shrink the pool with the work.")
 @click.option("-S", "--statedb", default="", help="File that keeps what was revoked; expands as --logfile.")
@@ -308,6 +312,7 @@ def show_banner(program: Program, options: WorkerOptions) -> None:
         queues=map(Topology(program.settings).spec, sorted(options.queues)),
         tasks=[name for name in program.names if options.loglevel == "DEBUG" or not name.startswith("celery.")],
         mode="reliable" if options.reliable else "compat",
+        pool=options.pool,
         events=bool(options.task_events) if has_bus(str(program.settings.broker_url)) else None,
     )
     click.echo(banner.text())

@@ -16,7 +16,6 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fastq._child import Child
@@ -24,10 +23,11 @@ from fastq._core import Core
 from fastq.errors import FastqError, PoolLost
 from fastq.guard import guarded
 from fastq.interfaces import ChildHooks
+from fastq.pool import PoolOptions
 from fastq.pool.companion import Companion
 from fastq.pool.process import DUMP_SIGNAL, STACKS_SIGNAL
 from fastq.pool.zygote import Exited, Failed, Zygote
-from fastq.wire.pipe import SHARED_SIZE, RingReader
+from fastq.wire.pipe import RingReader
 
 logger = logging.getLogger("fastq.worker")
 
@@ -95,22 +95,12 @@ class Slot:
 @guarded(ChildHooks)
 @dataclass(slots=True)
 class Pool:
-    """Keeps ``concurrency`` slots filled.
-
-    ``on_lost(title, reason)`` is told of a death nobody asked for, ``on_fatal(error)`` when no child can be had.
-    ``keeps_spare``: one more child than slots waits for its turn. ``overlaps``: a replacement may start while the child
-    that it replaces still lives. A child that is not ready after ``start_timeout_s`` is killed (None: never).
-    """
+    """Keeps as many slots filled as ``options.concurrency`` says (the protocol is ``interfaces.Pool``)."""
 
     loop: asyncio.AbstractEventLoop
     zygote: Zygote
-    concurrency: int
-    keeps_spare: bool
-    on_lost: Callable[[str, str], None]
-    on_fatal: Callable[[FastqError], None]
-    overlaps: bool = True
-    start_timeout_s: float | None = None
-    companion: Companion | None = None
+    options: PoolOptions
+    companion: Companion | None = field(init=False)
     core: Core = field(init=False)
     slots: list[Slot] = field(default_factory=list)
     spares: list[Member] = field(default_factory=list)  # starting, or ready and in no slot
@@ -130,6 +120,9 @@ class Pool:
     _complete: asyncio.Event = field(default_factory=asyncio.Event)
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def __post_init__(self) -> None:
+        self.companion = Companion(self.loop, self.zygote, "beat") if self.zygote.has_companion else None
+
     # --- start and stop
 
     async def start(self, core: Core) -> None:
@@ -137,7 +130,7 @@ class Pool:
         self.core = core
         self.loop.add_reader(self.zygote.fd, self._on_reports)
         self.loop.add_reader(self.zygote.pidfd, self._on_zygote_end)
-        self.slots += [Slot() for _ in range(self.concurrency)]
+        self.slots += [Slot() for _ in range(self.options.concurrency)]
         self._fill()
         await self._first.wait()
         with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
@@ -274,7 +267,7 @@ class Pool:
     # --- slots and spares
 
     def _needs_child(self, slot: Slot) -> bool:
-        return slot.member is None or (slot.is_due and self.overlaps)
+        return slot.member is None or (slot.is_due and self.options.overlaps)
 
     def _fill(self) -> None:
         """Put ready children where one is needed, send away those that are too many, order those that are missing."""
@@ -288,7 +281,7 @@ class Pool:
             slot.member, slot.is_due = None, False
             member.number = self._number_in_slot(member)
             slot.member = member
-        kept = int(self.keeps_spare)
+        kept = int(self.options.keeps_spare)
         for member in ready[len(needing) + kept :]:
             self.spares.remove(member)
             self._dismiss(member)
@@ -342,13 +335,8 @@ class Pool:
         number = self._free_number()
         member = Member(number, number)
         try:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            member.sock = ours
-            with theirs, open(os.memfd_create("fastq-child", os.MFD_CLOEXEC), "wb") as shared:
-                os.ftruncate(shared.fileno(), SHARED_SIZE)
-                member.reader = RingReader(shared.fileno())
-                self.zygote.spawn(self._next_request, member.number, theirs.fileno(), shared.fileno())
-        except OSError as error:  # no descriptors, no memory
+            member.sock, member.reader = self.zygote.spawn(self._next_request, member.number)
+        except OSError as error:
             self._start_failed(member, f"could not be started: {error}")
             return
         self.spares.append(member)
@@ -367,7 +355,11 @@ class Pool:
 
     @property
     def _slow_start_s(self) -> float:
-        return SLOW_START_S if self.start_timeout_s is None else min(SLOW_START_S, self.start_timeout_s / 2)
+        return (
+            SLOW_START_S
+            if self.options.start_timeout_s is None
+            else min(SLOW_START_S, self.options.start_timeout_s / 2)
+        )
 
     @property
     def _is_giving_up(self) -> bool:
@@ -390,11 +382,11 @@ class Pool:
         logger.error("%s %s", member.title, how)
         if not self.spares:
             failed = f"{self._failed_starts} children failed to start and none was ever ready, the last one {how}"
-            self.on_fatal(FastqError(failed))
+            self.options.on_fatal(FastqError(failed))
 
     def _hint(self) -> str:
         """Return what may be wrong when only the spare cannot start: the others hold what it wants."""
-        if not self.keeps_spare or any(self._needs_child(slot) for slot in self.slots):
+        if not self.options.keeps_spare or any(self._needs_child(slot) for slot in self.slots):
             return ""
         return ". If children hold a port, a lock or a GPU, set fastq_keeps_spare = False"
 
@@ -403,7 +395,7 @@ class Pool:
         self._fill()
 
     def _start_is_slow(self, member: Member) -> None:
-        waited_s, limit_s = self.loop.time() - member.since, self.start_timeout_s
+        waited_s, limit_s = self.loop.time() - member.since, self.options.start_timeout_s
         is_over = limit_s is not None and waited_s > limit_s - 0.01  # the loop's clock counts milliseconds
         if not member.pid:
             self._zygote_hangs(waited_s, is_over)
@@ -440,7 +432,7 @@ class Pool:
         # Nobody reports ends any more: look for them.
         if is_over and not any(member.is_ready and _lives(member) for member in self._members.values()):
             hangs = f"the process that forks children hangs: none was started for {waited_s:.3g} s, and none is left"
-            self.on_fatal(PoolLost(f"{hangs}. {_REMEDY}"))
+            self.options.on_fatal(PoolLost(f"{hangs}. {_REMEDY}"))
 
     def _end_is_slow(self, member: Member) -> None:
         logger.warning("%s has not ended %g s after its last call and is killed", member.title, SLOW_END_S)
@@ -475,7 +467,7 @@ class Pool:
         if not self._stopping or self._members or self._requests:
             how = self.zygote.reap()
             text = f"the process that forks children, pid:{self.zygote.pid}, has ended ({how}), so the worker ends"
-            self.on_fatal(PoolLost(f"{text}. {_REMEDY}"))
+            self.options.on_fatal(PoolLost(f"{text}. {_REMEDY}"))
         # The kernel has killed the children with it, all but those that hang at their fork.
         if self.companion is not None:
             self.companion.lose()
@@ -558,7 +550,7 @@ class Pool:
         if child is not None and child.terminated_by:
             logger.info("%s was terminated (%s)", member.title, report.reason)
         elif member.is_ready and not is_expected:
-            self.on_lost(member.title, report.reason)
+            self.options.on_lost(member.title, report.reason)
 
 
 def _lives(member: Member) -> bool:

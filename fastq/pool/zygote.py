@@ -20,14 +20,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fastq.pool import ChildMain, CompanionMain
 from fastq.pool.process import DUMP_SIGNAL, die_with_parent, set_name
-
-#: What runs in a child: (socket, shared memory file, number) -> exit code. No two living children are born with the
-#: same number; it is 0 or more.
-ChildMain = Callable[[int, int, int], int]
-#: What runs in the companion, the one process beside the children that a program may want. SIGTERM asks it to
-#: end; it is blocked until the companion is ready for it.
-CompanionMain = Callable[[], int]
+from fastq.wire.pipe import SHARED_SIZE, RingReader
 
 #: The request that a Spawned or a Failed about the companion names.
 COMPANION = 0
@@ -97,12 +92,22 @@ class Zygote:
         """Return the descriptor to watch for reports."""
         return self._control.fileno()
 
-    def spawn(self, request: int, number: int, sock: int, shared: int) -> None:
-        """Ask for a child on these descriptors; a Spawned or a Failed with this request follows.
+    def spawn(self, request: int, number: int) -> tuple[socket.socket, RingReader]:
+        """Ask for a child and return our ends of its socket and ring; a Spawned or a Failed with this request follows.
 
-        Raises BlockingIOError when a few hundred requests wait already.
+        Raises OSError: no descriptors, no memory, or a few hundred requests that wait already.
         """
-        socket.send_fds(self._control, [_RECORD.pack(_SPAWN, request, number, 0)], [sock, shared])
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with theirs, open(os.memfd_create("fastq-child", os.MFD_CLOEXEC), "wb") as shared:
+                os.ftruncate(shared.fileno(), SHARED_SIZE)
+                reader = RingReader(shared.fileno())
+                record = _RECORD.pack(_SPAWN, request, number, 0)
+                socket.send_fds(self._control, [record], [theirs.fileno(), shared.fileno()])
+        except BaseException:
+            ours.close()
+            raise
+        return ours, reader
 
     def spawn_companion(self) -> None:
         """Ask for the companion; a Spawned or a Failed with the request COMPANION follows.

@@ -41,6 +41,7 @@ class Banner:
     queues: Iterable[QueueSpec]
     tasks: Iterable[str] = ()
     mode: str = "reliable"
+    pool: str = "prefork"
     events: bool | None = False  # None: the broker carries none
 
     def text(self) -> str:
@@ -54,7 +55,7 @@ class Banner:
             f".> app:         {self.app}",
             f".> transport:   {self.transport}",
             f".> results:     {self.results}",
-            f".> concurrency: {self.concurrency} (prefork)",
+            f".> concurrency: {self.concurrency} ({self.pool})",
             f".> task events: {_NO_EVENTS if self.events is None else 'ON' if self.events else _EVENTS_OFF}",
             f".> mode:        {self.mode}",
             "",

@@ -15,19 +15,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 import uvloop
 
 from fastq._core import Core
 from fastq.brokers import open_consumer
 from fastq.errors import ConnectionLost, FastqError, PoolLost, RemoteProtocolError, SettingsError
-from fastq.interfaces import Consumer
+from fastq.interfaces import Consumer, Pool
 from fastq.link import BatchSource
 from fastq.net.urls import mask_url
-from fastq.pool.companion import Companion
-from fastq.pool.supervisor import Pool
+from fastq.plugins import load
+from fastq.pool import PoolOptions, find_pool
 from fastq.pool.titles import active, set_title
-from fastq.pool.zygote import Zygote
 from fastq.queues import QueueSpec
 from fastq.results import find_store
 from fastq.running import messages
@@ -63,9 +63,9 @@ WINDOW_NS = 20e6
 
 
 class Life:
-    """One run of a worker. ``options`` are resolved against the program's settings."""
+    """One run of a worker. ``options`` are resolved against the program's settings; ``prepared`` is the pool's."""
 
-    def __init__(self, program: Program, options: WorkerOptions, zygote: Zygote) -> None:
+    def __init__(self, program: Program, options: WorkerOptions, prepared: Any) -> None:
         self.program = program
         self.options = options
         self.settings: Settings = program.settings
@@ -75,7 +75,7 @@ class Life:
         self._backend = program.results
         self.core: Core
         self.pool: Pool
-        self._zygote = zygote
+        self._prepared = prepared
         self._was_connected = False
         self._owns_process = False
         self._has_said_ready = False
@@ -101,7 +101,7 @@ class Life:
             self._thread = LogThread()
             self._thread.take_over()
         try:
-            return loop.run_until_complete(self._main(loop, self._zygote, on_ready, handle_signals))
+            return loop.run_until_complete(self._main(loop, on_ready, handle_signals))
         finally:
             loop.close()
             if self._thread is not None:
@@ -117,23 +117,12 @@ class Life:
     # --- the life of a worker
 
     async def _main(
-        self, loop: asyncio.AbstractEventLoop, zygote: Zygote, on_ready: Callable[[], None] | None, handle_signals: bool
+        self, loop: asyncio.AbstractEventLoop, on_ready: Callable[[], None] | None, handle_signals: bool
     ) -> int:
         options = self.options
         hooks = self.program.hooks(loop)
         self._stop.start(loop)
-        self.pool = Pool(
-            loop,
-            zygote,
-            max(1, options.autoscale[1]) if options.autoscale else options.concurrency or 1,
-            keeps_spare=self.settings.fastq_keeps_spare
-            and bool(options.max_tasks_per_child or options.max_memory_per_child),
-            on_lost=hooks.child_lost,
-            on_fatal=self._on_fatal,
-            overlaps=self.settings.fastq_keeps_spare,
-            start_timeout_s=self.settings.fastq_child_start_timeout or None,
-            companion=Companion(loop, zygote, "beat") if zygote.has_companion else None,
-        )
+        self.pool = self._make_pool(loop, hooks)
         self.core = self._make_core(loop, hooks)
         uninstall = install(loop, self._actions(), self._note_signal) if handle_signals else lambda: None
         serving: asyncio.Task[None] | None = None
@@ -486,6 +475,20 @@ class Life:
     async def _save_reply(self, task_id: str, meta: bytes) -> None:
         if self._consumer is not None and self._consumer.replies is not None:
             await self._consumer.replies.save(task_id, meta)
+
+    def _make_pool(self, loop: asyncio.AbstractEventLoop, hooks: Hooks) -> Pool:
+        options, settings = self.options, self.settings
+        recycles = bool(options.max_tasks_per_child or options.max_memory_per_child)
+        wanted = PoolOptions(
+            concurrency=max(1, options.autoscale[1]) if options.autoscale else options.concurrency or 1,
+            on_lost=hooks.child_lost,
+            on_fatal=self._on_fatal,
+            keeps_spare=settings.fastq_keeps_spare and recycles,
+            overlaps=settings.fastq_keeps_spare,
+            start_timeout_s=settings.fastq_child_start_timeout or None,
+        )
+        pool: Pool = load(find_pool(options.pool).pool)(loop, self._prepared, wanted)
+        return pool
 
     def _make_core(self, loop: asyncio.AbstractEventLoop, hooks: Hooks) -> Core:
         options, settings = self.options, self.settings

@@ -26,6 +26,7 @@ class WorkerOptions:
     """The options of ``fastq worker``. Raises SettingsError when a number is out of range."""
 
     concurrency: int | None = None
+    pool: str = "prefork"  # or module:NAME, or an entry point of fastq.pools
     queues: tuple[str, ...] = ()
     exclude_queues: tuple[str, ...] = ()
     hostname: str = ""

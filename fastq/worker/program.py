@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastq.app import FastQ
 from fastq.errors import SettingsError
 from fastq.net.urls import mask_url
-from fastq.pool.zygote import ChildMain, CompanionMain
+from fastq.pool import ChildMain, CompanionMain
 from fastq.running import child
 from fastq.settings import Settings
 from fastq.worker.options import NODE_NAME

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastq.brokers import find_broker
+from fastq.plugins import load
+from fastq.pool import find_pool
 from fastq.pool.titles import set_title
-from fastq.pool.zygote import Zygote, start_zygote
 from fastq.running.child import ChildOptions
 from fastq.worker.options import WorkerOptions
 from fastq.worker.process.log import ChildLogging
@@ -33,18 +34,19 @@ class Worker:
 
     def run(self, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
         """Run until stopped and return the exit code. Call it before the process has threads or an event loop."""
-        return self.run_with(self.start_zygote(), on_ready, handle_signals)
+        return self.run_with(self.prepare_pool(), on_ready, handle_signals)
 
-    def start_zygote(self) -> Zygote:
-        """Fork the zygote for ``run_with``."""
+    def prepare_pool(self) -> Any:
+        """Return what the pool needs that must be made before there is a thread or a loop, for ``run_with``."""
         title = partial(set_title, self.program.process_title, self.options.hostname, "zygote")
-        return start_zygote(self.program.child_main(self._child_options()), title, self.program.companion)
+        prepare = load(find_pool(self.options.pool).prepare)
+        return prepare(self.program.child_main(self._child_options()), title, self.program.companion)
 
-    def run_with(self, zygote: Zygote, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
-        """Run with a zygote that was forked already; this may be another thread than the one that forked it."""
+    def run_with(self, prepared: Any, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
+        """Run with a pool that was prepared already; this may be another thread than the one that did it."""
         from fastq.worker.life import Life
 
-        self.life = Life(self.program, self.options, zygote)
+        self.life = Life(self.program, self.options, prepared)
         return self.life.run(on_ready, handle_signals)
 
     def stop_soon(self, how: str = "warm") -> None:

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fastq.link import BatchSource
+from fastq.link import ACK, REJECT, RETURN, BatchSource
 from fastq.wire.ids import new_id
 from fastq.wire.message import Message, encode_task
-from tests.support.core_with_children import ACK, REJECT, RETURN, Running, run_loop
+from tests.support.core_with_children import Running, run_loop
 
 
 def put(t: Running, task: str, *args: Any, **options: Any) -> tuple[int, str]:

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from tests.support.core_with_children import ACK, REJECT, REQUEUE, RETURN, Running, run_loop
+from fastq.link import ACK, REJECT, REQUEUE, RETURN
+from tests.support.core_with_children import Running, run_loop
 
 
 def test_every_delivery_runs_and_is_acknowledged_once() -> None:

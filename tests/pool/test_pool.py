@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from fastq.pool import supervisor
-from fastq.pool.zygote import ChildMain
-from tests.support.core_with_children import ACK, Running, child_main, run_loop
+from fastq.link import ACK
+from fastq.pool import ChildMain, supervisor
+from tests.support.core_with_children import Running, child_main, run_loop
 from tests.support.servers import wait_until
 from tests.support.worker_process import WorkerProcess
 

@@ -18,8 +18,9 @@ import uvloop
 from fastq._child import Child, TaskOptions
 from fastq._core import Core
 from fastq.link import BatchSource, Delivery
+from fastq.plugins import load
+from fastq.pool import PREFORK, ChildMain, PoolKind, PoolOptions
 from fastq.pool.supervisor import Pool
-from fastq.pool.zygote import ChildMain, start_zygote
 from fastq.wire.ids import new_id
 from fastq.wire.message import Message, encode_task
 from fastq.wire.pipe import ChildPipe
@@ -230,26 +231,26 @@ def run_loop(
     timeout_s: float = 30,
     keeps_spare: bool = False,
     main_of_child: ChildMain = child_main,
+    kind: PoolKind = PREFORK,
     pool_options: dict[str, Any] | None = None,
     **core_options: Any,
 ) -> None:
     """Start a pool and a loop, run the test's coroutine, and take everything down."""
-    zygote = start_zygote(main_of_child)
+    prepared = load(kind.prepare)(main_of_child)
     loop = uvloop.new_event_loop()
 
     async def main() -> None:
         hooks = RecordingHooks(loop)
         names = [*TASKS, "publish", "state", "large"]
         options = [TaskOptions(name, **(tasks or {}).get(name, {})) for name in names]
-        pool = hooks.pool = Pool(
-            loop,
-            zygote,
+        wanted = PoolOptions(
             concurrency,
-            keeps_spare,
             lambda title, reason: hooks.lost.append((title, reason)),
             lambda error: hooks.events.append(("fatal", str(error))),
+            keeps_spare,
             **(pool_options or {}),
         )
+        pool = hooks.pool = load(kind.pool)(loop, prepared, wanted)
         core = Core(loop, options, hooks, pool, **core_options)
         await pool.start(core)
         broker = ListBroker(loop, window)

@@ -32,7 +32,7 @@ from fastq.celery.worker.consumer import Worker
 from fastq.celery.worker.inside import Inside, show_state
 from fastq.celery.worker.steps import Steps
 from fastq.errors import SettingsError
-from fastq.pool.zygote import ChildMain, CompanionMain
+from fastq.pool import ChildMain, CompanionMain
 from fastq.running import child
 from fastq.settings import Settings
 from fastq.worker.process.log import escape_arguments

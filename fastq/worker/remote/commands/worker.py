@@ -85,7 +85,7 @@ def _pool(view: WorkerView) -> dict[str, Any]:
     runs = sum(task.runs for task in view.core.tasks.values())
     share = f"{1 / view.pool.size:.2f}" if view.pool.size else "0.00"
     return {
-        "implementation": "fastq.pool.supervisor:Pool",
+        "implementation": f"{type(view.pool).__module__}:{type(view.pool).__name__}",
         "max-concurrency": view.pool.size,
         "processes": view.pool.pids,
         "max-tasks-per-child": options.max_tasks_per_child or "N/A",
