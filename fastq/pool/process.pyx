@@ -4,7 +4,7 @@
 from cpython.exc cimport PyErr_SetFromErrno
 from libc.string cimport memset
 from posix.signal cimport SIGEV_SIGNAL, sigevent
-from posix.time cimport CLOCK_MONOTONIC, itimerspec, timer_create, timer_delete, timer_settime
+from posix.time cimport CLOCK_MONOTONIC, itimerspec, timespec, timer_create, timer_delete, timer_settime
 from posix.types cimport time_t, timer_t
 
 cdef extern from "sys/prctl.h" nogil:
@@ -42,8 +42,14 @@ DUMP_SIGNAL = signal.SIGRTMAX - 2
 STACKS_SIGNAL = signal.SIGRTMAX - 3
 
 
+cdef int put_seconds(timespec *span, double seconds) noexcept:
+    span.tv_sec = <time_t> seconds
+    span.tv_nsec = <long> ((seconds - <double> span.tv_sec) * 1e9)
+    return 0
+
+
 cdef class Timer:
-    """A timer of this process that sends a signal once, besides the one behind ``signal.alarm``; forks do not inherit it."""
+    """A timer of this process that sends a signal, besides the one behind ``signal.alarm``; forks do not inherit it."""
 
     cdef timer_t timer
     cdef bint exists
@@ -61,11 +67,11 @@ cdef class Timer:
         if self.exists:
             timer_delete(self.timer)
 
-    def set(self, double seconds) -> None:
-        """Have the signal come in so many seconds; 0: not at all."""
+    def set(self, double seconds, double again=0) -> None:
+        """Have the signal come in so many seconds (0: not at all), and ``again`` after each so many (0: once)."""
         cdef itimerspec when
         memset(&when, 0, sizeof(when))
-        when.it_value.tv_sec = <time_t> seconds
-        when.it_value.tv_nsec = <long> ((seconds - <double> when.it_value.tv_sec) * 1e9)
+        put_seconds(&when.it_value, seconds)
+        put_seconds(&when.it_interval, again)
         if timer_settime(self.timer, 0, &when, NULL) < 0:
             PyErr_SetFromErrno(OSError)

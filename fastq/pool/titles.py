@@ -5,28 +5,28 @@ In Celery's form, as people's scripts look for it: ``[celeryd: celery@host:ForkP
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from fastq.net.urls import mask_one
 
-try:
-    import setproctitle
-except ImportError:
-    setproctitle = None  # type: ignore[assignment]  # looked for once, before the first fork
-
 #: Celery's variable that turns titles off.
 _OFF: Final = "NOSETPS"
+
+# Both are looked for once, before the first fork.
+_set: Callable[[str], None] | None = None
+if _OFF not in os.environ:
+    with contextlib.suppress(ImportError):
+        from setproctitle import setproctitle as _set
 
 
 def set_title(program: str, hostname: str, process: str, info: str = "") -> None:
     """Show this process as one of the node's: ``program`` is the first word, ``process`` the name that records bear."""
-    if _OFF in os.environ:
-        return
-    if setproctitle is not None:
-        setproctitle.setproctitle(f"[{program}: {hostname}:{process}]{f' {info}' if info else ''}")
+    if _set is not None:
+        _set(f"[{program}: {hostname}:{process}]{f' {info}' if info else ''}")
 
 
 def active(words: Sequence[str] = ()) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastq.pool import ChildMain, CompanionMain
-from fastq.pool.process import DUMP_SIGNAL, die_with_parent, set_name
+from fastq.pool.process import DUMP_SIGNAL, LIMIT_SIGNAL, Timer, die_with_parent, set_name
 from fastq.wire.pipe import SHARED_SIZE, RingReader
 
 #: The request that a Spawned or a Failed about the companion names.
@@ -29,10 +29,14 @@ COMPANION = 0
 
 _SPAWN, _SPAWNED, _EXITED, _FAILED = 1, 2, 3, 4
 _RECORD = struct.Struct("=BIii")  # kind, request, pid or number, wait status or errno
+_FDS = struct.Struct("ii")  # what comes with a request for a child: its end of the socket, the shared memory
 
 #: How long a hook of os.register_at_fork may hold up the zygote. Chosen: hooks take locks, and the zygote has no other
 #: thread to hold one.
 HOOK_S = 5.0
+#: Threads are looked for with the first so many forks, then with every so many-th: to look costs several system calls,
+#: and what starts threads at forks does so at once, or when it is first used.
+LOOK_FORKS, LOOK_EVERY = 4, 64
 #: How long it may take to end. Chosen: it has nothing to do but to leave.
 END_S = 2.0
 
@@ -190,8 +194,17 @@ def start_zygote(
     return Zygote(pid, ours, companion is not None)
 
 
-def _ignore(signum: int, frame: object) -> None:
-    """Leave it to the main process. A handler, not SIG_IGN: programs that tasks start must not inherit that."""
+#: What a child has done with the signals that ``on_signal`` handles: it is told them.
+child_handler: Callable[[int, object], None] | None = None
+
+
+def on_signal(signum: int, frame: object) -> None:
+    """Leave a signal to the main process, in the zygote; in a child to its handler, which so costs no system call.
+
+    A handler, not SIG_IGN: programs that tasks start must not inherit that.
+    """
+    if child_handler is not None:
+        child_handler(signum, frame)
 
 
 class HookHangs(Exception):
@@ -232,19 +245,28 @@ def _serve(control: socket.socket, main: int, child_main: ChildMain, companion: 
     # Children have it too from their first moment on: a start that hangs can be looked into.
     for signum in (DUMP_SIGNAL, signal.SIGUSR1):
         faulthandler.register(signum, file=sys.__stderr__ or 2, all_threads=True, chain=False)
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTTIN, signal.SIGTTOU):
-        signal.signal(signum, _ignore)
+    for signum in (signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR2):
+        signal.signal(signum, on_signal)
+    # Programs that tasks start inherit that: they live through the Ctrl-C of a warm stop, and as a child's group is not
+    # the terminal's, they would stand still for ever where they read from or write to it.
+    for signum in (signal.SIGINT, signal.SIGTTIN, signal.SIGTTOU):
+        signal.signal(signum, signal.SIG_IGN)
+    # All that can be done once is: each page that is written between two forks is copied for the next child.
+    signal.signal(LIMIT_SIGNAL, _end_hook)
+    alarm = Timer(LIMIT_SIGNAL)
     poll = select.poll()
     poll.register(control.fileno(), select.POLLIN)
     poll.register(main, select.POLLIN)
-    is_told = False
+    forks, is_told = 0, False
     pids: dict[int, int] = {}  # pidfd -> pid
     while True:
         for fd, _ in poll.poll():
             if fd in (control.fileno(), main):
-                # What is registered for forks may have started some here.
-                is_told = is_told or tell_threads()
-                if fd == main or not _fork_one(control, main, poll, pids, child_main, companion):
+                # What is registered for forks may have started threads here: with the first forks, or at times.
+                if not is_told and (forks < LOOK_FORKS or forks % LOOK_EVERY == 0):
+                    is_told = tell_threads()
+                forks += 1
+                if fd == main or not _fork_one(control, main, poll, pids, child_main, companion, alarm):
                     for pid in pids.values():
                         _kill_group(pid)
                     return 0
@@ -284,33 +306,34 @@ def _fork_one(
     pids: dict[int, int],
     child_main: ChildMain,
     companion: CompanionMain | None,
+    alarm: Timer,
 ) -> bool:
     """Carry out one request; False when the main process has gone."""
-    data, fds, _, _ = socket.recv_fds(control, _RECORD.size, 2)
+    # Close-on-exec: programs that tasks start get neither, however they are started. (``recv_fds`` takes no flags.)
+    data, ancillary, _, _ = control.recvmsg(_RECORD.size, socket.CMSG_LEN(_FDS.size), socket.MSG_CMSG_CLOEXEC)
     if not data:
         return False
     _, request, number, _ = _RECORD.unpack(data)
-    for fd in fds:
-        os.set_inheritable(fd, False)  # programs that tasks start get neither, however they are started
-    sock, shared = fds or os.pipe()  # the companion begins with what comes out of the pipe
-    previous = signal.signal(signal.SIGALRM, _end_hook)
-    signal.setitimer(signal.ITIMER_REAL, HOOK_S, HOOK_S)
+    sock, shared = (
+        _FDS.unpack(ancillary[0][2]) if ancillary else os.pipe()
+    )  # the companion begins with what comes out of the pipe
     failure = pid = 0
     zygote = os.getpid()
-    masked = {signal.SIGTERM} if request == COMPANION else set()
-    signal.pthread_sigmask(signal.SIG_BLOCK, masked)
+    if request == COMPANION:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    alarm.set(HOOK_S, HOOK_S)
     try:
         pid = os.fork()
+        if pid:
+            alarm.set(0)
     except OSError as error:
         failure = error.errno or errno.EAGAIN
     except HookHangs:  # between two hooks: nobody knows whether the fork was done, and a child without sockets ends
         failure = errno.ETIMEDOUT
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)  # a child has no timer of its parent's, but its handler
-        signal.signal(signal.SIGALRM, signal.SIG_DFL if previous is None else previous)
-    if failure or pid:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, masked)
+    if request == COMPANION and (failure or pid):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     if failure:
+        alarm.set(0)
         os.close(sock)
         os.close(shared)
         control.send(_RECORD.pack(_FAILED, request, 0, failure))

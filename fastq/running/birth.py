@@ -13,8 +13,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import ClassVar, Final
 
+from fastq.pool import zygote
 from fastq.pool.process import STACKS_SIGNAL
 from fastq.wire.pipe import FLAG_RECYCLE, SHARED_SIZE, ChildPipe
 
@@ -31,12 +32,15 @@ _THREADS_S: Final = 1.0
 class Signals:
     """The handlers of a child. What a task forks has the defaults again."""
 
+    of_process: ClassVar[Signals | None] = None
+
     def __init__(self, pipe: ChildPipe) -> None:
         self._pipe = pipe
         self._pid = os.getpid()
-        self._handlers: dict[int, Callable[[int, object], None]] = dict.fromkeys(_LEFT_TO_MAIN, self._on_signal)
-        os.register_at_fork(after_in_child=self._restore)
-        self.install()
+        # The zygote has set them; to set them again would write to some thirty pages of memory.
+        self._handlers: dict[int, Callable[[int, object], None]] = dict.fromkeys(_LEFT_TO_MAIN, zygote.on_signal)
+        zygote.child_handler = self._on_signal
+        Signals.of_process = self
 
     def install(self) -> None:
         """Set all handlers, over those of the user's code too: without ours, systemd's TERM would end the call."""
@@ -52,16 +56,25 @@ class Signals:
 
     def _on_signal(self, signum: int, frame: object) -> None:
         """End the process if the main process has revoked the call that runs; else leave it to the main process."""
-        if os.getpid() != self._pid:  # it came between the fork and `_restore`
+        if os.getpid() != self._pid:  # it came between the fork and `restore`
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         elif self._pipe.is_terminated:
             raise SystemExit(-signum)
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Set the defaults where the handlers are ours still."""
         for signum, handler in self._handlers.items():
             if signal.getsignal(signum) == handler:  # not one that the task has put there
                 signal.signal(signum, signal.SIG_DFL)
+
+
+def _after_fork() -> None:
+    if Signals.of_process is not None:
+        Signals.of_process.restore()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def write_stacks_to(shared: int) -> None:
@@ -94,6 +107,8 @@ class MemoryLimit:
 
 def wait_for_threads() -> None:
     """Return when this is the only thread, after a second at the latest."""
+    if threading.active_count() == 1:
+        return
     deadline = time.monotonic() + _THREADS_S
     for thread in threading.enumerate():
         if thread is not threading.current_thread():

@@ -32,7 +32,7 @@ async def started(at: Running, count: int, seconds: float = 60) -> list[int]:
     """Return the processes of so many calls that run for long, once they do."""
     for _ in range(count):
         at.broker.put("sleep", seconds)
-    await until(lambda: at.core.running == count, f"{count} calls that run")
+    await until(lambda: len(at.core.active()) == count, f"{count} calls that run")
     return [row["pid"] for row in at.core.active()]
 
 
@@ -69,7 +69,7 @@ class PoolConformance:
         async def body(at: Running) -> None:
             first = list(at.pool.pids)
             tag = at.broker.put("sleep", 0.5)
-            await until(lambda: at.core.running == 1, "a call that runs")
+            await until(lambda: len(at.core.active()) == 1, "a call that runs")
             os.kill(at.core.active()[0]["pid"], signal.SIGKILL)
             await at.broker.until(lambda: at.broker.verdict(tag) == ACK, 20)
             await until(lambda: len(at.pool.pids) == 1 and at.pool.pids != first, "another process")
@@ -147,7 +147,7 @@ class PoolConformance:
             await until(lambda: len(at.pool.pids) == 2, "two processes")
             before = set(at.pool.pids)
             tag = at.broker.put("sleep", 0.3)
-            await until(lambda: at.core.running == 1, "a call that runs")
+            await until(lambda: len(at.core.active()) == 1, "a call that runs")
             at.pool.restart()
             await at.broker.until(lambda: at.broker.verdict(tag) == ACK, 20)
             await until(lambda: len(at.pool.pids) == 2 and before.isdisjoint(at.pool.pids), "two other processes")
@@ -158,7 +158,7 @@ class PoolConformance:
     def test_a_stop_waits_for_calls_and_kills_at_its_deadline(self) -> None:
         async def body(at: Running) -> None:
             tag = at.broker.put("sleep", 0.3)
-            await until(lambda: at.core.running == 1, "a call that runs")
+            await until(lambda: len(at.core.active()) == 1, "a call that runs")
             pids = list(at.pool.pids)
             at.core.quiet()
             await at.pool.stop(20)
