@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import logging
 import os
-import select
 import signal
 import socket
 import time
@@ -25,9 +24,9 @@ from fastq.guard import guarded
 from fastq.interfaces import ChildHooks
 from fastq.pool import PoolOptions
 from fastq.pool.companion import Companion
+from fastq.pool.members import Member, Slot, lives, wait_for_end, worth
 from fastq.pool.process import DUMP_SIGNAL, STACKS_SIGNAL
 from fastq.pool.zygote import Exited, Failed, Zygote
-from fastq.wire.pipe import RingReader
 
 logger = logging.getLogger("fastq.worker")
 
@@ -49,47 +48,6 @@ _REMEDY = (
 )
 #: Requests to the zygote under way: a few hundred fill its socket, and writing there must not block.
 MAX_ASKED = 16
-
-
-@dataclass(eq=False, slots=True)
-class Member:
-    """One process of the pool, from the request to fork it to the report of its end.
-
-    ``number`` is at first the lowest that no living one has or was born with. Where a spare takes its slot, it becomes
-    one below the pool's size that nobody else has who runs calls; the one that it replaces may still be about to end.
-    """
-
-    number: int
-    born: int
-    child: Child | None = None
-    pid: int = 0
-    is_ready: bool = False
-    is_leaving: bool = False  # it was asked to end
-    since: float = 0.0  # when it was asked for, then when it was forked
-    sock: socket.socket | None = None
-    reader: RingReader | None = None
-    pidfd: int = -1
-    timer: asyncio.TimerHandle | None = None  # for a start or an end that takes too long
-
-    @property
-    def title(self) -> str:
-        """Return what the log calls it."""
-        return f"Process 'ForkPoolWorker-{self.number + 1}'" + (f" pid:{self.pid}" if self.pid else "")
-
-    def set_timer(self, timer: asyncio.TimerHandle | None) -> None:
-        """Watch over something else from now on, or over nothing."""
-        if self.timer is not None:
-            self.timer.cancel()
-        self.timer = timer
-
-
-@dataclass(eq=False, slots=True)
-class Slot:
-    """A place for one running call at a time."""
-
-    member: Member | None = None
-    #: The member has finished all it may run: a spare takes its place as soon as one is ready.
-    is_due: bool = False
 
 
 @guarded(ChildHooks)
@@ -187,7 +145,7 @@ class Pool:
     def shrink(self, n: int = 1) -> None:
         """Remove slots, empty and idle ones first; the calls in them are finished. The last slot stays."""
         for _ in range(min(n, len(self.slots) - 1)):
-            slot = min(reversed(self.slots), key=_worth)
+            slot = min(reversed(self.slots), key=worth)
             self.slots.remove(slot)
             if slot.member is not None and not slot.is_due:
                 self._dismiss(slot.member)
@@ -430,7 +388,7 @@ class Pool:
             )
             os.kill(self.zygote.pid, DUMP_SIGNAL)
         # Nobody reports ends any more: look for them.
-        if is_over and not any(member.is_ready and _lives(member) for member in self._members.values()):
+        if is_over and not any(member.is_ready and lives(member) for member in self._members.values()):
             hangs = f"the process that forks children hangs: none was started for {waited_s:.3g} s, and none is left"
             self.options.on_fatal(PoolLost(f"{hangs}. {_REMEDY}"))
 
@@ -474,7 +432,7 @@ class Pool:
         self.kill()
         until = time.monotonic() + KILLED_S
         for member in self._members.values():
-            _wait_for_end(member, until)
+            wait_for_end(member, until)
         self.core.give_back_running(forget=False)
         for pid in list(self._members):
             self._on_exit(Exited(pid, signal.SIGKILL))
@@ -551,23 +509,3 @@ class Pool:
             logger.info("%s was terminated (%s)", member.title, report.reason)
         elif member.is_ready and not is_expected:
             self.options.on_lost(member.title, report.reason)
-
-
-def _lives(member: Member) -> bool:
-    return not _wait_for_end(member, 0)
-
-
-def _wait_for_end(member: Member, until: float) -> bool:
-    """Return whether the process has ended, at that time by the monotonic clock at the latest."""
-    if member.pidfd < 0:
-        return True
-    poll = select.poll()
-    poll.register(member.pidfd, select.POLLIN)
-    return bool(poll.poll(max(0.0, until - time.monotonic()) * 1000))
-
-
-def _worth(slot: Slot) -> int:
-    """Return what would be lost with the slot: nothing, a child that is ready, or one that is at work."""
-    if slot.member is None or slot.member.child is None or slot.is_due:
-        return 0
-    return 2 if slot.member.child.busy else 1

@@ -14,7 +14,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import uvloop
@@ -40,7 +40,9 @@ from fastq.worker.process.logthread import LogThread
 from fastq.worker.process.signals import dump_stacks, install, restart
 from fastq.worker.program import Program
 from fastq.worker.remote.remote import Remote
+from fastq.worker.stop import Stop
 from fastq.worker.storage import Storage
+from fastq.worker.window import Window
 
 logger = logging.getLogger("fastq.worker")
 
@@ -52,14 +54,7 @@ CANCEL_S = 5.0
 COLD_S = 2.0
 STORE_WAIT_S = 2.0  # chosen: a worker that stops waits so long for a result store that is away
 HANDLERS_S = 10.0  # chosen: what users' code has for its last work
-UNBOUNDED_WINDOW = 4096  # what "no prefetch limit" means for brokers that are asked for messages
-MAX_WINDOW = 1024
-MAX_SCHEDULED = 100_000  # reliability rules, section 6.2: beyond this the broker keeps what waits for its time
-ADAPT_EVERY_S = 0.2
-GROW_EVERY_S = 0.02  # while ETA tasks fill the window: 10,000 of them are here within half a second
-HOLD_WINDOW_S = 1.0  # a window that ETA tasks have filled is kept open so long
-#: Work to hold in advance while tasks are short: hides the acks' way to the broker and back many times over.
-WINDOW_NS = 20e6
+LOOK_EVERY_S = 0.2
 
 
 class Life:
@@ -75,6 +70,7 @@ class Life:
         self._backend = program.results
         self.core: Core
         self.pool: Pool
+        self._window: Window
         self._prepared = prepared
         self._was_connected = False
         self._owns_process = False
@@ -124,6 +120,7 @@ class Life:
         self._stop.start(loop)
         self.pool = self._make_pool(loop, hooks)
         self.core = self._make_core(loop, hooks)
+        self._window = Window(options, self.core, self.pool, self.settings.worker_eta_task_limit or 0)
         uninstall = install(loop, self._actions(), self._note_signal) if handle_signals else lambda: None
         serving: asyncio.Task[None] | None = None
         self.program.tell("starting", life=self)
@@ -176,7 +173,7 @@ class Life:
                 self._say_ready()
             consumer = self._consumer
             assert consumer is not None
-            adapting = asyncio.ensure_future(self._adapt(consumer))
+            adapting = asyncio.ensure_future(self._window.adapt(consumer))
             try:
                 # Shielded: stopping cancels this task, and that must not look like a lost connection.
                 reason = await asyncio.shield(consumer.lost)
@@ -230,7 +227,7 @@ class Life:
         consumer.name = options.hostname
         await consumer.open()
         self._consumer = consumer
-        consumer.source.window = self._window()
+        consumer.source.window = self._window.size
         consumer.source.max_held_bytes = settings.fastq_max_held_bytes
         try:
             self._choose_store(consumer)
@@ -238,7 +235,7 @@ class Life:
                 await consumer.replies.prepare()
             self.core.add_source(consumer.source)
             self.core.set_outlet(consumer.outlet)
-            await consumer.consume(self._queues, self._window())
+            await consumer.consume(self._queues, self._window.size)
             for spec in self._added:
                 await consumer.add_queue(spec)
         except BaseException:
@@ -284,61 +281,6 @@ class Life:
         delay = random.uniform(FIRST_RETRY_S, longest)  # noqa: S311  jitter, not a secret
         logger.error(messages.CANNOT_CONNECT, mask_url(self._broker), error, delay, attempt, limit or "no limit")
         await asyncio.sleep(delay)
-
-    # --- prefetch
-
-    @property
-    def _slots(self) -> int:
-        """How many calls may run at a time, with an autoscaler at most."""
-        return self.options.autoscale[0] if self.options.autoscale else self.pool.size
-
-    def _window(self) -> int:
-        multiplier = self.options.prefetch_multiplier
-        if multiplier == 0:
-            return UNBOUNDED_WINDOW
-        return max(1, int((multiplier or 4) * self._slots))
-
-    async def _adapt(self, consumer: Consumer) -> None:
-        """Widen the window while tasks are short or waiting ETA tasks fill it; narrow it when tasks are long."""
-        core = self.core
-        base = current = self._window()
-        most = self.settings.worker_eta_task_limit or MAX_SCHEDULED
-        pause_s, grown_at = ADAPT_EVERY_S, -HOLD_WINDOW_S
-        counted = parked = shelved = 0  # as they were when the window was set: those do not fill it
-        received = received_at_first = core.received
-        while True:
-            await asyncio.sleep(pause_s)
-            now, pause_s = time.monotonic(), ADAPT_EVERY_S
-            scheduled = core.stats()["scheduled"]
-            unsaved, is_full = 0, False
-            if not isinstance(consumer.source, BatchSource):
-                # The broker counts what has run and waits for a result store that is away. How much of it came since
-                # this subscription is not known: when as much waits as may be here and nothing comes, it may be all.
-                unsaved, received, before = consumer.source.shelved, core.received, received
-                scheduled += unsaved
-                is_full = unsaved >= current > 0 and received == before != received_at_first
-            wanted = base
-            if core.reliable and self.options.adapts_prefetch and core.run_ns >= 0:
-                per_child = min(MAX_WINDOW, WINDOW_NS / max(core.run_ns, 1.0))
-                wanted = max(base, min(MAX_WINDOW, int(per_child * self._slots)))
-            parked, shelved = min(parked, core.parked), min(shelved, unsaved)
-            filled = core.scheduled_since(counted) + core.parked - parked + unsaved - shelved
-            grown = (filled >= current // 2 > 0 or is_full) and scheduled < most
-            if grown:
-                # As many again as came, and looked at soon, so that a flood of them is through before it is due.
-                wanted += min(scheduled, MAX_WINDOW)
-                grown_at, pause_s = now, GROW_EVERY_S
-            elif wanted * 4 <= current and now - grown_at < HOLD_WINDOW_S:
-                continue  # the flood may go on
-            if grown or wanted >= 2 * current or wanted * 4 <= current:
-                # A new consumer's window counts from zero: what waits for its time does not fill it.
-                current, counted, parked, shelved = wanted, core.scheduled_count, core.parked, unsaved
-                received_at_first = core.received
-                consumer.source.window = wanted + scheduled
-                try:
-                    await consumer.set_prefetch(wanted)
-                except FastqError:
-                    return  # the connection has ended; ``lost`` says why
 
     # --- stopping
 
@@ -463,8 +405,8 @@ class Life:
         """Return when all that is left has waited for a result store that is away for long enough."""
         waited_s = 0.0
         while waited_s < STORE_WAIT_S:
-            await asyncio.sleep(ADAPT_EVERY_S)
-            waited_s = waited_s + ADAPT_EVERY_S if self.core.only_stores and self.core.is_store_away else 0.0
+            await asyncio.sleep(LOOK_EVERY_S)
+            waited_s = waited_s + LOOK_EVERY_S if self.core.only_stores and self.core.is_store_away else 0.0
 
     def _running_names(self) -> str:
         running = [child.running_task for child in self.core.children]
@@ -519,74 +461,3 @@ def say(text: str) -> None:
     if sys.__stderr__ is not None and sys.__stderr__ not in streams:
         with contextlib.suppress(OSError):
             os.write(sys.__stderr__.fileno(), f"\n{text}\n".encode())
-
-
-class Stop:
-    """Whether the worker is to stop, how, and within what time; the last wish counts unless it is the softer one."""
-
-    def __init__(self) -> None:
-        self.how = ""
-        self.limit_s: float | None = None
-        self.restarts = False
-        self.loop: asyncio.AbstractEventLoop
-        self._asked: asyncio.Event
-        self._over: asyncio.Event
-        self._timer: asyncio.TimerHandle | None = None
-        self._error: Exception | None = None
-
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Belong to this loop from now on."""
-        self.loop = loop
-        self._asked = asyncio.Event()
-        self._over = asyncio.Event()
-
-    @property
-    def asked(self) -> bool:
-        """Return whether a stop was asked for."""
-        return self._asked.is_set()
-
-    @property
-    def is_over(self) -> bool:
-        """Return whether running calls have had their time."""
-        return self._over.is_set()
-
-    def ask(self, how: str, limit_s: float | None) -> None:
-        """Ask for a stop, "warm" or "cold", that lets running calls end for so many seconds; None: for any time."""
-        if how == "warm" and self.how:
-            return
-        self.how, self.limit_s = how, limit_s
-        self._asked.set()
-        if self._timer is not None:
-            self._timer.cancel()
-        if limit_s:
-            self._timer = self.loop.call_later(limit_s, self._over.set)
-        elif limit_s is not None:
-            self._over.set()
-
-    def fail(self, error: Exception, limit_s: float = 0) -> None:
-        """Stop because of an error, which ``check`` raises at the end."""
-        self._error = error
-        self.ask("cold", limit_s)
-
-    def check(self) -> None:
-        """Raise the error that ended the worker, if one did."""
-        if self._error is not None:
-            raise self._error
-
-    async def wait(self) -> None:
-        """Return once a stop was asked for."""
-        await self._asked.wait()
-
-    async def until_over(self) -> None:
-        """Return once running calls have had their time."""
-        await self._over.wait()
-
-    async def unless(self, work: Coroutine[None, None, None]) -> None:
-        """Do the work, or stop doing it when a stop is asked for."""
-        task, asked = asyncio.ensure_future(work), asyncio.ensure_future(self._asked.wait())
-        await asyncio.wait([task, asked], return_when=asyncio.FIRST_COMPLETED)
-        asked.cancel()
-        if task.done():
-            task.result()
-        else:
-            task.cancel()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from celery import bootsteps
 
-from fastq.celery.worker.steps import in_order
+from fastq.celery.worker.bootsteps import in_order
 from tests.celery.conftest import stages
 from tests.celery.herald import Capture
 from tests.celery.stage import CeleryStage, Servers, opened

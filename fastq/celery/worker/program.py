@@ -30,7 +30,7 @@ from fastq.celery.worker import logs
 from fastq.celery.worker.beat import Beat
 from fastq.celery.worker.consumer import Worker
 from fastq.celery.worker.inside import Inside, show_state
-from fastq.celery.worker.steps import Steps
+from fastq.celery.worker.bootsteps import Steps
 from fastq.errors import SettingsError
 from fastq.pool import ChildMain, CompanionMain
 from fastq.running import child
