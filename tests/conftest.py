@@ -36,13 +36,15 @@ LONGEST = (
 )
 
 
-def turn_of(item: pytest.Item) -> int:
+def turn_of(item: pytest.Item) -> tuple[int, int]:
     """Return when an item's file is to be run, the least first."""
     try:
         place = str(item.path.relative_to(ROOT / "tests"))
     except ValueError:  # in bench/
-        return 2
-    return 0 if place.startswith(FIRST) else 1 if place.startswith(LONGEST) else 2
+        return 2, 0
+    if place.startswith(FIRST):
+        return 0, 0
+    return next(((1, turn) for turn, start in enumerate(LONGEST) if place.startswith(start)), (2, 0))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

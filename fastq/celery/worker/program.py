@@ -28,9 +28,9 @@ from fastq.celery.conf.serializers import register_serializers
 from fastq.celery.conf.settings import blaming, number_of, own_store, settings_of_app
 from fastq.celery.worker import logs
 from fastq.celery.worker.beat import Beat
+from fastq.celery.worker.bootsteps import Steps
 from fastq.celery.worker.consumer import Worker
 from fastq.celery.worker.inside import Inside, show_state
-from fastq.celery.worker.bootsteps import Steps
 from fastq.errors import SettingsError
 from fastq.pool import ChildMain, CompanionMain
 from fastq.running import child
