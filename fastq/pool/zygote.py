@@ -17,13 +17,16 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Final, NoReturn
 
 from fastq.pool import ChildMain, CompanionMain
 from fastq.pool.process import DUMP_SIGNAL, LIMIT_SIGNAL, Timer, die_with_parent, set_name
 from fastq.wire.pipe import SHARED_SIZE, RingReader
 
+#: Exit code of a process that came to no other.
+EX_INTERNAL: Final = 70
 #: The request that a Spawned or a Failed about the companion names.
 COMPANION = 0
 
@@ -339,26 +342,10 @@ def _fork_one(
         control.send(_RECORD.pack(_FAILED, request, 0, failure))
         return True
     if pid == 0:
-        code = 70
-        try:
-            die_with_parent(signal.SIGTERM if request == COMPANION else signal.SIGKILL)
-            if request != COMPANION:  # which has no group, so that nobody kills it with one
-                os.setpgid(0, 0)  # a group, not a session: a leader of one could not call setpgrp itself
-            control.close()
-            for fd in (main, *pids):
-                os.close(fd)
-            if request != COMPANION:
-                code = child_main(sock, shared, number)
-            elif companion is not None:
-                os.close(shared)
-                code = companion() if os.read(sock, 1) and os.getppid() == zygote else code
-        except KeyboardInterrupt:
-            code = 130
-        except Exception:
-            logging.getLogger("fastq.worker").critical("a child ends because of an internal error", exc_info=True)
-        finally:
-            # No finalizers: what the parent process had open is not this process's to clean up.
-            os._exit(code)
+        closes = (control.detach(), main, *pids)
+        if request == COMPANION:
+            _end_with(lambda: _be_companion(companion, closes, zygote, sock, shared))
+        _end_with(lambda: _be_child(child_main, closes, sock, shared, number))
     if request == COMPANION:
         os.write(shared, b"!")
     os.close(sock)
@@ -368,3 +355,35 @@ def _fork_one(
     poll.register(fd, select.POLLIN)
     control.send(_RECORD.pack(_SPAWNED, request, pid, 0))
     return True
+
+
+def _be_child(child_main: ChildMain, closes: Iterable[int], sock: int, shared: int, number: int) -> int:
+    """Run calls; returns the exit code."""
+    die_with_parent()
+    os.setpgid(0, 0)  # a group, not a session: a leader of one could not call setpgrp itself
+    for fd in closes:
+        os.close(fd)
+    return child_main(sock, shared, number)
+
+
+def _be_companion(companion: CompanionMain | None, closes: Iterable[int], zygote: int, sock: int, shared: int) -> int:
+    """Run the companion once the zygote has told of it; returns the exit code. No group: nobody kills it with one."""
+    die_with_parent(signal.SIGTERM)
+    for fd in (*closes, shared):
+        os.close(fd)
+    is_told = bool(os.read(sock, 1)) and os.getppid() == zygote
+    return companion() if is_told and companion is not None else EX_INTERNAL
+
+
+def _end_with(work: Callable[[], int]) -> NoReturn:
+    """End the process with the exit code that the work returns; one that fails is an internal error."""
+    code = EX_INTERNAL
+    try:
+        code = work()
+    except KeyboardInterrupt:
+        code = 130
+    except Exception:
+        logging.getLogger("fastq.worker").critical("a child ends because of an internal error", exc_info=True)
+    finally:
+        # No finalizers: what the parent process had open is not this process's to clean up.
+        os._exit(code)
