@@ -13,7 +13,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import ClassVar, Final
+from dataclasses import dataclass
+from typing import ClassVar, Final, Protocol
 
 from fastq.pool import zygote
 from fastq.pool.process import STACKS_SIGNAL
@@ -27,6 +28,28 @@ _IGNORED: Final = (signal.SIGINT, signal.SIGTTIN, signal.SIGTTOU)
 
 #: Time for threads that flush what they hold (QueueListener, statsd, spans): as much as Celery's children have.
 _THREADS_S: Final = 1.0
+
+
+class ChildSetup(Protocol):
+    """What surrounds the calls of a child and goes by its number, 1 or more."""
+
+    def __call__(self, number: int) -> None:
+        """Begin with the number that the child is born with."""
+
+    def renumber(self, before: int, number: int) -> None:
+        """Go on with the number of the slot that the child takes its calls in."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChildOptions:
+    """What every child of a pool is told at its birth."""
+
+    hostname: str
+    max_memory_kib: int = 0
+    track_started: bool = False
+    is_amqp: bool = False  # messages come from a broker that speaks AMQP
+    program: str = "fastq"  # what the process's title begins with
+    setup: ChildSetup | None = None  # logging and the like
 
 
 class Signals:

@@ -13,7 +13,8 @@ from fastq.app import FastQ
 from fastq.errors import SettingsError
 from fastq.net.urls import mask_url
 from fastq.pool import ChildMain, CompanionMain
-from fastq.running import child
+from fastq.running.birth import ChildOptions
+from fastq.running.child import FastQChild
 from fastq.settings import Settings
 from fastq.worker.options import NODE_NAME
 
@@ -98,7 +99,7 @@ class Program(Protocol):
     def task_options(self, options: WorkerOptions) -> list[TaskOptions]:
         """Return how the calls of each task are to be treated."""
 
-    def child_main(self, options: child.ChildOptions) -> ChildMain:
+    def child_main(self, options: ChildOptions) -> ChildMain:
         """Return what runs in each child; all that children share is made here."""
 
     @property
@@ -234,9 +235,9 @@ class FastQProgram:
             soft_time_limit=task.soft_time_limit or 0,
         )
 
-    def child_main(self, options: child.ChildOptions) -> ChildMain:
+    def child_main(self, options: ChildOptions) -> ChildMain:
         """Return what runs in each child."""
-        return child.ChildMain(self.app, options)
+        return FastQChild(self.app, options)
 
     def hooks(self, loop: asyncio.AbstractEventLoop) -> Hooks:
         """Return the plain hooks."""

@@ -15,7 +15,7 @@ from fastq.brokers import find_broker
 from fastq.plugins import load
 from fastq.pool import find_pool
 from fastq.pool.titles import set_title
-from fastq.running.child import ChildOptions
+from fastq.running.birth import ChildOptions
 from fastq.worker.options import WorkerOptions
 from fastq.worker.process.log import ChildLogging
 from fastq.worker.program import Program

@@ -380,6 +380,11 @@ def test_the_soft_limit_is_an_error_in_the_task(stage: CeleryStage, by: str) -> 
     assert "SoftTimeLimitExceeded" in result.traceback
 
 
+def test_under_a_soft_limit_arguments_may_have_any_name(stage: CeleryStage) -> None:
+    named = dict.fromkeys(("args", "call", "function", "kwargs", "limit", "plan", "task"), 1)
+    assert stage.get(stage.tasks.name_the_named.apply_async((), named, soft_time_limit=60)) == list(named)
+
+
 def test_the_hard_limit_ends_the_child_and_fails_the_call(stage: CeleryStage) -> None:
     result = stage.tasks.sleep_for.apply_async((30,), time_limit=0.5)
     (holding,) = stage.wait_for_notes("holding", id=result.id)

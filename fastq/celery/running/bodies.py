@@ -15,7 +15,7 @@ from kombu.utils import json as kombu_json
 from fastq.codecs import compression
 from fastq.codecs.json import decode as decode_json
 from fastq.errors import DecodeError
-from fastq.running.child import Malformed
+from fastq.running.decode import Malformed
 from fastq.wire.call import Call
 
 #: What kombu.utils.json reads from the start; an application may register more.

@@ -33,7 +33,7 @@ from fastq.celery.worker.threads import Recorder
 from fastq.guard import guarded
 from fastq.interfaces import CallHooks
 from fastq.link import ACK, REJECT, REQUEUE, Delivery
-from fastq.running.child import MAX_DETAIL
+from fastq.running.decode import MAX_DETAIL
 from fastq.states import PENDING, RECEIVED, REJECTED, RETRY
 from fastq.wire.head import scan
 from fastq.wire.properties import readable_properties

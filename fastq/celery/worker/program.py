@@ -33,7 +33,7 @@ from fastq.celery.worker.consumer import Worker
 from fastq.celery.worker.inside import Inside, show_state
 from fastq.errors import SettingsError
 from fastq.pool import ChildMain, CompanionMain
-from fastq.running import child
+from fastq.running.birth import ChildOptions
 from fastq.settings import Settings
 from fastq.worker.process.log import escape_arguments
 from fastq.worker.report import software, without_password
@@ -251,14 +251,14 @@ class CeleryProgram:
             **limits,
         )
 
-    def child_main(self, options: child.ChildOptions) -> ChildMain:
+    def child_main(self, options: ChildOptions) -> ChildMain:
         """Return what runs in each child."""
-        from fastq.celery.running.child import CeleryChildMain
+        from fastq.celery.running.child import CeleryChild
 
         if not self._has_own_logging:
             logs.redirect(self.app)
         options = replace(options, setup=logs.ChildLogging(self.app, self._logfile, self._hostname))
-        return CeleryChildMain(self.app, options, self.results)
+        return CeleryChild(self.app, options, self.results)
 
     @property
     def companion(self) -> CompanionMain | None:

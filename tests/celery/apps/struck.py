@@ -11,7 +11,7 @@ from typing import Any
 import amqp.transport
 import redis.connection
 
-from fastq.celery.running.child import CeleryRunner
+from fastq.celery.running.ends import Ends
 from fastq.wire.call import Call
 from tests.celery.proj.app import make_app
 
@@ -113,17 +113,17 @@ def struck_late() -> str:
     return "answered"
 
 
-_finish = CeleryRunner._finish
+_finish = Ends.finish
 
 
-def _finish_and_strike(self: CeleryRunner, call: Call, *arguments: Any) -> None:
+def _finish_and_strike(self: Ends, call: Call, *arguments: Any) -> None:
     """Be struck when the call's end has been reported."""
     _finish(self, call, *arguments)
     if call.name == "struck_late":
         raise Struck("late")
 
 
-CeleryRunner._finish = _finish_and_strike  # type: ignore[method-assign]
+Ends.finish = _finish_and_strike  # type: ignore[method-assign]
 
 
 @app.task(name="fail")

@@ -128,6 +128,11 @@ def wait_for_soft_limit(catch: bool) -> str:
     return "too late"
 
 
+@app.task
+def name_the_named(**named: int) -> list[str]:
+    return sorted(named)
+
+
 @app.task(soft_time_limit=0.5)
 def limited_by_option() -> None:
     time.sleep(30)

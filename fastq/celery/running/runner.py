@@ -1,0 +1,158 @@
+"""Runs the calls of a Celery application, with its request around each.
+
+Two ways through: a call that nobody but the task itself has a hand in runs straight (``straight.py``) and its result
+goes to the main process; every other one goes through Celery's own tracer (``traced.py``), which stores results and
+sends follow-ups from here. One call at a time: this keeps the running one's request, the limit and the pipe need it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from traceback import format_exc
+from typing import Any
+
+import celery
+from billiard.exceptions import SoftTimeLimitExceeded
+from celery.app import trace
+from celery.app.trace import TraceInfo
+
+from fastq.celery.running._request import request_fields, to_context
+from fastq.celery.running.bodies import Bodies
+from fastq.celery.running.chords import free_claim
+from fastq.celery.running.connections import Connections
+from fastq.celery.running.ends import Ends, exception_report
+from fastq.celery.running.outages import wait_out
+from fastq.celery.running.plan import Plan, ignores
+from fastq.celery.running.replies import divert
+from fastq.celery.running.straight import Straight
+from fastq.celery.running.traced import Traced, is_tracing
+from fastq.errors import RemoteProtocolError
+from fastq.printable import Lines
+from fastq.running.birth import ChildOptions
+from fastq.running.decode import Malformed
+from fastq.running.limit import SoftLimit
+from fastq.states import FAILURE
+from fastq.wire.call import Call
+from fastq.wire.pipe import OUTCOME_MALFORMED, OUTCOME_UNKNOWN, ChildPipe
+
+logger = logging.getLogger("celery.app.trace")
+
+
+class CeleryRunner:
+    """Runs calls and reports their outcomes on the pipe."""
+
+    def __init__(self, app: celery.Celery, options: ChildOptions, results: str) -> None:
+        self._app = app
+        self._pipe: ChildPipe
+        self._hostname = options.hostname
+        self._is_amqp = options.is_amqp
+        self._worker_saves = results != "disabled"
+        self._deduplicates = bool(app.conf.worker_deduplicate_successful_tasks)
+        self._bodies = Bodies(app)
+        self.connections = Connections(app)
+        self._plans: dict[str, Plan] = {}
+        self._limit = SoftLimit(_past_limit, is_tracing)
+        self._ends = Ends(results == "rpc://", options.max_memory_kib)
+        stores = self._worker_saves and not self._ends.replies
+        self._straight = Straight(app, options.hostname, self._ends, self._limit, stores)
+        self._traced = Traced(app, options.hostname, self._ends, self._limit)
+        self._request: dict[str, Any] = {}  # of the call that runs
+
+    def prepare(self) -> None:
+        """Look at every task, before the first fork."""
+        for name in self._app.tasks:
+            self._plan_of(name)
+
+    def begin(self, pipe: ChildPipe) -> None:
+        """Get ready to run calls in this process and to report on that pipe."""
+        self._pipe = self._ends.pipe = pipe
+        if self._ends.replies:
+            divert(pipe, lambda: self._request)
+        if self._app.conf.get("fastq_reliable"):
+            wait_out(self._app)
+        self._straight.begin()
+        self._limit.begin()
+
+    def run(self, call: Call) -> None:
+        """Run one call and report how it ended. Raises nothing but what ends the process."""
+        if call.is_own:
+            self._request = {}
+            self._traced.apply(call)
+            return
+        plan = self._plans.get(call.name) or self._plan_of(call.name)
+        if plan is None:
+            self._pipe.finish(call, OUTCOME_UNKNOWN)
+            return
+        try:
+            args, kwargs, embed = self._bodies.read(call)
+            request = request_fields(call, args, kwargs, embed, self._hostname, self._is_amqp)
+        except RemoteProtocolError as error:  # headers that are sound, but too large for what is rare in them
+            self._pipe.finish(call, OUTCOME_MALFORMED, None, Malformed("properties", error).report)
+            return
+        except Malformed as error:
+            self._pipe.finish(call, OUTCOME_MALFORMED, None, error.report)
+            return
+        self._request = request
+        try:
+            self._choose(plan, call, args, kwargs, request, embed)
+        except MemoryError:
+            raise
+        except Exception as error:
+            if self._pipe.has_answered(call):
+                raise  # by a handler of a signal: there is no call any more that it could end
+            self._internal_error(plan.task, call, request, error)
+        if self.connections.has_old:
+            self.connections.close_old()
+
+    def _choose(
+        self, plan: Plan, call: Call, args: Any, kwargs: Any, request: dict[str, Any], embed: dict[str, Any]
+    ) -> None:
+        """Send a call the straight way or through Celery's tracer."""
+        if (
+            plan.is_traced
+            or _has_follow_ups(embed)
+            or (plan.stores_here and not ignores(plan.task, request))
+            or (self._deduplicates and call.redelivered)
+        ):
+            if call.redelivered and embed.get("chord"):
+                free_claim(plan.task.backend, call.id, request["group"])
+            struck = self._traced.run(plan.task, call, args, kwargs, request)
+            if struck is not None:
+                self._record_internal(plan.task, call, request, struck.exception)
+        else:
+            self._straight.run(plan, call, args, kwargs, request)
+
+    def _internal_error(self, task: Any, call: Call, fields: dict[str, Any], error: Exception) -> None:
+        """What is around a task has failed, its result store for one: tell, and record a failure if that can be."""
+        trace._signal_internal_error(task, call.id, fields["args"], fields["kwargs"], fields, error)
+        self._record_internal(task, call, fields, error)
+
+    def _record_internal(self, task: Any, call: Call, fields: dict[str, Any], error: Exception) -> None:
+        logger.error("Task %s[%s] met an internal error: %r\n%s", call.name, call.id, error, Lines(format_exc()))
+        with contextlib.suppress(Exception):
+            TraceInfo(FAILURE, error).handle_error_state(task, to_context(fields), eager=False)
+        self._ends.finish(call, FAILURE, None, exception_report(error, format_exc()), False)
+
+    def _plan_of(self, name: str) -> Plan | None:
+        """Return the task's plan; a task may have been registered by another one a moment ago."""
+        task = self._app.tasks.get(name)
+        if task is None:
+            return None
+        plan = self._plans[name] = Plan(self._app, task, self._worker_saves)
+        return plan
+
+
+def _past_limit(call: Call) -> Exception:
+    """Return what is raised in a call whose time is up; it is logged where Celery does."""
+    if not call.is_own:  # of a call of its own the main process says so itself
+        logging.getLogger("celery.worker.request").warning(
+            "Soft time limit (%ss) exceeded for %s[%s]", call.soft_time_limit, call.name, call.id
+        )
+    error: Exception = SoftTimeLimitExceeded()
+    return error
+
+
+def _has_follow_ups(embed: dict[str, Any]) -> bool:
+    get = embed.get
+    return bool(get("callbacks") or get("errbacks") or get("chain") or get("chord"))

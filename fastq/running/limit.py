@@ -1,0 +1,65 @@
+"""The soft time limit of a process that runs one call at a time. The hard one is the main process's affair.
+
+Pools that run several calls in one process need another one: it is all that a runner needs of how calls are run.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any, Final
+
+from fastq.pool.process import LIMIT_SIGNAL, Timer
+from fastq.wire.call import Call
+
+#: How soon it is looked again whether a call runs on that its limit is to end.
+_AGAIN_S: Final = 0.01
+
+
+class SoftLimit:
+    """Raises in the call that runs when its time is up: by a timer of its own, whose signal may come late.
+
+    ``error`` makes what is raised in a call. While ``is_spared`` says so of the interrupted frame, it is put off.
+    """
+
+    def __init__(
+        self, error: Callable[[Call], Exception], is_spared: Callable[[FrameType | None], bool] | None = None
+    ) -> None:
+        self._error = error
+        self._is_spared = is_spared
+        self._timer: Timer
+        self._limited: Call | None = None  # the call that runs under a limit
+        self._struck: Call | None = None  # the last one that was past it
+
+    def begin(self) -> None:
+        """Get ready in this process, which runs calls from now on: in its main thread."""
+        signal.signal(LIMIT_SIGNAL, self._on_signal)
+        self._timer = Timer(LIMIT_SIGNAL)
+
+    def run(self, call: Call, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Call the function under the call's limit."""
+        self._limited = call
+        self._timer.set(call.soft_time_limit)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._limited = None
+            self._timer.set(0)
+
+    def has_struck(self, call: Call) -> bool:
+        """Return whether this call, the last one, was past its limit."""
+        return self._struck is call
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        call = self._limited
+        # The time is looked at because a signal for the call before may be late.
+        if call is None or time.monotonic() - call.started_s < call.soft_time_limit:
+            return
+        if self._is_spared is not None and self._is_spared(frame):
+            self._timer.set(_AGAIN_S)
+            return
+        self._limited = None
+        self._struck = call
+        raise self._error(call)

@@ -1,0 +1,80 @@
+"""What the task API sees of the outside in a child: a Publisher and a ResultStore that hand all to the main process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fastq.errors import PublishError
+from fastq.interfaces import Meta, ResultStore, Unwatch
+from fastq.wire.message import Message
+from fastq.wire.pipe import ChildPipe
+
+
+class PipePublisher:
+    """The child's Publisher: the main process confirms the messages before it settles the running call."""
+
+    def __init__(self, pipe: ChildPipe) -> None:
+        self._pipe = pipe
+
+    def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
+        """Hand the messages to the main process."""
+        for message in messages:
+            self._pipe.publish(message)
+
+    def declare(self, queue: str, deadline: float | None = None) -> None:
+        """Nothing to do: the main process declares what it publishes to."""
+
+    def purge(self, queue: str) -> int:
+        """Raise PublishError: this process has no connection."""
+        raise PublishError("queues cannot be purged from inside a task; use `fastq purge`")
+
+    def depth(self, queue: str) -> int:
+        """Raise PublishError: this process has no connection."""
+        raise PublishError("queue depths cannot be read from inside a task")
+
+    def close(self) -> None:
+        """Nothing to do: the pipe lives as long as the child."""
+
+
+class PipeStore:
+    """The child's ResultStore: states go to the main process, the rest to a store of its own, opened at first use."""
+
+    def __init__(self, pipe: ChildPipe, open_store: Callable[[], ResultStore]) -> None:
+        self._pipe = pipe
+        self._open = open_store
+        self._store: ResultStore | None = None
+
+    @property
+    def _own(self) -> ResultStore:
+        if self._store is None:
+            self._store = self._open()
+        return self._store
+
+    def reply_address(self, deadline: float | None = None) -> str | None:
+        """Return the own store's address."""
+        return self._own.reply_address(deadline)
+
+    def load(self, task_id: str) -> Meta | None:
+        """Ask the own store."""
+        return self._own.load(task_id)
+
+    def wait(self, task_id: str, timeout_s: float | None) -> Meta:
+        """Wait at the own store."""
+        return self._own.wait(task_id, timeout_s)
+
+    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
+        """Watch at the own store."""
+        return self._own.watch(task_id, callback)
+
+    def save(self, task_id: str, state: str, meta: bytes) -> None:
+        """Hand the state to the main process."""
+        self._pipe.state(task_id, state, meta)
+
+    def forget(self, task_id: str) -> None:
+        """Forget at the own store."""
+        self._own.forget(task_id)
+
+    def close(self) -> None:
+        """Close the own store if it was opened."""
+        if self._store is not None:
+            self._store.close()
