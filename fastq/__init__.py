@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from fastq.request import Request
     from fastq.result import AsyncResult, EagerResult
+    from fastq.steps import Step
     from fastq.task import Task, get_task_logger
 
 if not any(name.startswith("_core.") and name.endswith(".so") for name in os.listdir(os.path.dirname(__file__))):
@@ -67,6 +68,7 @@ __all__ = [
     "Retry",
     "SettingsError",
     "SoftTimeLimitExceeded",
+    "Step",
     "Task",
     "TaskError",
     "TaskRevoked",
@@ -87,6 +89,7 @@ _MODULES = {
     "EagerResult": "fastq.result",
     "FastQ": "fastq.app",
     "Request": "fastq.request",
+    "Step": "fastq.steps",
     "Task": "fastq.task",
     "accelerate": "fastq.celery.sending.accelerate",
     "current_app": "fastq.app",

@@ -24,6 +24,7 @@ from fastq.sending.absent import APP_ATTRIBUTES, absent
 from fastq.sending.envelope import Envelope, Envelopes, PublishRetry
 from fastq.sending.options import SendOptions, TaskOptions, check_names, text_option
 from fastq.settings import Settings, settings_of
+from fastq.steps import Step, checked
 from fastq.task import Task
 from fastq.wire.ids import new_id
 from fastq.wire.message import Message
@@ -71,6 +72,7 @@ class FastQ:
 
     ``name`` is shown to people; it stands for the module of tasks that are defined where no file is (a prompt). Any
     setting can be given as a keyword; it wins over ``config`` (an object, a mapping, or the name of a module).
+    ``steps`` are what happens around the calls of all tasks, the outermost first.
 
     A pickle or copy of it is the application itself; in a process that has not got it, a new one with its settings.
     """
@@ -83,6 +85,7 @@ class FastQ:
         backend: str | None = None,
         include: Sequence[str] | None = None,
         config: object = None,
+        steps: Sequence[Step] = (),
         **settings: Any,
     ) -> None:
         global _last_app
@@ -90,6 +93,7 @@ class FastQ:
         keywords = {"broker_url": broker, "result_backend": backend, "include": include}
         self.conf = Settings({**{key: value for key, value in keywords.items() if value is not None}, **settings})
         self.tasks: dict[str, Task[..., Any]] = {}
+        self.steps = checked(steps)
         self._lock = threading.RLock()
         self._thread = _Thread()
         self._discover: list[tuple[Iterable[str] | Callable[[], Iterable[str]], str]] = []

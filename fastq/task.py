@@ -35,7 +35,9 @@ from fastq.sending.options import (
 )
 from fastq.sending.parameters import ANY, Parameters, takes_task
 from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, SUCCESS
+from fastq.steps import Around
 from fastq.steps import retry as retries
+from fastq.steps.built_in import BUILT_IN
 from fastq.wire.ids import new_id
 
 if TYPE_CHECKING:
@@ -132,6 +134,7 @@ class Task(Generic[P, R]):
     _app: FastQ | None = None
     _envelope: Envelope | None = None
     _direct: Envelope | None = None
+    _around: Around | None = None
     _parameters: Parameters = ANY
     _inherited: tuple[str, ...] = ()
 
@@ -379,6 +382,7 @@ class Task(Generic[P, R]):
         self._check_options(options)
         self._parameters = Parameters(self.run) if self.typing else ANY
         cls = type(self)
+        self._around = None
         self.handlers = frozenset(name for name in HANDLERS if getattr(cls, name) is not getattr(Task, name))
         self._inherited = tuple(attribute for attribute in SETTINGS_BEHIND if getattr(self, attribute) is None)
 
@@ -459,38 +463,33 @@ class Task(Generic[P, R]):
 
     def _run_here(self, request: Request) -> tuple[str, Any, ExceptionInfo | None]:
         """Run one call with its handlers and return its state, its value or exception, and the traceback."""
+        around = self._around
+        if around is None:
+            around = self._around = Around(self, (*self.app.steps, *BUILT_IN))
         push_request(request)
         try:
-            return self._call_handlers(request, *self._execute(request))
+            state, value, einfo = self._execute(request, around)
+            for after in around.after[state]:
+                after(state, value, cast("str", request.id), request.args, request.kwargs, einfo)
+            return state, value, einfo
         finally:
             pop_request()
 
-    def _execute(self, request: Request) -> tuple[str, Any, ExceptionInfo | None]:
+    def _execute(self, request: Request, around: Around) -> tuple[str, Any, ExceptionInfo | None]:
         args, kwargs = request.args, request.kwargs
         try:
-            self.before_start(cast("str", request.id), args, kwargs)
+            for before in around.before:
+                before(cast("str", request.id), args, kwargs)
             return SUCCESS, self.run(*args, **kwargs), None
-        except Retry as again:
-            return RETRY, again.exc, ExceptionInfo(again.exc or again)
-        except Ignore:
+        except Exception as raised:
+            error = around.end_of(raised)
+        if isinstance(error, Retry):
+            return RETRY, error.exc, ExceptionInfo(error.exc or error)
+        if isinstance(error, Ignore):
             return IGNORED, None, None
-        except Reject:
+        if isinstance(error, Reject):
             return REJECTED, None, None
-        except Exception as error:
-            einfo = ExceptionInfo(error)
-            return (FAILURE if retries.on_exception(self, error) is None else RETRY), error, einfo
-
-    def _call_handlers(
-        self, request: Request, state: str, value: Any, einfo: ExceptionInfo | None
-    ) -> tuple[str, Any, ExceptionInfo | None]:
-        task_id, args, kwargs = cast("str", request.id), request.args, request.kwargs
-        if state == SUCCESS:
-            self.on_success(value, task_id, args, kwargs)
-        elif einfo is not None:
-            (self.on_retry if state == RETRY else self.on_failure)(value, task_id, args, kwargs, einfo)
-        if state not in (IGNORED, REJECTED):
-            self.after_return(state, value, task_id, args, kwargs, einfo)
-        return state, value, einfo
+        return FAILURE, error, ExceptionInfo(error)
 
 
 _APPLY_ASYNC = Task.apply_async

@@ -6,12 +6,11 @@ The only broad ``except`` of fastq is in ``Runner.run``, around user code.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 from fastq.app import FastQ
 from fastq.codecs import accepted
@@ -23,8 +22,10 @@ from fastq.running.birth import ChildOptions, MemoryLimit
 from fastq.running.decode import MAX_DETAIL, Malformed, decode_call
 from fastq.running.limit import SoftLimit
 from fastq.running.messages import TaskLog, retry_reason
-from fastq.states import FAILURE, REJECTED, RETRY, STARTED, SUCCESS
-from fastq.steps.retry import on_exception
+from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, SUCCESS
+from fastq.steps import After, Around, Step
+from fastq.steps.built_in import BUILT_IN
+from fastq.steps.started import Started
 from fastq.task import ExceptionInfo, Task
 from fastq.wire.call import Call
 from fastq.wire.pipe import (
@@ -39,42 +40,25 @@ from fastq.wire.pipe import (
     ChildPipe,
 )
 
-#: A handler that the task overrides, None for one that would do nothing.
-Handler: TypeAlias = "Callable[..., None] | None"
-
 logger = logging.getLogger("fastq.app.trace")
 
 #: Modules whose frames a task's traceback does not begin with.
-_OWN = ("fastq.running.runner", "fastq.running.limit")
+_OWN = ("fastq.running.runner", "fastq.running.limit", "fastq.steps")
 
 
 class Plan:
-    """What running one task takes, looked up once: its function and which of its handlers do anything."""
+    """What running one task takes, looked up once: its function, and what is called around it."""
 
-    __slots__ = (
-        "after_return",
-        "before_start",
-        "function",
-        "on_failure",
-        "on_retry",
-        "on_success",
-        "task",
-        "throws",
-        "track_started",
-    )
+    __slots__ = ("after_success", "around", "before", "function", "task", "throws")
 
-    def __init__(self, task: Task[..., Any], track_started: bool) -> None:
+    def __init__(self, task: Task[..., Any], steps: Sequence[Step]) -> None:
         self.task = task
         self.throws = task.throws
         # An overridden __call__ is the user's way to wrap the run; otherwise it would only cost a frame.
         self.function: Callable[..., Any] = task.run if type(task).__call__ is Task.__call__ else task
-        self.track_started = track_started if task.track_started is None else task.track_started
-        own = task.handlers
-        self.before_start: Handler = task.before_start if "before_start" in own else None
-        self.on_success: Handler = task.on_success if "on_success" in own else None
-        self.on_failure: Handler = task.on_failure if "on_failure" in own else None
-        self.on_retry: Handler = task.on_retry if "on_retry" in own else None
-        self.after_return: Handler = task.after_return if "after_return" in own else None
+        self.around = Around(task, steps)
+        self.before = self.around.before
+        self.after_success = self.around.after[SUCCESS]
 
 
 class Runner:
@@ -90,14 +74,16 @@ class Runner:
         self._memory = MemoryLimit(options.max_memory_kib, logging.getLogger("fastq.worker").warning)
         self._accept = accepted(app.conf.accept_content)
         self._extended = app.conf.result_extended
-        self._plans = {name: Plan(task, options.track_started) for name, task in app.tasks.items()}
+        self._started = Started(options.hostname, options.track_started)
+        steps = (*app.steps, self._started, *BUILT_IN)
+        self._plans = {name: Plan(task, steps) for name, task in app.tasks.items()}
+        self._limit = SoftLimit(lambda call: SoftTimeLimitExceeded())
         self._log = TaskLog(logger)
         self._logs_info = logger.isEnabledFor(logging.INFO)
-        self._limit = SoftLimit(lambda call: SoftTimeLimitExceeded())
 
     def begin(self, pipe: ChildPipe) -> None:
         """Get ready to run calls in this process and to report on that pipe."""
-        self._pipe = pipe
+        self._pipe = self._started.outlet = pipe
         self._limit.begin()
 
     def run(self, call: Call) -> None:
@@ -115,14 +101,9 @@ class Runner:
         push_request(request)
         try:
             try:
-                if plan.track_started:
-                    self._pipe.state(
-                        call.id,
-                        STARTED,
-                        encode_meta(call.id, STARTED, {"pid": os.getpid(), "hostname": self._hostname}),
-                    )
-                if plan.before_start is not None:
-                    plan.before_start(call.id, args, kwargs)
+                if plan.before:  # an empty loop costs more than the question
+                    for before in plan.before:
+                        before(call.id, args, kwargs)
                 if call.soft_time_limit:
                     value = self._limit.run(call, plan.function, args, kwargs)
                 else:
@@ -136,23 +117,27 @@ class Runner:
             except BaseException as error:
                 self._raised(plan, call, request, error)
                 return
-            if plan.on_success is not None:
-                self._handler(plan.on_success, value, call.id, args, kwargs)
-            if plan.after_return is not None:
-                self._handler(plan.after_return, SUCCESS, value, call.id, args, kwargs, None)
-            report = None
-            if self._logs_info or call.wants_report:
-                text = _bounded_repr(value)
-                report = _report(call, result=text)
-                if self._logs_info:
+            if plan.after_success:
+                for after in plan.after_success:
                     try:
-                        shown = request.argsrepr or "", request.kwargsrepr or ""
-                    except RemoteProtocolError:  # headers that nobody has read until now, and that cannot be read
-                        shown = "", ""
-                    self._log.succeeded(call.name, call.id, self._runtime(call), text, *shown)
+                        after(SUCCESS, value, call.id, args, kwargs, None)
+                    except Exception as error:
+                        _log_failed(after, error)
+            report = self._tell(call, request, value) if self._logs_info or call.wants_report else None
             self._pipe.finish(call, OUTCOME_SUCCESS, meta, report, self._memory.flag() if self._memory.limit_kib else 0)
         finally:
             pop_request()
+
+    def _tell(self, call: Call, request: Request, value: Any) -> str | None:
+        """Log a success, and return what monitors are told of it."""
+        text = _bounded_repr(value)
+        if self._logs_info:
+            try:
+                shown = request.argsrepr or "", request.kwargsrepr or ""
+            except RemoteProtocolError:  # headers that nobody has read until now, and that cannot be read
+                shown = "", ""
+            self._log.succeeded(call.name, call.id, time.monotonic() - call.started_s, text, *shown)
+        return _report(call, result=text) if call.wants_report else None
 
     # --- outcomes other than success
 
@@ -160,18 +145,15 @@ class Runner:
         if self._pipe.is_terminated:
             # Whatever the task has made of the SystemExit: the main process records that it was revoked.
             raise SystemExit(-signal.SIGTERM) from error
-        if plan.task.autoretry is not None:
-            try:
-                error = on_exception(plan.task, error) or error
-            except Exception as other:  # the next run could not be sent
-                error = other
+        error = plan.around.end_of(error)
         if isinstance(error, Retry):
             self._retried(plan, call, request, error)
         elif isinstance(error, Ignore):
+            self._after(plan, IGNORED, error, request, None)
             self._log.ignored(call.name, call.id)
             self._pipe.finish(call, OUTCOME_IGNORED, None, None, self._memory.flag())
         elif isinstance(error, Reject):
-            self._rejected(call, request, error)
+            self._rejected(plan, call, request, error)
         else:
             self._failed(plan, call, request, error)
 
@@ -179,10 +161,7 @@ class Runner:
         reason = error.exc if error.exc is not None else error
         text = _format(error)
         info = ExceptionInfo(reason)
-        if plan.on_retry is not None:
-            self._handler(plan.on_retry, reason, call.id, request.args, request.kwargs, info)
-        if plan.after_return is not None:
-            self._handler(plan.after_return, RETRY, reason, call.id, request.args, request.kwargs, info)
+        self._after(plan, RETRY, reason, request, info)
         delay = None if error.when is None else max(0.0, round(error.when - time.time(), 1))
         why = None if error.exc is None else _bounded_repr(error.exc)
         most = plan.task.max_retries
@@ -191,7 +170,8 @@ class Runner:
         report = _report(call, exception=_bounded_repr(reason), traceback=text)
         self._pipe.finish(call, OUTCOME_RETRY, meta, report, self._memory.flag())
 
-    def _rejected(self, call: Call, request: Request, error: Reject) -> None:
+    def _rejected(self, plan: Plan, call: Call, request: Request, error: Reject) -> None:
+        self._after(plan, REJECTED, error, request, None)
         self._log.rejected(call.name, call.id, str(error.reason))
         if error.requeue:
             self._pipe.finish(call, OUTCOME_REQUEUE, None, _report(call, requeue=True), self._memory.flag())
@@ -204,10 +184,7 @@ class Runner:
     def _failed(self, plan: Plan, call: Call, request: Request, error: BaseException) -> None:
         text = _format(error)
         info = ExceptionInfo(error)
-        if plan.on_failure is not None:
-            self._handler(plan.on_failure, error, call.id, request.args, request.kwargs, info)
-        if plan.after_return is not None:
-            self._handler(plan.after_return, FAILURE, error, call.id, request.args, request.kwargs, info)
+        self._after(plan, FAILURE, error, request, info)
         if isinstance(error, SoftTimeLimitExceeded):
             self._log.soft_limit(call.name, call.id, call.soft_time_limit)
         if plan.throws and isinstance(error, plan.throws):
@@ -225,12 +202,14 @@ class Runner:
 
     # --- parts
 
-    def _handler(self, handler: Callable[..., Any], *args: Any) -> None:
-        """Call one of the task's handlers; what it raises is logged, as the task's outcome stands already."""
-        try:
-            handler(*args)
-        except Exception:
-            logger.exception("task handler %r failed", getattr(handler, "__qualname__", handler))
+    def _after(
+        self, plan: Plan, state: str, value: BaseException, request: Request, einfo: ExceptionInfo | None
+    ) -> None:
+        for after in plan.around.after[state]:
+            try:
+                after(state, value, cast("str", request.id), request.args, request.kwargs, einfo)
+            except Exception as error:
+                _log_failed(after, error)
 
     def _meta(self, call: Call, request: Request, state: str, value: Any, text: str | None = None) -> bytes:
         extended = None
@@ -253,8 +232,10 @@ class Runner:
             parent_id=request.parent_id if self._extended else None,
         )
 
-    def _runtime(self, call: Call) -> float:
-        return time.monotonic() - call.started_s
+
+def _log_failed(after: After, error: Exception) -> None:
+    """Log what a function that is called behind a task raises: the task's outcome stands already."""
+    logger.error("task handler %r failed", getattr(after, "__qualname__", after), exc_info=error)
 
 
 def _report(call: Call, **fields: object) -> str | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol, TypeAlias
 
 from fastq.errors import ControlFlow, Retry
+from fastq.steps import OnException, Step
 
 ExceptionClasses: TypeAlias = "type[BaseException] | Sequence[type[BaseException]]"
 
@@ -59,6 +61,14 @@ class Retryable(Protocol):
         """Send the message of the next run."""
 
 
+class Retrying(Step):
+    """Has a call run again that ends with an exception which its task retries for."""
+
+    def on_exception(self, task: Retryable) -> OnException | None:
+        """Return what sends the next run, for tasks that are retried by themselves."""
+        return None if task.autoretry is None else partial(on_exception, task)
+
+
 def policy(
     retry_for: ExceptionClasses,
     never_for: ExceptionClasses = (),
@@ -98,8 +108,7 @@ def exception_classes(option: str, classes: ExceptionClasses) -> tuple[type[Base
 def on_exception(task: Retryable, error: BaseException) -> Retry | None:
     """Have the next run sent if the task retries for this exception, and return its Retry; None: a failure.
 
-    Call it while the request of the failed call is still the running one. Tasks without ``autoretry`` need no call at
-    all.
+    Call it while the request of the failed call is still the running one.
     """
     chosen = task.autoretry
     if chosen is None or not chosen.covers(error):
