@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar,
 from fastq import result as results
 from fastq.errors import ConnectionLost, FastqError, NotRegistered, PublishError, ResultsDisabled, SettingsError
 from fastq.request import current, running_message
-from fastq.sending.absent import APP_ATTRIBUTES, absent
+from fastq.sending.absent import APP_ATTRIBUTES, lacking
 from fastq.sending.envelope import Envelope, Envelopes, PublishRetry
 from fastq.sending.options import SendOptions, TaskOptions, check_names, text_option
 from fastq.settings import Settings, settings_of
@@ -67,6 +67,7 @@ class _Thread(threading.local):
     batch: _Batch | None = None
 
 
+@lacking(APP_ATTRIBUTES, "a FastQ application has no")
 class FastQ:
     """A task queue application.
 
@@ -113,14 +114,6 @@ class FastQ:
 
     def __repr__(self) -> str:
         return f"<FastQ {self.main or 'unnamed'}: {len(self.tasks)} tasks>"
-
-    if not TYPE_CHECKING:  # else every name would do for a type checker
-
-        def __getattr__(self, name: str) -> Any:
-            raise AttributeError(
-                absent("a FastQ application has no", name, APP_ATTRIBUTES)
-                or f"a FastQ application has no attribute {name!r}"
-            )
 
     def __reduce__(self) -> Any:
         return _app_of, (self._token, self.main, self.conf.given())

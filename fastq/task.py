@@ -21,7 +21,7 @@ from fastq.codecs.meta import encode_meta
 from fastq.errors import Ignore, MaxRetriesExceeded, Reject, Retry, SettingsError
 from fastq.request import Request, current, pop_request, push_request, running_task
 from fastq.result import AsyncResult, EagerResult
-from fastq.sending.absent import TASK_ATTRIBUTES, absent
+from fastq.sending.absent import TASK_ATTRIBUTES, lacking
 from fastq.sending.options import (
     CHECKS,
     TASK_CHECKS,
@@ -89,6 +89,7 @@ class ExceptionInfo:
         return self.traceback
 
 
+@lacking(TASK_ATTRIBUTES, "task {.name!r} has no")
 class Task(Generic[P, R]):
     """A registered task. Made by ``@app.task``; a subclass with a ``run`` method goes to ``app.register_task``.
 
@@ -344,14 +345,6 @@ class Task(Generic[P, R]):
         """Return the running call of this task; outside any, an empty one with ``called_directly`` set."""
         request = running_task(self.name)
         return Request.local(self.name, (), {}, called_directly=True) if request is None else request
-
-    if not TYPE_CHECKING:  # else every name would do for a type checker
-
-        def __getattr__(self, name: str) -> Any:
-            raise AttributeError(
-                absent(f"task {self.name!r} has no", name, TASK_ATTRIBUTES)
-                or f"task {self.name!r} has no attribute {name!r}"
-            )
 
     def __reduce__(self) -> Any:
         """A pickle or copy of a registered task is the task itself, found by its name."""

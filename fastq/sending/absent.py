@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NoReturn, TypeVar
+
+C = TypeVar("C", bound="type[Any]")
 
 _NEXT: Final = "signatures, chains, groups and chords are not there yet; have the task send the next one"
 _CONTROL: Final = "control workers by `fastq control` and ask them by `fastq inspect`"
@@ -70,3 +72,33 @@ def absent(where: str, name: str, table: Mapping[str, str]) -> str | None:
     """Return the words for something that Celery has; None for what it has not either."""
     hint = table.get(name)
     return None if hint is None else f"{where} {name!r}, which Celery has and fastq has not (yet): {hint}"
+
+
+def lacking(table: Mapping[str, str], where: str) -> Callable[[C], C]:
+    """Have who asks for a name of the table told what to do instead; ``where`` is a format for the object.
+
+    Not by ``__getattr__``: with one, Python takes a slow path to every attribute, several times per call that is sent.
+    """
+
+    def present(instance: object) -> list[str]:
+        return [name for name in object.__dir__(instance) if name not in table]
+
+    def add(cls: C) -> C:
+        for name, value in {"__dir__": present, **{name: _Absent(where, name, table) for name in table}}.items():
+            setattr(cls, name, value)
+        return cls
+
+    return add
+
+
+class _Absent:
+    """An attribute that is not there."""
+
+    def __init__(self, where: str, name: str, table: Mapping[str, str]) -> None:
+        self._where = where
+        self._name = name
+        self._table = table
+
+    def __get__(self, instance: object, owner: type) -> NoReturn:
+        where = f"type object {owner.__name__!r} has no" if instance is None else self._where.format(instance)
+        raise AttributeError(absent(where, self._name, self._table))

@@ -364,6 +364,9 @@ def test_what_celery_has_and_fastq_has_not_is_answered_with_what_there_is() -> N
     with pytest.raises(SettingsError, match="did you mean 'worker_pool_restarts'"):
         FastQ(worker_pool_restart=True)
     assert not hasattr(task, "si")
+    assert "si" not in dir(task)
+    with pytest.raises(AttributeError, match="type object 'Task' has no 'si', which Celery has"):
+        Task.si  # type: ignore[attr-defined]  # noqa: B018
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         task.nothing  # type: ignore[attr-defined]  # noqa: B018
 
