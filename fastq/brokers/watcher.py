@@ -18,19 +18,22 @@ class Watcher:
         self._name = name
         self._thread: threading.Thread | None = None
         self._awake = threading.Event()
+        #: Whether somebody looks anyway, so that nobody need ``wake`` it.
+        self.is_awake = False
 
     def wake(self) -> None:
         """See to it that somebody looks."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
-        if not self._awake.is_set():
-            self._awake.set()
+        self.is_awake = True
+        self._awake.set()
 
     def forget_after_fork(self) -> None:
         """In a forked child: the thread is the parent's."""
         self._thread = None
         self._awake = threading.Event()
+        self.is_awake = False
 
     def _run(self) -> None:
         while True:
@@ -38,5 +41,7 @@ class Watcher:
             time.sleep(LOOK_EVERY_S)
             # Lowered before looking: what is sent from here on raises it again.
             self._awake.clear()
+            self.is_awake = False
             if self._look():
+                self.is_awake = True
                 self._awake.set()

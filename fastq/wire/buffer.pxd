@@ -102,3 +102,4 @@ cdef class Writer:
         return 0
 
     cdef bytes take(self)
+    cdef void clear(self) noexcept

@@ -29,11 +29,15 @@ cdef class Writer:
         return 0
 
     cdef bytes take(self):
-        """Return what was written and start again, keeping the memory unless it has become large."""
+        """Return what was written and start again."""
         cdef bytes out = PyBytes_FromStringAndSize(<char *> self.data, self.size)
+        self.clear()
+        return out
+
+    cdef void clear(self) noexcept:
+        """Start again, keeping the memory unless it has become large."""
         self.size = 0
         if self.capacity > 1 << 20:
             free(self.data)
             self.data = NULL
             self.capacity = 0
-        return out

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
+import hiredis
 import pytest
 from kombu import Connection
 from kombu.transport.virtual import Message as KombuMessage
 
 from fastq.errors import DecodeError, EncodeError
 from fastq.wire.head import scan
-from fastq.wire.kombu import decode_claim, decode_envelope, encode_envelope
+from fastq.wire.kombu import decode_claim, decode_envelope, encode_envelope, encode_push
 from fastq.wire.message import encode_properties, encode_task
 from fastq.wire.properties import decode_properties
 
@@ -123,6 +124,28 @@ def test_a_task_is_written_as_kombu_writes_it(
     properties |= {"priority": found["priority"]}
     expected = kombu_channel.send(BODY, properties, "", "celery")
     assert encode_envelope("", "celery", message.props, BODY, TAG) == expected
+
+
+def test_each_character_is_escaped_wherever_it_stands() -> None:
+    characters = [*map(chr, range(1, 0x100)), "\u2028", "\U0001f600"]
+    for before in range(18):
+        texts = ["x" * before + character + "y" * 9 for character in characters]
+        written = encode_envelope("", "q", encode_properties({"headers": {"h": texts}}), b"", TAG)
+        assert json.dumps(texts).encode() in written
+
+
+def test_integers_are_written_as_json_writes_them() -> None:
+    numbers = [0, 1, -1, 9, 10, 2**31 - 1, -(2**31), 2**31, 2**63 - 1, -(2**63)]
+    written = encode_envelope("", "q", encode_properties({"headers": {"h": numbers}}), b"", TAG)
+    assert json.dumps(numbers).encode() in written
+
+
+@pytest.mark.parametrize("place", ["", "celery", "grün\x06\x163"])
+@pytest.mark.parametrize("body", [b"", BODY, b"x" * 3_000_000])
+def test_a_message_is_packed_as_the_library_packs_the_command(place: str, body: bytes) -> None:
+    message = encode_task("tests.task", TASK_ID, body)
+    envelope = encode_envelope(message.exchange, message.routing_key, message.props, body, TAG)
+    assert encode_push(place, message, TAG) == hiredis.pack_command(("LPUSH", place, envelope))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("body", [b"", b"\x00\xff" * 1000, b"a", b"ab", BODY])

@@ -72,7 +72,8 @@ class BehindPublisher(AmqpPublisher):
                 raise
             finally:
                 self._give_up_at = None
-                self._watcher.wake()
+                if not self._watcher.is_awake:
+                    self._watcher.wake()
 
     def flush(self, timeout_s: float | None = None) -> int:
         """Wait until everything is confirmed and return how many messages are not, 0 when all is well."""
@@ -108,7 +109,8 @@ class BehindPublisher(AmqpPublisher):
         super()._drop()
 
     def _send(self, messages: Sequence[Message]) -> None:
-        self._make_room()
+        if self._unsent or len(self._unconfirmed) >= WINDOW:
+            self._make_room()
         connection = self._connection or self._reconnect()
         if connection.blocked is not None and not connection.wait_unblocked(time.monotonic() + self._timeout_s):
             raise blocked(connection)
@@ -131,8 +133,6 @@ class BehindPublisher(AmqpPublisher):
 
     def _make_room(self) -> None:
         """Wait for room behind what is under way. Raises PublishError: nothing of the new messages was sent."""
-        if len(self._unconfirmed) < WINDOW and not self._unsent:
-            return
         until = self._give_up_at
         wait_s = self._timeout_s if until is None else min(self._timeout_s, until - time.monotonic())
         self._settle(WINDOW // 2, wait_s)

@@ -16,11 +16,11 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from fastq.brokers.limits import check_sizes
 from fastq.brokers.redis import login
-from fastq.brokers.redis.blocking import BlockingRedis, pack_one
+from fastq.brokers.redis.blocking import BlockingRedis
 from fastq.brokers.redis.commands import push_command
 from fastq.brokers.redis.publisher import RedisPublisher
 from fastq.brokers.watcher import LOOK_EVERY_S, Watcher
@@ -64,7 +64,8 @@ class Backlog:
             self._uncollected += len(entries)
             if self._uncollected >= COLLECT_EVERY:
                 self._collect()
-            self._make_room(deadline)
+            if self._unsent or len(self._unanswered) >= WINDOW:
+                self._make_room(deadline)
             if not self._unanswered:
                 self._heard_at = time.monotonic()
             before = len(self._unanswered)
@@ -77,7 +78,8 @@ class Backlog:
                     self._unanswered.pop()
                 raise
             finally:
-                self._watcher.wake()
+                if not self._watcher.is_awake:
+                    self._watcher.wake()
             if self._unsent:
                 # Answers come in order, so their places stay.
                 for place in range(before, len(self._unanswered)):
@@ -120,8 +122,6 @@ class Backlog:
 
     def _make_room(self, deadline: float | None) -> None:
         """Wait for room behind what is under way. Raises PublishError: nothing of the new messages was sent."""
-        if len(self._unanswered) < WINDOW and not self._unsent:
-            return
         wait_s = self._timeout_s if deadline is None else min(self._timeout_s, deadline - time.monotonic())
         self._settle(WINDOW // 2, wait_s)
         if self._unsent or len(self._unanswered) >= WINDOW:
@@ -155,21 +155,25 @@ class Backlog:
         if not self._redis.is_open:
             return
         try:
-            for reply in self._redis.replies(wait_s):
-                if isinstance(reply, RedisError) and self._unanswered:
-                    self._take_error(reply)
-                else:
-                    self._redis.expect(reply, int if self._unanswered else ())
+            replies = self._redis.replies(wait_s)
+            for reply in replies:
+                if type(reply) is not int or not self._unanswered:
+                    self._take_odd(reply)
                 self._unanswered.popleft()
+            if replies:
                 self._heard_at = time.monotonic()
         except FastqError as error:
             logger.warning("%s; what is not answered is sent again", error)
 
-    def _take_error(self, error: RedisError) -> None:
-        if login.is_away(error):
+    def _take_odd(self, reply: Any) -> None:
+        """Take a reply that is no length of a list. Raises ConnectionLost for one that ends the connection."""
+        if not isinstance(reply, RedisError) or not self._unanswered:
+            self._redis.expect(reply, int if self._unanswered else ())
+        elif login.is_away(reply):
             self._redis.close()
-            raise login.went_away(self._redis.url, error)
-        logger.error("Redis at %s refused task %s: %s", self._redis.url, self._unanswered[0][0], error)
+            raise login.went_away(self._redis.url, reply)
+        else:
+            logger.error("Redis at %s refused task %s: %s", self._redis.url, self._unanswered[0][0], reply)
 
     def _settle(self, left: int, timeout_s: float) -> None:
         """Wait until at most ``left`` commands are unanswered, through reconnects, or the time is over."""
@@ -234,7 +238,7 @@ class RedisBehindPublisher(RedisPublisher):
                 self.flush()
                 super().publish(messages, deadline)
                 return
-            entries.append((message.id, pack_one(push_command(self._layout, message))))
+            entries.append((message.id, push_command(self._layout, message)))
         self._backlog.put(entries, deadline)
 
     def flush(self, timeout_s: float | None = None) -> int:

@@ -14,6 +14,7 @@ import socket
 import ssl
 import struct
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, NoReturn, cast
@@ -62,24 +63,35 @@ class BlockingRedis:
         self._used_at = 0.0
         self._heard_at = 0.0
         self._pinged_at = 0.0
+        _CONNECTIONS.add(self)
 
     @property
     def is_open(self) -> bool:
         """Whether there is a connection of this process; the server may have ended it meanwhile."""
-        return self._sock is not None and self._pid == os.getpid()
+        return self._sock is not None
 
     @property
     def url(self) -> RedisUrl:
         """The server that is, or was last, connected to."""
         return self._url
 
-    def open(self) -> None:
-        """Connect if there is no connection. Raises ConnectionLost, or SettingsError where a repetition cannot help."""
-        if self.is_open:
-            if time.monotonic() - self._used_at <= IDLE_CHECK_S or self._is_subscribed or self._is_healthy():
+    def open(self, deadline: float | None = None) -> None:
+        """Connect if there is no connection. Raises ConnectionLost, or SettingsError where a repetition cannot help.
+
+        From now on connecting and each reply take until about the ``deadline`` (monotonic) at most, if there is one.
+        """
+        now = time.monotonic()
+        if deadline is not None:
+            self.limit(deadline - now)
+        if self._sock is not None:
+            if now - self._used_at <= IDLE_CHECK_S or self._is_subscribed or self._is_healthy():
                 return
             self.close()
-        self._abandon()
+        self._connect_any()
+        if deadline is not None:
+            self.limit(deadline - time.monotonic())
+
+    def _connect_any(self) -> None:
         failures: list[ConnectionLost] = []
         until = time.monotonic() + self._timeout_s
         for url in list(self._urls):
@@ -97,17 +109,49 @@ class BlockingRedis:
         """Have connecting and each reply take at most so long from now on; a few per cent are let pass."""
         if abs(timeout_s - self._timeout_s) > 0.05 * self._timeout_s:
             self._timeout_s = max(timeout_s, 0.1)
-            if self._sock is not None and self.is_open:
+            if self._sock is not None:
                 self._set_time_outs(self._sock)
 
     def call(self, *command: str | bytes | float) -> Any:
         """Return the reply to a command. Raises RedisError for an error reply, ConnectionLost, SettingsError."""
         self.open()
-        if self._is_subscribed or isinstance(self._sock, ssl.SSLSocket):
-            (reply,) = self.pipeline([command])
-        else:
-            reply = self._ask(command)
+        return self.ask(pack_one(command))
+
+    def ask(self, packed: bytes) -> Any:
+        """Return the reply to a packed command on the open connection. Raises as ``call`` does.
+
+        The hot path: one write, and one read, which nearly always brings the whole reply.
+        """
+        sock = self._sock
+        if sock is None or self._is_subscribed or isinstance(sock, ssl.SSLSocket):
+            (reply,) = self.pipeline([packed])
+            if isinstance(reply, RedisError):
+                raise reply
+            return reply
+        try:
+            sock.sendall(packed)
+            if not (data := sock.recv(REPLY_BYTES)):
+                self._fail(self._lost(None))
+            replies = self._reader.take(data)
+        except (TimeoutError, BlockingIOError):
+            self._fail(login.silent(self._url, self._timeout_s))
+        except (OSError, ValueError) as error:
+            self._fail(self._lost(error))
+        except RemoteProtocolError as error:
+            self._fail(login.no_redis(self._url, error))
+        except BaseException:
+            # A reply that comes later would be taken for that of another command.
+            self.close()
+            raise
+        self._used_at = self._heard_at = time.monotonic()
+        if not replies:
+            replies = self._await_replies(1, self._used_at + self._timeout_s)
+        elif len(replies) > 1:
+            self._fail(login.odd_reply(self._url, replies[1]))
+        reply = replies[0]
         if isinstance(reply, RedisError):
+            if login.is_away(reply):
+                self._fail(login.went_away(self._url, reply))
             raise reply
         return reply
 
@@ -120,14 +164,15 @@ class BlockingRedis:
             raise LocalProtocolError(f"{commands[0][0]!r} on a connection that listens to channels; open another one")
         replies = self._exchange(commands, time.monotonic() + self._timeout_s)
         self._used_at = time.monotonic()
-        for reply in replies:
-            if login.is_away(reply):
-                self._fail(login.went_away(self._url, reply))
+        if RedisError in set(map(type, replies)):
+            for reply in replies:
+                if login.is_away(reply):
+                    self._fail(login.went_away(self._url, reply))
         return replies
 
     def expect(self, reply: Any, shape: Shape) -> Any:
         """Return a reply that its command can have; for another one end the connection and raise ConnectionLost."""
-        if not fits(reply, shape):
+        if type(reply) is not shape and not fits(reply, shape):
             self._fail(login.odd_reply(self._url, reply))
         return reply
 
@@ -232,7 +277,7 @@ class BlockingRedis:
 
     def fileno(self) -> int:
         """Return the socket's descriptor, to be polled with others. Raises ConnectionLost when there is none."""
-        if self._sock is None or not self.is_open:
+        if self._sock is None:
             raise ConnectionLost(f"there is no connection to Redis at {self._url}")
         return self._sock.fileno()
 
@@ -314,35 +359,6 @@ class BlockingRedis:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, span)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, span)
 
-    def _ask(self, command: Command) -> Any:
-        """The hot path: one write, and one read, which nearly always brings the whole reply."""
-        sock = self._sock
-        assert sock is not None
-        try:
-            sock.sendall(pack_one(command))
-            if not (data := sock.recv(REPLY_BYTES)):
-                self._fail(self._lost(None))
-            replies = self._reader.take(data)
-        except (TimeoutError, BlockingIOError):
-            self._fail(login.silent(self._url, self._timeout_s))
-        except (OSError, ValueError) as error:
-            self._fail(self._lost(error))
-        except RemoteProtocolError as error:
-            self._fail(login.no_redis(self._url, error))
-        except BaseException:
-            # A reply that comes later would be taken for that of another command.
-            self.close()
-            raise
-        self._used_at = self._heard_at = time.monotonic()
-        if not replies:
-            replies = self._await_replies(1, self._used_at + self._timeout_s)
-        elif len(replies) > 1:
-            self._fail(login.odd_reply(self._url, replies[1]))
-        reply = replies[0]
-        if login.is_away(reply):
-            self._fail(login.went_away(self._url, reply))
-        return reply
-
     def _exchange(self, commands: Sequence[Command], deadline: float) -> list[Any]:
         """Return the replies to commands. Anything but all of them ends the connection."""
         try:
@@ -362,9 +378,10 @@ class BlockingRedis:
                 data = self._receive(left_s, is_bounded=left_s > 0.9 * self._timeout_s)
                 if data:
                     self._feed(data)
-            found = [self._replies.popleft() for _ in range(count)]
-            if self._replies:
-                self._fail(login.odd_reply(self._url, self._replies[0]))
+            found = list(self._replies)
+            self._replies.clear()
+            if len(found) > count:
+                self._fail(login.odd_reply(self._url, found[count]))
             return found
         except BaseException:
             # A reply that comes later would be taken for that of another command.
@@ -393,7 +410,7 @@ class BlockingRedis:
         ``is_bounded``: the time that the kernel bounds single reads by will do, which saves a system call.
         """
         sock = self._sock
-        if sock is None or not self.is_open:
+        if sock is None:
             raise ConnectionLost(f"there is no connection to Redis at {self._url}")
         try:
             if isinstance(sock, ssl.SSLSocket):
@@ -489,9 +506,22 @@ def _is_readable(sock: socket.socket, timeout_s: float) -> bool:
 
 
 #: Return one command as bytes of the protocol. (The library's stub takes tuples of one item only.)
-pack_one: Callable[[Command], bytes] = cast("Any", hiredis.pack_command)
+pack_one: Callable[[tuple[str | bytes | float, ...]], bytes] = cast("Any", hiredis.pack_command)
 
 
 def pack(commands: Sequence[Command]) -> bytes:
     """Return commands as bytes of the protocol."""
-    return b"".join([pack_one(command) for command in commands])
+    return b"".join([command if isinstance(command, bytes) else pack_one(command) for command in commands])
+
+
+#: Every connection of this process.
+_CONNECTIONS: weakref.WeakSet[BlockingRedis] = weakref.WeakSet()
+
+
+def _forget_after_fork() -> None:
+    """In a forked child: close its copies of the sockets. To ask before each use whose they are is a system call."""
+    for connection in list(_CONNECTIONS):
+        connection.close()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastq.errors import PublishError, RedisError
 from fastq.queues import QueueSpec, Topology, named_options
 from fastq.wire.ids import new_id
-from fastq.wire.kombu import encode_envelope
+from fastq.wire.kombu import encode_envelope, encode_push
 
 if TYPE_CHECKING:
     from fastq.brokers.redis.layout import Layout
@@ -25,9 +25,9 @@ def to_envelope(message: Message) -> bytes:
     return encode_envelope(message.exchange, message.routing_key, message.props, message.body, new_id())
 
 
-def push_command(layout: Layout, message: Message) -> Command:
-    """Return the command that sends a message to the queue that its routing key names."""
-    return ("LPUSH", layout.list_of(message.routing_key, message.priority), to_envelope(message))
+def push_command(layout: Layout, message: Message) -> bytes:
+    """Return the packed command that sends a message to the queue that its routing key names. Raises EncodeError."""
+    return encode_push(layout.list_of(message.routing_key, message.priority), message, new_id())
 
 
 def fanouts_of(settings: Settings, topology: Topology) -> frozenset[str]:
@@ -74,7 +74,6 @@ def refused(error: RedisError) -> PublishError:
 
 def check(replies: list[Any]) -> list[Any]:
     """Return the replies. Raises the first RedisError among them."""
-    for reply in replies:
-        if isinstance(reply, RedisError):
-            raise reply
+    if RedisError in set(map(type, replies)):
+        raise next(reply for reply in replies if isinstance(reply, RedisError))
     return replies

@@ -11,7 +11,7 @@ from bisect import bisect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from fastq.errors import SettingsError
@@ -52,8 +52,15 @@ class Layout:
 
     def list_of(self, queue: str, priority: int) -> str:
         """Return the list for a queue's messages of a priority."""
-        step = self.steps[bisect(self.steps, min(max(priority, 0), LAST_PRIORITY)) - 1]
-        return f"{self.prefix}{queue}{self.separator}{step}" if step else f"{self.prefix}{queue}"
+        if not 0 <= priority <= LAST_PRIORITY:
+            priority = 0 if priority < 0 else LAST_PRIORITY
+        return f"{self.prefix}{queue}{self._ends[priority]}"
+
+    @cached_property
+    def _ends(self) -> list[str]:
+        """What follows a queue's name, by priority."""
+        steps = [self.steps[bisect(self.steps, priority) - 1] for priority in range(LAST_PRIORITY + 1)]
+        return [f"{self.separator}{step}" if step else "" for step in steps]
 
     def lists_of(self, queue: str) -> list[str]:
         """Return all lists of a queue, the most urgent first."""

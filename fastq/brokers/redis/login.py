@@ -15,7 +15,8 @@ from fastq.errors import ConnectionLost, FastqError, RedisError, RemoteProtocolE
 from fastq.net import tcp, tls
 
 #: A command as it is sent: its name and arguments.
-Command: TypeAlias = "tuple[str | bytes | int | float, ...]"
+#: A command, or one that is packed already.
+Command: TypeAlias = "tuple[str | bytes | int | float, ...] | bytes"
 
 #: The channel on which a server tells of changed keys, as a list; nil when all are gone.
 INVALIDATED: Final = "__redis__:invalidate"

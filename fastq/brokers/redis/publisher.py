@@ -10,7 +10,6 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from fastq.brokers.limits import check_sizes
@@ -59,7 +58,7 @@ class RedisPublisher:
             self._open_by(deadline)
             try:
                 if len(messages) == 1 and not messages[0].exchange:
-                    self._redis.expect(self._redis.call(*push_command(self._layout, messages[0])), int)
+                    self._redis.expect(self._redis.ask(push_command(self._layout, messages[0])), int)
                 else:
                     self._publish_many(messages)
             except ConnectionLost as error:
@@ -100,10 +99,7 @@ class RedisPublisher:
 
     def _open_by(self, deadline: float | None) -> None:
         """Have a connection whose replies are waited for until about the deadline. Call with the lock held."""
-        self._redis.limit(self._timeout_s if deadline is None else deadline - time.monotonic())
-        self._redis.open()
-        if deadline is not None:
-            self._redis.limit(deadline - time.monotonic())
+        self._redis.open(time.monotonic() + self._timeout_s if deadline is None else deadline)
 
     def _redis_of(self, settings: Settings) -> BlockingRedis:
         timeout_s, connect_s = settings.fastq_publish_timeout, settings.broker_connection_timeout
@@ -116,12 +112,15 @@ class RedisPublisher:
 
     def _publish_many(self, messages: Sequence[Message]) -> None:
         # Everything is encoded before anything is sent.
-        commands = list(chain.from_iterable(self._commands(message) for message in messages))
+        commands: list[Command] = []
+        for message in messages:
+            if message.exchange:
+                commands += self._through_exchange(message)
+            else:
+                commands.append(push_command(self._layout, message))
         self._redis.expect(check(self._redis.pipeline(commands)), [int, ...])
 
-    def _commands(self, message: Message) -> list[Command]:
-        if not message.exchange:
-            return [push_command(self._layout, message)]
+    def _through_exchange(self, message: Message) -> list[Command]:
         if message.exchange in self._fanouts:
             return [fanout_command(self._layout, message)]
         members = self._redis.call("SMEMBERS", self._layout.bindings_of(message.exchange))

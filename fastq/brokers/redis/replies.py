@@ -57,5 +57,6 @@ def fits(reply: Any, shape: Shape) -> bool:
     if not isinstance(reply, list):
         return False
     if shape[-1] is ...:
-        return all(fits(item, shape[0]) for item in reply)
+        # Nearly always all are of just that type, and there can be thousands.
+        return [*set(map(type, reply))] == [shape[0]] or all(fits(item, shape[0]) for item in reply)
     return len(reply) == len(shape) and all(map(fits, reply, shape))

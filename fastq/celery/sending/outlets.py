@@ -20,14 +20,14 @@ from fastq.brokers import RABBITMQ, REDIS, try_broker
 from fastq.brokers.rabbitmq.connection import ADMIN_CHANNEL, BlockingConnection
 from fastq.brokers.rabbitmq.publisher import AmqpPublisher
 from fastq.brokers.redis.behind import Backlog
-from fastq.brokers.redis.blocking import BlockingRedis, pack_one
+from fastq.brokers.redis.blocking import BlockingRedis
 from fastq.brokers.redis.layout import read_layout
 from fastq.brokers.redis.publisher import unknown_fate
 from fastq.brokers.redis.url import parse_redis_url
 from fastq.errors import ConnectionLost, SettingsError
 from fastq.settings import Settings
 from fastq.wire.ids import new_uuid4
-from fastq.wire.kombu import encode_envelope
+from fastq.wire.kombu import encode_push
 from fastq.wire.message import Message
 
 #: Chosen: a reply queue is declared again before a call when that was last done so many seconds ago.
@@ -205,15 +205,14 @@ class RedisOutlet:
         for entity in entities:
             if (type(entity), entity.name) not in self._declared:
                 self._declare(entity)
-        envelope = encode_envelope(message.exchange, message.routing_key, message.props, message.body, new_uuid4())
-        key = self._layout.list_of(message.routing_key, message.priority)
+        command = encode_push(self._layout.list_of(message.routing_key, message.priority), message, new_uuid4())
         if self._backlog is not None:
-            self._backlog.put([(message.id, pack_one(("LPUSH", key, envelope)))])
+            self._backlog.put([(message.id, command)])
             return
         with self._lock:
             self._redis.open()
             try:
-                self._redis.expect(self._redis.call("LPUSH", key, envelope), int)
+                self._redis.expect(self._redis.ask(command), int)
             except ConnectionLost as error:
                 raise unknown_fate(error) from None
 
