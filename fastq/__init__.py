@@ -10,6 +10,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from fastq.version import __version__
+
 if TYPE_CHECKING:
     from fastq import states
     from fastq.app import FastQ, current_app, current_task, shared_task
@@ -46,8 +48,6 @@ if not any(name.startswith("_core.") and name.endswith(".so") for name in os.lis
         f"{os.path.dirname(__file__)} is fastq's source, not built: start Python in another folder to use the "
         "installed fastq, or build this one with ./ci/quickstart"
     )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AsyncResult",

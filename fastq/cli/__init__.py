@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastq import __version__
 from fastq.cli.errors import DEBUG_VARIABLE, Misuse, run_guarded
+from fastq.version import __version__
 
 if TYPE_CHECKING:
     from fastq.app import FastQ

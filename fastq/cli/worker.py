@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastq import __version__
 from fastq.brokers import has_bus, try_broker, unknown_options
 from fastq.cli import Globals
 from fastq.cli.errors import Misuse, one_line, run_guarded
@@ -28,6 +27,7 @@ from fastq.net.urls import mask_url, scheme_of
 from fastq.pool import find_pool
 from fastq.pool.patched import patched_by
 from fastq.queues import Topology
+from fastq.version import __version__
 from fastq.worker.banner import Banner
 from fastq.worker.options import NODE_NAME, WorkerOptions, available_cpus, expand_path
 from fastq.worker.process.daemon import (

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
-from fastq import __version__
 from fastq.brokers import RABBITMQ, try_broker
 from fastq.brokers.rabbitmq.url import split_url
 from fastq.net.urls import mask_text, mask_url, scheme_of, split_urls
+from fastq.version import __version__
 
 if TYPE_CHECKING:
     from fastq.settings import Settings

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import fastq.version
 from tests import ROOT
 
 PACKAGE = ROOT / "fastq"
@@ -28,7 +29,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     3: ("bus", "brokers", "results", "pool"),
     2: ("_core", "_ledger", "_waiting", "_child", "link", "codecs"),
     1: ("wire", "net"),
-    0: ("interfaces", "errors", "states", "settings", "printable", "plugins", "queues", "guard"),
+    0: ("version", "interfaces", "errors", "states", "settings", "printable", "plugins", "queues", "guard"),
 }
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
 FRIENDS = {
@@ -198,6 +199,12 @@ def test_the_check_sees_every_form_of_cython_import(text: str, expected: set[str
 def test_the_check_sees_imports_in_functions_and_skips_those_for_types() -> None:
     text = "if TYPE_CHECKING:\n    import fastq.cli\ndef f():\n    from fastq.app import FastQ\n"
     assert set(python_imports(text)) == {"fastq.app.FastQ"}
+
+
+def test_the_version_is_that_of_the_metadata() -> None:
+    found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+    assert found is not None
+    assert fastq.__version__ == fastq.version.__version__ == found[1]
 
 
 def test_a_worker_forks_before_it_imports_an_event_loop() -> None:

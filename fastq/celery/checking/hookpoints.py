@@ -7,6 +7,7 @@ the handlers and the ``__call__`` of a task's own class, which it calls. Changes
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from functools import cache
 from inspect import getattr_static
@@ -22,8 +23,9 @@ from celery.app import trace
 from celery.app.task import Task
 from celery.utils.imports import symbol_by_name
 
-import fastq
 from fastq.celery.conf.settings import own_store
+
+_FASTQ = sys.modules["fastq"]
 
 #: The defaults of a task's attributes that name classes of the worker.
 REQUEST = "celery.worker.request:Request"
@@ -136,7 +138,7 @@ def is_genuine(function: Any) -> bool:
     A function of fastq counts as what it stands in for, which is its ``__wrapped__``.
     """
     function = _stood_in_for(function)
-    return type(function) is FunctionType and _is_in(function, celery, kombu, billiard, fastq)
+    return type(function) is FunctionType and _is_in(function, celery, kombu, billiard, _FASTQ)
 
 
 def origin_of(function: Any) -> str:
@@ -152,7 +154,7 @@ def origin_of(function: Any) -> str:
 def _stood_in_for(function: Any) -> Any:
     """Return a method's function, and in place of one of fastq's the one that it replaced."""
     function = getattr(function, "__func__", function)
-    while type(function) is FunctionType and _is_in(function, fastq) and "__wrapped__" in vars(function):
+    while type(function) is FunctionType and _is_in(function, _FASTQ) and "__wrapped__" in vars(function):
         wrapped = vars(function)["__wrapped__"]
         function = getattr(wrapped, "__func__", wrapped)
     return function

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, overload
 
 import orjson
 
-from fastq import __version__
 from fastq.codecs._walk import short_repr
 from fastq.codecs.json import decode_event, encode_event, encode_loosely, place_of_odd_number
 from fastq.errors import ConnectionLost, EncodeError
 from fastq.sending.sent import utc_offset_h
 from fastq.states import FAILURE, REJECTED, RETRY, SUCCESS
+from fastq.version import __version__
 from fastq.wire.dates import iso8601_to_unix, unix_to_iso8601
 from fastq.wire.properties import readable_properties
 
