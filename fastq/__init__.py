@@ -14,7 +14,7 @@ from fastq.version import __version__
 
 if TYPE_CHECKING:
     from fastq import states
-    from fastq.app import FastQ, current_app, current_task, shared_task
+    from fastq.app import FastQ, current_app
     from fastq.celery.cli.patch import patch
     from fastq.celery.sending.accelerate import accelerate
     from fastq.errors import (
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     )
     from fastq.request import Request
     from fastq.result import AsyncResult, EagerResult
+    from fastq.shared import current_task, shared_task
     from fastq.steps import Step
     from fastq.task import Task, get_task_logger
 
@@ -93,10 +94,10 @@ _MODULES = {
     "Task": "fastq.task",
     "accelerate": "fastq.celery.sending.accelerate",
     "current_app": "fastq.app",
-    "current_task": "fastq.app",
+    "current_task": "fastq.shared",
     "get_task_logger": "fastq.task",
     "patch": "fastq.celery.cli.patch",
-    "shared_task": "fastq.app",
+    "shared_task": "fastq.shared",
 }
 
 

@@ -6,6 +6,7 @@ Source of the field names: Celery's ``Task.request``.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -184,6 +185,25 @@ class Request:
             "priority": properties.get("priority"),
             "redelivered": call.redelivered if call is not None else False,
         }
+
+
+class ExceptionInfo:
+    """An exception with its traceback, as handlers receive it (``einfo``); its text is the traceback."""
+
+    def __init__(self, exception: BaseException) -> None:
+        self.exception = exception
+        self.type = type(exception)
+        self._text: str | None = None
+
+    @property
+    def traceback(self) -> str:
+        """Return the formatted traceback; it is formatted when it is first asked for."""
+        if self._text is None:
+            self._text = "".join(traceback.format_exception(self.type, self.exception, self.exception.__traceback__))
+        return self._text
+
+    def __str__(self) -> str:
+        return self.traceback
 
 
 _running: ContextVar[Request | None] = ContextVar("fastq_running", default=None)

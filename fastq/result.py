@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from traceback import format_exception_only
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
@@ -39,6 +40,20 @@ class ResultSource(Protocol):
         """Return whether a call waits for the end of a batch before it is sent."""
 
 
+@dataclass(slots=True)
+class Collected:
+    """Calls that are sent together, later, as the handles on them see it; ``failure``: with what it has ended badly."""
+
+    failure: str | None = None
+
+    def fail(self, error: BaseException) -> None:
+        """Have everybody who asks for a result told that there will be none, as the batch has ended with this error."""
+        self.failure = format_exception_only(type(error), error)[-1].strip()[:_MAX_REASON]
+
+    def __reduce__(self) -> Any:
+        return Collected, (self.failure,)
+
+
 class RemoteTraceback(Exception):
     """The worker's traceback, shown as the cause of an exception that ``get()`` raises."""
 
@@ -49,16 +64,23 @@ class RemoteTraceback(Exception):
 class AsyncResult(Generic[R_co]):
     """A task's result, now or later. Equal to any other handle on the same id."""
 
-    __slots__ = ("__weakref__", "_meta", "_source", "_task_name", "_unsent", "id", "ignored")
+    __slots__ = ("__weakref__", "_collected", "_meta", "_source", "_task_name", "id", "ignored")
 
-    def __init__(self, task_id: str, source: ResultSource, task_name: str | None = None, ignored: bool = False) -> None:
+    def __init__(
+        self,
+        task_id: str,
+        source: ResultSource,
+        task_name: str | None = None,
+        ignored: bool = False,
+        collected: Collected | None = None,
+    ) -> None:
         self.id = task_id
         #: The task stores no result.
         self.ignored = ignored
         self._source = source
         self._task_name = task_name
         self._meta: Meta | None = None
-        self._unsent: str | None = None  # with what the batch has ended that it was to be sent with
+        self._collected = collected  # the batch that it is, or was, to be sent with
 
     def __eq__(self, other: object) -> bool:
         return self.id == other.id if isinstance(other, AsyncResult) else NotImplemented
@@ -69,7 +91,7 @@ class AsyncResult(Generic[R_co]):
     def __reduce__(self) -> Any:
         arguments = self.id, self._source, self._task_name, self.ignored
         # With rpc:// nobody else can have the result.
-        return type(self), arguments, (None, {"_meta": self._meta, "_unsent": self._unsent})
+        return type(self), arguments, (None, {"_meta": self._meta, "_collected": self._collected})
 
     def __str__(self) -> str:
         return self.id
@@ -188,10 +210,6 @@ class AsyncResult(Generic[R_co]):
         """Return whether the task has ended with an exception."""
         return self.state == FAILURE
 
-    def never_sent(self, error: BaseException) -> None:
-        """Have everybody who asks for the result told that there will be none, as a batch has ended with this error."""
-        self._unsent = format_exception_only(type(error), error)[-1].strip()[:_MAX_REASON]
-
     def forget(self) -> None:
         """Drop what is stored of the task, here and in the store."""
         self._meta = None
@@ -223,9 +241,9 @@ class AsyncResult(Generic[R_co]):
             raise ResultsDisabled(f"task {self._task_name}[{self.id}] was sent with ignore_result: it stores no result")
 
     def _check_sent(self) -> None:
-        if self._unsent is not None:
+        if self._collected is not None and self._collected.failure is not None:
             raise RuntimeError(
-                f"task {self.id} was never sent: the block of `with app.batch()` ended with {self._unsent}. "
+                f"task {self.id} was never sent: the block of `with app.batch()` ended with {self._collected.failure}. "
                 "There will be no result"
             )
 

@@ -11,16 +11,17 @@ import inspect
 import logging
 import sys
 import time
-import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from fastq.codecs.meta import encode_meta
-from fastq.errors import Ignore, MaxRetriesExceeded, Reject, Retry, SettingsError
-from fastq.request import Request, current, pop_request, push_request, running_task
-from fastq.result import AsyncResult, EagerResult
+from fastq.eager import run_here
+from fastq.errors import MaxRetriesExceeded, Retry, SettingsError
+from fastq.request import ExceptionInfo, Request, current, pop_request, push_request, running_task
+from fastq.result import AsyncResult, EagerResult, ResultSource
 from fastq.sending.absent import TASK_ATTRIBUTES, lacking
 from fastq.sending.options import (
     CHECKS,
@@ -34,8 +35,8 @@ from fastq.sending.options import (
     text_option,
 )
 from fastq.sending.parameters import ANY, Parameters, takes_task
-from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, SUCCESS
-from fastq.steps import Around
+from fastq.states import FAILURE
+from fastq.steps import Around, Step
 from fastq.steps import retry as retries
 from fastq.steps.built_in import BUILT_IN
 from fastq.wire.ids import new_id
@@ -43,8 +44,9 @@ from fastq.wire.ids import new_id
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from fastq.app import FastQ
+    from fastq.interfaces import Publisher
     from fastq.sending.envelope import Envelope
+    from fastq.sending.sender import Sender
     from fastq.settings import Settings
     from fastq.steps.retry import ExceptionClasses, RetryPolicy
 
@@ -70,23 +72,44 @@ _AUTORETRY_OPTIONS = frozenset(
 )
 
 
-class ExceptionInfo:
-    """An exception with its traceback, as handlers receive it (``einfo``); its text is the traceback."""
+class Application(ResultSource, Protocol):
+    """An application as its tasks see it; ``fastq.FastQ`` is one."""
 
-    def __init__(self, exception: BaseException) -> None:
-        self.exception = exception
-        self.type = type(exception)
-        self._text: str | None = None
+    main: str | None
+    conf: Settings
+    tasks: dict[str, Task[..., Any]]
+    sender: Sender
+    steps: tuple[Step, ...]
 
     @property
-    def traceback(self) -> str:
-        """Return the formatted traceback; it is formatted when it is first asked for."""
-        if self._text is None:
-            self._text = "".join(traceback.format_exception(self.type, self.exception, self.exception.__traceback__))
-        return self._text
+    def stores_results(self) -> bool:
+        """Return whether there is a result store."""
 
-    def __str__(self) -> str:
-        return self.traceback
+    @property
+    def publisher(self) -> Publisher:
+        """Return the connection to the broker, opened at first use."""
+
+    @property
+    def current_task(self) -> Task[..., Any] | None:
+        """Return the task whose call is running here."""
+
+    def send_task(
+        self,
+        name: str,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[SendOptions],
+    ) -> AsyncResult[Any]:
+        """Send a task by name, registered here or not, and return the handle on its result."""
+
+    def batch(self) -> AbstractContextManager[None]:
+        """Collect what this thread sends inside a ``with`` block and publish it at the end, with one wait for all."""
+
+    def AsyncResult(self, task_id: str, task_name: str | None = None) -> AsyncResult[Any]:  # noqa: N802 - Celery's word
+        """Return the handle on a task that was sent before."""
+
+    def pickled_task(self, task: Task[..., Any]) -> Any:
+        """Return how pickle and copy find a task of this application."""
 
 
 @lacking(TASK_ATTRIBUTES, "task {.name!r} has no")
@@ -132,7 +155,8 @@ class Task(Generic[P, R]):
     #: The handlers that this task has of its own; a worker need not call the others.
     handlers: frozenset[str] = frozenset()
 
-    _app: FastQ | None = None
+    _app: Application | None = None
+    _sender: Sender
     _envelope: Envelope | None = None
     _direct: Envelope | None = None
     _around: Around | None = None
@@ -188,7 +212,7 @@ class Task(Generic[P, R]):
         parameters = self._parameters
         if kwargs or not parameters.least <= len(args) <= parameters.most:
             parameters.check(args, kwargs)
-        return self.app.send(envelope, new_id(), args, kwargs)
+        return self._sender.send(envelope, new_id(), args, kwargs)
 
     def check_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise TypeError when the function cannot be called with these arguments (never with ``typing=False``)."""
@@ -202,17 +226,19 @@ class Task(Generic[P, R]):
         if options:
             check_names(options, SendOptions.__optional_keys__, "apply_async()")
         self._parameters.check(positional, named)
-        app = self.app
+        sender = self.sender
         task_id = options.get("task_id")
-        if app.conf.task_always_eager:  # before the envelope: its reply address opens the result store
-            app.finalize()
+        if sender.conf.task_always_eager:  # before the envelope: its reply address opens the result store
+            sender.finalize()
             return self.apply(positional, named, task_id=task_id, headers=options.get("headers"))
         if options and self._envelope is None:  # checked before a connection is opened for the reply address
-            app.envelopes.with_options(app.envelopes.of_name(self.name), options)
+            sender.envelopes.with_options(sender.envelopes.of_name(self.name), options)
         envelope = self._envelope or self._prepare(positional, named)
         if options:
-            envelope = app.envelopes.with_options(envelope, options)
-        return app.send(envelope, new_id() if task_id is None else text_option("task_id", task_id), positional, named)
+            envelope = sender.envelopes.with_options(envelope, options)
+        return sender.send(
+            envelope, new_id() if task_id is None else text_option("task_id", task_id), positional, named
+        )
 
     def apply(
         self,
@@ -229,32 +255,14 @@ class Task(Generic[P, R]):
         A retry follows at once. ``throw``: raise the task's exception (default: the setting ``task_eager_propagates``).
         """
         positional, named = _arguments(args, kwargs)
-        request = Request.local(
-            self.name,
-            positional,
-            named,
-            id=task_id or new_id(),
-            is_eager=True,
-            retries=retries,
-            sent_headers=dict(headers or {}),
-        )
-        state, value, einfo = self._run_here(request)
-        while state == RETRY:
-            again = request.next_run or (request.args, request.kwargs)
-            request = Request.local(
-                self.name,
-                *again,
-                id=request.id,
-                is_eager=True,
-                retries=request.retries + 1,
-                sent_headers=request.sent_headers,
-            )
-            state, value, einfo = self._run_here(request)
+        task_id = task_id or new_id()
+        around = self._around
+        if around is None:
+            around = self._around = Around(self, (*self.app.steps, *BUILT_IN))
+        state, value, einfo = run_here(self, around, task_id, positional, named, retries, dict(headers or {}))
         if state == FAILURE and (self.app.conf.task_eager_propagates if throw is None else throw):
             raise value
-        return EagerResult(
-            cast("str", request.id), self.app, self.name, state, value, None if einfo is None else einfo.traceback
-        )
+        return EagerResult(task_id, self.app, self.name, state, value, None if einfo is None else einfo.traceback)
 
     def retry(
         self,
@@ -313,9 +321,9 @@ class Task(Generic[P, R]):
         if countdown is None and eta is None:
             countdown = self.default_retry_delay
         when: SendOptions = {"countdown": countdown, "eta": eta}
-        envelopes = self.app.envelopes
+        envelopes = self.sender.envelopes
         envelope = envelopes.with_options(envelopes.of_request(request), {**options, **when})
-        self.app.publish((envelope.next_run(request, positional, named),))
+        self.sender.publish((envelope.next_run(request, positional, named),))
         return Retry(reason, envelope.eta)
 
     def update_state(self, *, state: str, meta: Any = None, task_id: str | None = None) -> None:
@@ -324,8 +332,9 @@ class Task(Generic[P, R]):
         if task_id is None and (request.id is None or request.is_eager or self.ignore_result):
             return
         task_id = cast("str", request.id) if task_id is None else task_id
-        if self.app.stores_results and not self.app.conf.task_always_eager:
-            self.app.store.save(task_id, state, encode_meta(task_id, state, meta))
+        sender = self.sender
+        if sender.stores_results and not sender.conf.task_always_eager:
+            sender.store.save(task_id, state, encode_meta(task_id, state, meta))
 
     def AsyncResult(self, task_id: str) -> AsyncResult[R]:  # noqa: N802 - Celery's word
         """Return the handle on a call of this task that was sent before."""
@@ -334,11 +343,16 @@ class Task(Generic[P, R]):
     # --- state -------------------------------------------------------------------------------------------------------
 
     @property
-    def app(self) -> FastQ:
+    def app(self) -> Application:
         """Return the application. Raises SettingsError before the task is registered."""
         if self._app is None:
             raise SettingsError(f"{type(self).__name__} belongs to no application; register it: app.register_task(...)")
         return self._app
+
+    @property
+    def sender(self) -> Sender:
+        """Return what sends this task's calls. Raises SettingsError before the task is registered."""
+        return self.app.sender
 
     @property
     def request(self) -> Request:
@@ -358,12 +372,14 @@ class Task(Generic[P, R]):
     # --- registration, called by the application ---------------------------------------------------------------------
 
     def declare(
-        self, app: FastQ | None, name: str, function: Callable[..., R] | None, options: TaskOptions, bind: bool
+        self, app: Application | None, name: str, function: Callable[..., R] | None, options: TaskOptions, bind: bool
     ) -> None:
         """Make this the task of a function (None: of its own ``run`` method) in an application (None: only check)."""
         check_names(options, TaskOptions.__optional_keys__, "task()")
         vars(self).update({option: value for option, value in options.items() if option != "name"})
         self._app = app
+        if app is not None:
+            self._sender = app.sender
         self.name = text_option("name", name)
         if function is not None:
             self._wrap(function, bind)
@@ -442,47 +458,13 @@ class Task(Generic[P, R]):
 
     def _prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Envelope:
         """Return the envelope for one call; it is kept for the next ones unless a router looks at every call."""
-        app = self.app
-        envelope = app.envelopes.of_task(self, args, kwargs)
-        envelope.reply_to = None if envelope.ignore_result else app.reply_address()
-        if app.envelopes.routes_are_static:
+        envelope = self._sender.envelope_of_task(self, args, kwargs)
+        if self._sender.envelopes.routes_are_static:
             self._envelope = envelope
             # An apply_async of the user's, or of a tool that wraps it, must see every call.
             own = type(self).apply_async is not _APPLY_ASYNC or "apply_async" in vars(self)
             self._direct = None if own else envelope
         return envelope
-
-    # --- eager runs --------------------------------------------------------------------------------------------------
-
-    def _run_here(self, request: Request) -> tuple[str, Any, ExceptionInfo | None]:
-        """Run one call with its handlers and return its state, its value or exception, and the traceback."""
-        around = self._around
-        if around is None:
-            around = self._around = Around(self, (*self.app.steps, *BUILT_IN))
-        push_request(request)
-        try:
-            state, value, einfo = self._execute(request, around)
-            for after in around.after[state]:
-                after(state, value, cast("str", request.id), request.args, request.kwargs, einfo)
-            return state, value, einfo
-        finally:
-            pop_request()
-
-    def _execute(self, request: Request, around: Around) -> tuple[str, Any, ExceptionInfo | None]:
-        args, kwargs = request.args, request.kwargs
-        try:
-            for before in around.before:
-                before(cast("str", request.id), args, kwargs)
-            return SUCCESS, self.run(*args, **kwargs), None
-        except Exception as raised:
-            error = around.end_of(raised)
-        if isinstance(error, Retry):
-            return RETRY, error.exc, ExceptionInfo(error.exc or error)
-        if isinstance(error, Ignore):
-            return IGNORED, None, None
-        if isinstance(error, Reject):
-            return REJECTED, None, None
-        return FAILURE, error, ExceptionInfo(error)
 
 
 _APPLY_ASYNC = Task.apply_async

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, SUCCESS
 
 if TYPE_CHECKING:
-    from fastq.task import ExceptionInfo, Task
+    from fastq.request import ExceptionInfo
 
+#: A ``fastq.Task``, which stands above this.
+AnyTask: TypeAlias = Any
 #: Called with what ``before_start`` gets: id, arguments, keyword arguments.
 Before: TypeAlias = Callable[[str, Sequence[Any], Mapping[str, Any]], object]
 #: Called with what ended a call; returns what ends it instead, None to leave it.
@@ -34,15 +36,15 @@ class Step:
     nothing to do. The functions are called in the process that runs the task, while ``task.request`` is the call.
     """
 
-    def before(self, task: Task[..., Any]) -> Before | None:
+    def before(self, task: AnyTask) -> Before | None:
         """Return what is called before the task's function. What that raises ends the call, as if the task had."""
         return None
 
-    def on_exception(self, task: Task[..., Any]) -> OnException | None:
+    def on_exception(self, task: AnyTask) -> OnException | None:
         """Return what is called with the exception that ends a call, and may return another one: a Retry for one."""
         return None
 
-    def after(self, task: Task[..., Any], state: str) -> After | None:
+    def after(self, task: AnyTask, state: str) -> After | None:
         """Return what is called when a call ends in this state, one of ``ENDS``, before anybody hears of it.
 
         What that raises is logged and changes nothing.
@@ -55,7 +57,7 @@ class Around:
 
     __slots__ = ("after", "before", "on_exception")
 
-    def __init__(self, task: Task[..., Any], steps: Sequence[Step]) -> None:
+    def __init__(self, task: AnyTask, steps: Sequence[Step]) -> None:
         inner_first = steps[::-1]
         self.before = _given(step.before(task) for step in steps)
         self.on_exception = _given(step.on_exception(task) for step in inner_first)

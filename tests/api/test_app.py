@@ -46,7 +46,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_apps_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastq.app, "_shared", [])
+    monkeypatch.setattr(fastq.app, "_joining", [])
     monkeypatch.setattr(fastq.app, "_last_app", None)
 
 
@@ -469,7 +469,7 @@ def test_a_wrong_option_of_a_shared_task_is_named_where_it_is_declared() -> None
         shared_task(expires="1h")(add)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="fastq control rate_limit"):
         shared_task(rate_limit="1/s")(add)  # type: ignore[call-overload]
-    assert fastq.app._shared == []
+    assert fastq.app._joining == []
 
 
 def test_a_shared_task_may_be_bound() -> None:
@@ -627,7 +627,7 @@ def test_send_task_does_not_remember_endless_names() -> None:
     app = make_app()
     for number in range(1100):
         app.send_task(f"job{number}")
-    assert len(app._named) <= 1024
+    assert len(app.sender._named) <= 1024
 
 
 def test_a_batch_is_published_with_one_wait() -> None:
@@ -820,7 +820,7 @@ def test_eager_opens_neither_broker_nor_store(tmp_path: Path) -> None:
         assert outer.delay().get() == outer.apply_async().get() == 10
         with pytest.raises(NotRegistered, match="'elsewhere' cannot run here and now"):
             app.send_task("elsewhere")
-    assert (app._publisher, app._store, [*tmp_path.iterdir()]) == (None, None, [])
+    assert (app.sender._publisher, app.sender._store, [*tmp_path.iterdir()]) == (None, None, [])
 
 
 def test_an_override_of_urls_sets_open_connections_aside(tmp_path: Path) -> None:

@@ -356,7 +356,7 @@ def test_inside_a_worker_messages_carry_no_reply_address(app: FastQ) -> None:
     task = app.task(add)
     task.delay(1)
     message = sent(app)[0]
-    app.forget_envelopes()
+    app.sender.forget_envelopes()
     with Running(message):
         task.delay(2)
     assert decode_properties(message.props)["reply_to"] == "mine"

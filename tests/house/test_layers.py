@@ -25,23 +25,25 @@ LEVELS: dict[int, tuple[str, ...]] = {
     7: ("cli", "celery", "testing", "__main__"),
     6: ("worker",),
     5: ("running",),
-    4: ("__init__", "app", "task", "result", "request", "sending", "steps"),
+    4: ("__init__", "shared", "app", "task", "eager", "sending", "steps", "result", "request"),
     3: ("bus", "brokers", "results", "pool"),
     2: ("_core", "_ledger", "_waiting", "_child", "link", "codecs"),
     1: ("wire", "net"),
-    0: ("version", "interfaces", "errors", "states", "settings", "printable", "plugins", "queues", "guard"),
+    0: ("version", "interfaces", "errors", "states", "settings", "printable", "plugins", "queues", "guard", "modules"),
 }
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
 FRIENDS = {
     "__main__": {"cli"},
     "cli": {"celery"},  # -A may name a Celery application
     "celery": {"cli"},  # patch(): a program that starts Celery's worker gets the command line's
-    "__init__": {"app", "task", "result", "request", "sending", "steps"},
-    "app": {"task", "result", "request", "sending", "steps"},
-    "task": {"result", "request", "sending", "steps"},
+    "__init__": {"shared", "app", "task", "eager", "result", "request", "sending", "steps"},
+    "shared": {"app", "task", "request", "sending"},
+    "app": {"task", "result", "request", "sending"},
+    "task": {"eager", "result", "request", "sending", "steps"},
+    "eager": {"request", "steps"},
     "steps": {"request"},
     "result": {"request"},
-    "sending": {"request"},
+    "sending": {"result", "request"},
     "_core": {"_ledger", "_waiting", "_child", "link"},
     "_ledger": {"_waiting", "_child", "link"},
     "_waiting": {"link"},
@@ -52,6 +54,7 @@ FRIENDS = {
     "settings": {"errors", "states"},
     "queues": {"errors", "settings"},
     "plugins": {"errors"},
+    "modules": {"errors"},
 }
 
 CYTHON_FROM = re.compile(r"^\s*from\s+(fastq[\w.]*)\s+c?import\s+\(?\s*([\w*]+(?:\s+as\s+\w+)?(?:\s*,\s*\w+)*)", re.M)

@@ -169,11 +169,11 @@ def test_an_application_tells_of_its_calls_when_the_setting_is_on(amqp_url: str)
 def test_without_the_setting_nothing_of_it_is_loaded(sqlite_url: str) -> None:
     app = FastQ("proj", broker=sqlite_url)
     app.finalize()
-    assert app._sent is None
+    assert app.sender._sent is None
 
 
 def test_a_broker_without_events_is_no_error(sqlite_url: str) -> None:
     app = FastQ("proj", broker=sqlite_url, task_send_sent_event=True)
     app.send_task("proj.add", (1, 2))
-    assert app._sent is None
+    assert app.sender._sent is None
     app.close()
