@@ -1,5 +1,6 @@
-"""Imports point down only. In-function imports and Cython's cimports count; imports for type checkers alone do not.
+"""Imports point down only, and no two modules need each other.
 
+Imports in functions count, Cython's cimports, and those for type checkers alone; a stub counts as its module.
 Source of the order: docs/architecture.md.
 """
 
@@ -10,7 +11,7 @@ import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -22,35 +23,36 @@ PACKAGE = ROOT / "fastq"
 
 # A part may import parts of lower levels; within a level only what FRIENDS says.
 LEVELS: dict[int, tuple[str, ...]] = {
-    7: ("cli", "celery", "testing", "__main__"),
+    7: ("__init__", "__main__", "cli", "celery", "testing"),
     6: ("worker",),
     5: ("running",),
-    4: ("__init__", "shared", "app", "task", "eager", "sending", "steps", "result", "request"),
+    4: ("shared", "app", "task", "eager", "sending", "steps", "result", "request"),
     3: ("bus", "brokers", "results", "pool"),
-    2: ("_core", "_ledger", "_waiting", "_child", "link", "codecs"),
+    2: ("_core", "_ledger", "_waiting", "codecs", "interfaces", "_child", "link"),
     1: ("wire", "net"),
-    0: ("version", "interfaces", "errors", "states", "settings", "printable", "plugins", "queues", "guard", "modules"),
+    0: ("version", "errors", "states", "settings", "printable", "plugins", "queues", "guard", "modules"),
 }
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
 FRIENDS = {
     "__main__": {"cli"},
     "cli": {"celery"},  # -A may name a Celery application
     "celery": {"cli"},  # patch(): a program that starts Celery's worker gets the command line's
-    "__init__": {"shared", "app", "task", "eager", "result", "request", "sending", "steps"},
+    "__init__": {"celery"},  # the public names, wherever they stand
     "shared": {"app", "task", "request", "sending"},
     "app": {"task", "result", "request", "sending"},
     "task": {"eager", "result", "request", "sending", "steps"},
     "eager": {"request", "steps"},
     "steps": {"request"},
     "result": {"request"},
-    "sending": {"result", "request"},
-    "_core": {"_ledger", "_waiting", "_child", "link"},
+    "sending": {"steps", "result", "request"},
+    "_core": {"_ledger", "_waiting", "interfaces", "_child", "link"},
     "_ledger": {"_waiting", "_child", "link"},
     "_waiting": {"link"},
     "_child": {"link"},
     "brokers": {"bus"},
     "results": {"brokers"},  # a store may use the connection of a broker, never the other way round
-    "interfaces": {"errors", "states", "settings"},
+    "codecs": {"interfaces"},
+    "interfaces": {"_child", "link"},  # what stands above sees the seams by the nouns that pass through them
     "settings": {"errors", "states"},
     "queues": {"errors", "settings"},
     "plugins": {"errors"},
@@ -73,23 +75,11 @@ def part_of(module: str) -> str:
     return first if is_part else "__init__"
 
 
-def type_checking_lines(tree: ast.Module) -> set[int]:
-    """Return the line numbers of blocks that only type checkers read."""
-    lines: set[int] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for child in node.body:
-                lines.update(range(child.lineno, (child.end_lineno or child.lineno) + 1))
-    return lines
-
-
 def python_imports(text: str) -> Iterator[str]:
-    tree = ast.parse(text)
-    skipped = type_checking_lines(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import) and node.lineno not in skipped:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.lineno not in skipped:
+        elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports are banned"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
@@ -103,7 +93,7 @@ def cython_imports(text: str) -> Iterator[str]:
 def imports(path: Path) -> set[str]:
     """Return every imported name of a source file, as dotted text."""
     text = path.read_text(encoding="utf-8")
-    return set(python_imports(text) if path.suffix == ".py" else cython_imports(text))
+    return set(python_imports(text) if path.suffix in (".py", ".pyi") else cython_imports(text))
 
 
 def own_part(path: Path) -> str:
@@ -113,7 +103,7 @@ def own_part(path: Path) -> str:
 
 def edges() -> Iterator[tuple[Path, str, str]]:
     """Yield (file, its part, imported part), once each, for every import of fastq by fastq from another part."""
-    for path in sources(".py", ".pyx", ".pxd"):
+    for path in sources(".py", ".pyi", ".pyx", ".pxd"):
         here = own_part(path)
         named = {part_of(name) for name in imports(path) if name == "fastq" or name.startswith("fastq.")}
         yield from ((path, here, there) for there in sorted(named - {here}))
@@ -123,6 +113,57 @@ def is_allowed(here: str, there: str) -> bool:
     if there in FRIENDS.get(here, ()):
         return True
     return LEVEL_OF[there] < LEVEL_OF[here]
+
+
+def module_of(path: Path) -> str:
+    """Return the dotted name of a module, a package under its own."""
+    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Return which modules of fastq each one imports."""
+    paths = sources(".py", ".pyi", ".pyx", ".pxd")
+    graph: dict[str, set[str]] = {module_of(path): set() for path in paths}
+    for path in paths:
+        here = module_of(path)
+        for name in imports(path):
+            # ``from package import name``: the module of that name, or something that the package itself holds.
+            there = name if name in graph else name.rpartition(".")[0]
+            if there in graph and there != here:
+                graph[here].add(there)
+    return graph
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[set[str]]:
+    """Return the largest sets of modules that all reach each other."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        found, left = set[str](), [start]
+        while left:
+            new = graph[left.pop()] - found
+            found |= new
+            left += new
+        reached[start] = found
+    together = {frozenset(there for there in reached[here] if here in reached[there]) for here in graph}
+    return sorted((set(each) for each in together if each), key=sorted)
+
+
+#: Until what both need of each other stands in modules of its own.
+KNOWN_CIRCLES = [{"fastq.brokers.redis.consumer", "fastq.brokers.redis.source"}]
+
+
+def test_no_two_modules_need_each_other() -> None:
+    assert [circle for circle in circles(module_graph()) if circle not in KNOWN_CIRCLES] == []
+
+
+def test_nobody_imports_the_package_of_users() -> None:
+    assert {here for here, named in module_graph().items() if "fastq" in named} == set()
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a", "e"}, "e": set()}
+    assert circles(graph) == [{"a", "b", "c"}]
 
 
 def test_every_part_has_a_level() -> None:
@@ -199,9 +240,9 @@ def test_the_check_sees_every_form_of_cython_import(text: str, expected: set[str
     assert set(cython_imports(text)) == expected
 
 
-def test_the_check_sees_imports_in_functions_and_skips_those_for_types() -> None:
+def test_the_check_sees_imports_in_functions_and_those_for_types() -> None:
     text = "if TYPE_CHECKING:\n    import fastq.cli\ndef f():\n    from fastq.app import FastQ\n"
-    assert set(python_imports(text)) == {"fastq.app.FastQ"}
+    assert set(python_imports(text)) == {"fastq.cli", "fastq.app.FastQ"}
 
 
 def test_the_version_is_that_of_the_metadata() -> None:
