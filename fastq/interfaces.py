@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from fastq._child import Child
-    from fastq._core import Core
     from fastq.link import BatchSource, Delivery, Source
-    from fastq.pool.companion import Companion
     from fastq.queues import QueueSpec
     from fastq.wire.message import Message
 
@@ -246,58 +244,6 @@ class ChildHooks(Protocol):
 
     def child_broken(self, child: Child, reason: str) -> None:
         """A child does not make sense any more."""
-
-
-class Pool(ChildHooks, Protocol):
-    """The processes that run calls, as the main process sees them: which runs where, never which call.
-
-    It makes a ``Child`` for each process, gives it to the message loop (``Core.add_child``), lets it have calls
-    (``Child.activate``) and reports its end (``Core.remove_child``).
-    """
-
-    #: The one process beside the children, where a program wants one.
-    companion: Companion | None
-
-    async def start(self, core: Core) -> None:
-        """Return when this message loop's calls can run."""
-
-    async def stop(self, deadline_s: float | None) -> None:
-        """Ask every child to end after its call; kill what is left at the deadline (None: wait)."""
-
-    def kill(self) -> None:
-        """Kill every child."""
-
-    def close(self) -> None:
-        """Give back what the pool itself has."""
-
-    def grow(self, n: int = 1) -> None:
-        """Have so many more calls run at a time."""
-
-    def shrink(self, n: int = 1) -> None:
-        """Have so many fewer calls run at a time; those that run are finished. One place stays."""
-
-    def restart(self) -> None:
-        """Replace every child; each finishes the call that it runs."""
-
-    @property
-    def size(self) -> int:
-        """Return how many calls run at a time."""
-
-    @property
-    def pids(self) -> list[int]:
-        """Return the process ids of the children that run calls."""
-
-    def terminate(self, child: Child, signum: int) -> None:
-        """Send a child a signal; no harm when it has ended."""
-
-    def kill_child(self, child: Child) -> None:
-        """Kill one child; another one takes its place."""
-
-    def dump_stack(self, child: Child) -> None:
-        """Have a child write the stacks of its threads, for ``stacks``."""
-
-    def stacks(self, child: Child) -> str:
-        """Return the stacks that a child has written; "" when it has not, or has ended."""
 
 
 class CallHooks(Protocol):

@@ -1,4 +1,4 @@
-"""Pools: the processes that run calls. One table says what each name stands for; imports no pool.
+"""Pools: the processes that run calls; their seam, and one table of what each name stands for. Imports no pool.
 
 A pool of somebody else's is a ``PoolKind`` too: named by ``module:NAME``, as in ``-P mypool:POOL``, or by an entry
 point of the group ``fastq.pools``, whose name is the pool's.
@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from fastq.errors import FastqError, SettingsError
+from fastq.interfaces import ChildHooks
 from fastq.plugins import Target, find_plugin
+
+if TYPE_CHECKING:
+    from fastq._child import Child
+    from fastq._core import Core
 
 #: The group of entry points in which other packages name their pools.
 ENTRY_POINTS: Final = "fastq.pools"
@@ -41,13 +46,79 @@ class PoolOptions:
     start_timeout_s: float | None = None
 
 
+class Companion(Protocol):
+    """The one process beside the children that a program may want; it is started again when it ends."""
+
+    def start(self) -> None:
+        """Ask for the process."""
+
+    def ask_stop(self) -> None:
+        """Ask the process to end, and do not start it again; does not wait."""
+
+    async def stop(self) -> None:
+        """End the process; what it keeps has been written when this returns."""
+
+
+class Pool(ChildHooks, Protocol):
+    """The processes that run calls, as the main process sees them: which runs where, never which call.
+
+    It makes a ``Child`` for each process, gives it to the message loop (``Core.add_child``), lets it have calls
+    (``Child.activate``) and reports its end (``Core.remove_child``).
+    """
+
+    @property
+    def companion(self) -> Companion | None:
+        """Return the one process beside the children, where a program wants one."""
+
+    async def start(self, core: Core) -> None:
+        """Return when this message loop's calls can run."""
+
+    async def stop(self, deadline_s: float | None) -> None:
+        """Ask every child to end after its call; kill what is left at the deadline (None: wait)."""
+
+    def kill(self) -> None:
+        """Kill every child."""
+
+    def close(self) -> None:
+        """Give back what the pool itself has."""
+
+    def grow(self, n: int = 1) -> None:
+        """Have so many more calls run at a time."""
+
+    def shrink(self, n: int = 1) -> None:
+        """Have so many fewer calls run at a time; those that run are finished. One place stays."""
+
+    def restart(self) -> None:
+        """Replace every child; each finishes the call that it runs."""
+
+    @property
+    def size(self) -> int:
+        """Return how many calls run at a time."""
+
+    @property
+    def pids(self) -> list[int]:
+        """Return the process ids of the children that run calls."""
+
+    def terminate(self, child: Child, signum: int) -> None:
+        """Send a child a signal; no harm when it has ended."""
+
+    def kill_child(self, child: Child) -> None:
+        """Kill one child; another one takes its place."""
+
+    def dump_stack(self, child: Child) -> None:
+        """Have a child write the stacks of its threads, for ``stacks``."""
+
+    def stacks(self, child: Child) -> str:
+        """Return the stacks that a child has written; "" when it has not, or has ended."""
+
+
 @dataclass(frozen=True, slots=True)
 class PoolKind:
     """One kind of pool. Targets are objects, or where they are (``module:name``).
 
     ``prepare`` is called before any thread or event loop exists, with (child_main, on_start, companion): ChildMain,
     what to call in each process that forks others, CompanionMain or None. ``pool`` is called on the loop with (loop,
-    what ``prepare`` has returned, PoolOptions) and returns an ``interfaces.Pool``.
+    what ``prepare`` has returned, PoolOptions) and returns a ``Pool``.
     """
 
     names: tuple[str, ...]

@@ -53,7 +53,7 @@ MAX_ASKED = 16
 @guarded(ChildHooks)
 @dataclass(slots=True)
 class Pool:
-    """Keeps as many slots filled as ``options.concurrency`` says (the protocol is ``interfaces.Pool``)."""
+    """Keeps as many slots filled as ``options.concurrency`` says (the protocol is ``fastq.pool.Pool``)."""
 
     loop: asyncio.AbstractEventLoop
     zygote: Zygote

@@ -16,8 +16,9 @@ from fastq._core import Core
 from fastq.codecs.meta import encode_meta
 from fastq.errors import ContentDisallowed, DecodeError, NotRegistered, TaskRevoked, TimeLimitExceeded, WorkerLostError
 from fastq.guard import guarded
-from fastq.interfaces import CallHooks, Pool
+from fastq.interfaces import CallHooks
 from fastq.link import Delivery
+from fastq.pool import Pool
 from fastq.printable import Lines
 from fastq.running.messages import TaskLog
 from fastq.states import FAILURE, REVOKED

@@ -22,11 +22,11 @@ import uvloop
 from fastq._core import Core
 from fastq.brokers import open_consumer
 from fastq.errors import ConnectionLost, FastqError, PoolLost, RemoteProtocolError, SettingsError
-from fastq.interfaces import Consumer, Pool
+from fastq.interfaces import Consumer
 from fastq.link import BatchSource
 from fastq.net.urls import mask_url
 from fastq.plugins import load
-from fastq.pool import PoolOptions, find_pool
+from fastq.pool import Pool, PoolOptions, find_pool
 from fastq.pool.titles import active, set_title
 from fastq.queues import QueueSpec
 from fastq.results import find_store

@@ -15,7 +15,8 @@ from fastq.link import BatchSource
 
 if TYPE_CHECKING:
     from fastq._core import Core
-    from fastq.interfaces import Consumer, Pool
+    from fastq.interfaces import Consumer
+    from fastq.pool import Pool
     from fastq.worker.options import WorkerOptions
 
 UNBOUNDED: Final = 4096  # what "no prefetch limit" means for brokers that are asked for messages

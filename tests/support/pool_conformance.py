@@ -1,4 +1,4 @@
-"""What every pool must do, whatever its processes are: a suite over ``interfaces.Pool``, with a real message loop."""
+"""What every pool must do, whatever its processes are: a suite over ``fastq.pool.Pool``, with a real message loop."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from fastq.wire.pipe import RingReader
 
 
 class ToyPool:
-    """Keeps ``size`` children. The protocol is ``fastq.interfaces.Pool``."""
+    """Keeps ``size`` children. The protocol is ``fastq.pool.Pool``."""
 
     companion = None
 

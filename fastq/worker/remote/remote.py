@@ -27,7 +27,8 @@ from fastq.worker.remote.revoked import StateFile, revoked_from_environment
 
 if TYPE_CHECKING:
     from fastq._core import Core
-    from fastq.interfaces import Consumer, Pool
+    from fastq.interfaces import Consumer
+    from fastq.pool import Pool
     from fastq.settings import Settings
     from fastq.worker.hooks import Hooks
     from fastq.worker.program import Program
