@@ -24,6 +24,7 @@ from fastq.brokers.rabbitmq.publisher import (
     WINDOW,
     AmqpPublisher,
     blocked,
+    read_confirm,
 )
 from fastq.brokers.rabbitmq.tcp import lost
 from fastq.brokers.watcher import LOOK_EVERY_S, Watcher
@@ -112,7 +113,7 @@ class BehindPublisher(AmqpPublisher):
         if self._unsent or len(self._unconfirmed) >= WINDOW:
             self._make_room()
         connection = self._connection or self._reconnect()
-        if connection.blocked is not None and not connection.wait_unblocked(time.monotonic() + self._timeout_s):
+        if connection.blocked is not None and not connection.wait_unblocked(self._timeout_s):
             raise blocked(connection)
         for message in messages:
             if not message.exchange and message.routing_key not in connection.declared:
@@ -150,9 +151,9 @@ class BehindPublisher(AmqpPublisher):
             frames = b"".join([publish_frames(CHANNEL, message, connection.frame_max, True) for message in messages])
         if not self._unconfirmed:
             self._oldest_at = time.monotonic()
-        for message in messages:
-            connection.published += 1
-            self._unconfirmed[connection.published] = message
+        for tag, message in enumerate(messages, connection.published + 1):
+            self._unconfirmed[tag] = message
+        connection.published += len(messages)
         self._unsent += frames
 
     def _write_unsent(self, connection: BlockingConnection) -> None:
@@ -208,10 +209,9 @@ class BehindPublisher(AmqpPublisher):
 
     def _take(self, connection: BlockingConnection, method_id: int, arguments: bytes) -> None:
         if method_id in (BASIC_ACK, BASIC_NACK):
-            _, fields = decode_method(method_id, arguments)
-            tag = fields["delivery_tag"]
+            tag, is_multiple = read_confirm(method_id, arguments)
             # In the order of their tags: the first that is greater ends the search.
-            done = list(takewhile(tag.__ge__, self._unconfirmed)) if fields["multiple"] else [tag]
+            done = list(takewhile(tag.__ge__, self._unconfirmed)) if is_multiple else [tag]
             for each in done:
                 message = self._unconfirmed.pop(each, None)
                 if message is not None and method_id == BASIC_NACK:

@@ -290,8 +290,9 @@ class BlockingConnection:
                 return
             self.feed(data)
 
-    def wait_unblocked(self, deadline: float) -> bool:
-        """Return whether the broker takes messages (again) before the deadline."""
+    def wait_unblocked(self, timeout_s: float | None = None) -> bool:
+        """Return whether the broker takes messages (again) in time, by default in that of a single call."""
+        deadline = time.monotonic() + (self._io_timeout_s if timeout_s is None else timeout_s)
         while self.blocked is not None and (left := deadline - time.monotonic()) > 0:
             if data := self.receive(left):
                 self.feed(data)

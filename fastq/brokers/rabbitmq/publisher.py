@@ -81,9 +81,8 @@ class Confirms:
     def take(self, event: Event) -> None:
         """Count a confirm or a returned message. Raises what a channel.close means."""
         if event.method_id == BASIC_ACK or event.method_id == BASIC_NACK:
-            _, fields = decode_method(event.method_id, event.arguments)
-            tag = fields["delivery_tag"]
-            done = {each for each in self.due if each <= tag} if fields["multiple"] else self.due & {tag}
+            tag, is_multiple = read_confirm(event.method_id, event.arguments)
+            done = {each for each in self.due if each <= tag} if is_multiple else self.due & {tag}
             self.due -= done
             if event.method_id == BASIC_NACK:
                 self._refused |= done
@@ -155,10 +154,9 @@ class AmqpPublisher:
         """
         check_sizes(messages, self._settings.fastq_max_message_bytes)
         with self._lock:
-            connection = self._ready_by(deadline)
+            connection = self._ready(deadline)
             try:
-                until = time.monotonic() + connection.io_timeout_s
-                if connection.blocked is not None and not connection.wait_unblocked(until):
+                if connection.blocked is not None and not connection.wait_unblocked():
                     raise blocked(connection)
                 if len(messages) == 1:
                     confirms = self._publish_one(connection, messages[0])
@@ -245,23 +243,24 @@ class AmqpPublisher:
         else:
             connection.declared.add(queue)
 
-    def _ready_by(self, deadline: float | None) -> BlockingConnection:
+    def _ready(self, deadline: float | None = None) -> BlockingConnection:
         """Return an open connection whose calls end about when the deadline is over. Call with the lock held."""
-        self._give_up_at = deadline
-        try:
-            connection = self._ready()
-        finally:
-            self._give_up_at = None
-        connection.limit(self._timeout_s if deadline is None else deadline - time.monotonic())
+        now = time.monotonic()
+        connection = self._connection
+        if connection is None or not self._confirm or now - connection.used_at >= IDLE_CHECK_S:
+            self._give_up_at = deadline
+            try:
+                connection = self._checked(connection)
+            finally:
+                self._give_up_at = None
+            now = time.monotonic()
+        connection.limit(self._timeout_s if deadline is None else deadline - now)
         return connection
 
-    def _ready(self) -> BlockingConnection:
-        """Return an open connection; one that was idle has been checked. Call with the lock held."""
-        connection = self._connection
+    def _checked(self, connection: BlockingConnection | None) -> BlockingConnection:
+        """Return this connection, which was idle, when nothing has ended it meanwhile; else a new one."""
         if connection is None:
             return self._connect()
-        if self._confirm and time.monotonic() - connection.used_at < IDLE_CHECK_S:
-            return connection
         if not self._confirm and connection.is_quiet():
             return connection
         try:
@@ -295,7 +294,7 @@ class AmqpPublisher:
     def _administer(self, operation: Callable[[BlockingConnection], T], deadline: float | None = None) -> T:
         """Do something on the channel that is not for publishing; a refusal leaves the connection in order."""
         with self._lock:
-            connection = self._ready_by(deadline)
+            connection = self._ready(deadline)
             try:
                 return operation(connection)
             except SettingsError:
@@ -336,6 +335,14 @@ class AmqpPublisher:
         if self._lock.acquire(timeout=0.2):
             self._drop()
             self._lock.release()
+
+
+def read_confirm(method_id: int, arguments: bytes) -> tuple[int, bool]:
+    """Return the tag of a basic.ack or basic.nack, and whether it is for all up to it. Raises RemoteProtocolError."""
+    if len(arguments) != 9:
+        fields = decode_method(method_id, arguments)[1]
+        return fields["delivery_tag"], fields["multiple"]
+    return int.from_bytes(arguments[:8], "big"), arguments[8] & 1 == 1
 
 
 def windows(messages: Sequence[Message], frame_max: int, mandatory: bool) -> Iterator[tuple[int, bytes]]:
