@@ -4,6 +4,7 @@
 No sockets; the clock is read for ``expiration``. Source: specification 4.2.5 and 1.8.3.1; Celery's protocol 2.
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize
 
@@ -21,6 +22,7 @@ cdef enum:
     MAX_DEPTH = 32      # specified: reliability rules, section 6.1
 
 
+@cython.no_gc   # text, bytes and numbers make no circles; of a batch there are thousands
 cdef class Message:
     """A message on its way out: where to, encoded basic properties, body; and what embedded brokers sort by."""
 
