@@ -39,7 +39,7 @@ FRIENDS = {
     "celery": {"cli"},  # patch(): a program that starts Celery's worker gets the command line's
     "__init__": {"celery"},  # the public names, wherever they stand
     "shared": {"app", "task", "request", "sending"},
-    "app": {"task", "result", "request", "sending"},
+    "app": {"task", "result", "request", "sending", "steps"},
     "task": {"eager", "result", "request", "sending", "steps"},
     "eager": {"request", "steps"},
     "steps": {"request"},
