@@ -28,7 +28,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     5: ("running",),
     4: ("shared", "app", "task", "eager", "sending", "steps", "result", "request"),
     3: ("bus", "brokers", "results", "pool"),
-    2: ("_core", "_ledger", "_waiting", "codecs", "interfaces", "_child", "link"),
+    2: ("_core", "_ledger", "_waiting", "codecs", "interfaces", "_child", "tap", "link"),
     1: ("wire", "net"),
     0: ("version", "errors", "states", "settings", "printable", "plugins", "queues", "guard", "modules"),
 }
@@ -49,6 +49,7 @@ FRIENDS = {
     "_ledger": {"_waiting", "_child", "link"},
     "_waiting": {"link"},
     "_child": {"link"},
+    "tap": {"link"},
     "brokers": {"bus"},
     "results": {"brokers"},  # a store may use the connection of a broker, never the other way round
     "codecs": {"interfaces"},

@@ -76,14 +76,42 @@ KINDS: Mapping[str, tuple[Any, Any]] = {
 }
 
 
-class Consuming:
+class LoopInThread:
+    """An event loop in a thread of its own."""
+
+    def __init__(self, new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop) -> None:
+        self.loop = new_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = TIMEOUT_S) -> T:
+        """Return what a coroutine returns on the loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout_s)
+
+    def call(self, function: Callable[..., T], *args: object) -> T:
+        """Return what a function returns on the loop's thread."""
+
+        async def call() -> T:
+            return function(*args)
+
+        return self.run(call())
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop_loop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(TIMEOUT_S)
+        self.loop.close()
+
+
+class Consuming(LoopInThread):
     """One open consumer. ``window`` messages may be on their way; ``allow`` asks for more."""
 
     def __init__(self, url: str, settings: Settings, queues: Sequence[str] = ("celery",), window: int = 100) -> None:
+        super().__init__()
         self.record = Record()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
         base, source = next(classes for scheme, classes in KINDS.items() if url.startswith(scheme))
         record = self.record
         self.consumer = type("Recorder", (base,), {"source_class": type("Source", (source,), {"record": record})})(
@@ -94,7 +122,7 @@ class Consuming:
             if queues:
                 self.run(self.consumer.consume(queues, window))
         except BaseException:
-            self._stop_loop()
+            self.stop_loop()
             raise
 
     def __enter__(self) -> Consuming:
@@ -102,18 +130,6 @@ class Consuming:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def run(self, work: Coroutine[Any, Any, T], timeout_s: float = TIMEOUT_S) -> T:
-        """Return what a coroutine returns on the consumer's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
-
-    def call(self, function: Callable[..., object], *args: object) -> None:
-        """Call a function on the loop's thread, as the core would, and wait until it has returned."""
-
-        async def call() -> None:
-            function(*args)
-
-        self.run(call())
 
     def rows(self, count: int, timeout_s: float = TIMEOUT_S) -> list[Row]:
         """Wait for ``count`` deliveries in all and return all that have come."""
@@ -159,16 +175,11 @@ class Consuming:
 
     def close(self) -> None:
         """Close the consumer and end the loop."""
-        if self._thread.is_alive():
+        if self.is_running:
             try:
                 self.run(self.consumer.close())
             finally:
-                self._stop_loop()
-
-    def _stop_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(TIMEOUT_S)
-        self._loop.close()
+                self.stop_loop()
 
 
 FENCE = 1 << 60

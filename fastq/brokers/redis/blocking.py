@@ -32,7 +32,7 @@ from fastq.net.tls import tls_context
 REPLY_BYTES: Final = 1 << 13  # most replies are a few bytes; for longer ones it is asked again
 RECEIVE_BYTES: Final = 1 << 16
 #: Chosen: the connection is looked at before use when nobody has used it for so long; a server may have hung up.
-IDLE_CHECK_S: Final = 1.0
+IDLE_CHECK_S: Final = 0.1
 #: Chosen: a subscription that hears nothing asks for a sign of life so often.
 PING_EVERY_S: Final = 10.0
 FOREVER_S: Final = 1e9

@@ -1,4 +1,4 @@
-"""memory://: the three conformance suites, and what is particular to living in one process."""
+"""memory://: what is particular to living in one process."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from fastq.errors import SettingsError
 from fastq.results import open_store
 from fastq.settings import Settings
 from tests.support.conformance import (
-    ConsumerConformance,
-    PublisherConformance,
-    StoreConformance,
     in_child,
     message,
     meta_of,
@@ -31,18 +28,6 @@ def settings() -> Settings:
     settings = Settings({"result_expires": 3600.0})
     settings.freeze()
     return settings
-
-
-class TestPublisher(PublisherConformance):
-    pass
-
-
-class TestStore(StoreConformance):
-    pass
-
-
-class TestConsumer(ConsumerConformance):
-    pass
 
 
 def test_names_are_apart(settings: Settings) -> None:

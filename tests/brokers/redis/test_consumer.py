@@ -32,7 +32,7 @@ from fastq.wire.ids import new_id
 from fastq.wire.kombu import decode_envelope
 from fastq.wire.message import Message, encode_task
 from fastq.wire.properties import decode_properties
-from tests.support.conformance import ConsumerConformance, PublisherConformance, message
+from tests.support.conformance import message
 from tests.support.consumer_in_thread import ACK, REJECT, REQUEUE, TIMEOUT_S, Consuming, within
 from tests.support.fault_proxy import FaultProxy
 from tests.support.redis_holder import Holder
@@ -42,10 +42,6 @@ from tests.support.worker_process import WorkerProcess
 pytestmark = pytest.mark.redis
 
 RETURN = 3
-
-#: What the suites ask of brokers that store results and keep delayed messages back. Results in Redis are a source of
-#: their own; a message with an ETA is in its queue from the beginning, as with Celery.
-NOT_HERE: Any = None
 
 #: redis-py's own types allow for its asynchronous client in every answer.
 Client: TypeAlias = Any
@@ -90,34 +86,6 @@ def consume(url: str) -> Iterator[Callable[..., Consuming]]:
     yield consume
     for consuming in opened:
         consuming.close()
-
-
-class TestRedisPublisher(PublisherConformance):
-    pass
-
-
-class TestRedisConsumer(ConsumerConformance):
-    test_a_delayed_message_comes_when_it_is_due = NOT_HERE
-    test_a_delayed_message_that_expires_first_comes_when_it_expires = NOT_HERE
-    test_results_are_stored = NOT_HERE
-    test_a_result_with_a_token_is_confirmed = NOT_HERE
-    test_a_consumer_without_queues_stores_results_and_publishes = NOT_HERE
-
-    def test_higher_priorities_come_first(self, publisher: Publisher, open_consumer: Callable[..., Consuming]) -> None:
-        """With kombu's Redis the lower number is the more urgent one, in four steps."""
-        for priority in (9, 0, 5, 3, 1):
-            publisher.publish([message(priority, priority=priority)])
-        publisher.publish([message("none")])
-        assert open_consumer().bodies(6) == [b"0", b"1", b"none", b"5", b"3", b"9"]
-
-    def test_priorities_hold_across_claims(self, publisher: Publisher, open_consumer: Callable[..., Consuming]) -> None:
-        publisher.publish([message(f"{n % 3}", priority=n % 3 * 3) for n in range(9)])
-        consumer = open_consumer(window=2)
-        for count in (4, 6, 8, 9):
-            consumer.rows(count - 2)
-            consumer.allow(2)
-            consumer.rows(count)
-        assert consumer.bodies(9) == [b"0"] * 3 + [b"1"] * 3 + [b"2"] * 3
 
 
 # --- with kombu and Celery --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""sqlite://: the three conformance suites, and what is particular to a file shared by processes."""
+"""sqlite://: what is particular to a file shared by processes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,6 @@ from fastq.wire.ids import new_id
 from fastq.wire.message import Message
 from tests import ROOT
 from tests.support.conformance import (
-    ConsumerConformance,
-    PublisherConformance,
-    StoreConformance,
     in_child,
     message,
     meta_of,
@@ -135,18 +132,6 @@ def rows_of(path: Path, query: str) -> list[Any]:
         return connection.execute(query).fetchall()
     finally:
         connection.close()
-
-
-class TestPublisher(PublisherConformance):
-    pass
-
-
-class TestStore(StoreConformance):
-    pass
-
-
-class TestConsumer(ConsumerConformance):
-    pass
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

@@ -1,0 +1,45 @@
+"""Redis and the suites that every broker passes."""
+
+from __future__ import annotations
+
+import pytest
+import redis as redis_py
+
+from fastq.brokers import open_publisher
+from fastq.brokers.redis.behind import WINDOW, RedisBehindPublisher
+from fastq.settings import Settings
+from tests.support.conformance.consumers import ServerConsumerConformance
+from tests.support.conformance.publishers import BehindPublisherConformance, WaitingPublisherConformance
+from tests.support.servers import Redis
+
+pytestmark = pytest.mark.redis
+
+
+@pytest.fixture
+def url(redis_server: Redis) -> str:
+    """An empty database."""
+    url = redis_server.url(3)
+    with redis_py.Redis.from_url(url) as client:
+        client.flushdb()
+    return url
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings()
+
+
+class TestPublisher(WaitingPublisherConformance):
+    pass
+
+
+class TestBehindPublisher(BehindPublisherConformance):
+    window = WINDOW
+
+    def test_it_is_the_one_behind(self, url: str, settings: Settings) -> None:
+        assert isinstance(open_publisher(url, settings), RedisBehindPublisher)
+
+
+class TestConsumer(ServerConsumerConformance):
+    #: With kombu's Redis the lower number is the more urgent one, in four steps.
+    priorities = (0, 3, 9)

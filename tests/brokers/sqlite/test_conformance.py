@@ -1,0 +1,33 @@
+"""sqlite:// and the suites that every broker and every store passes."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastq.settings import Settings
+from tests.support.conformance.consumers import SavingConsumerConformance
+from tests.support.conformance.publishers import SharedPublisherConformance
+from tests.support.conformance.stores import StoreConformance
+
+
+@pytest.fixture
+def url(sqlite_url: str) -> str:
+    return sqlite_url
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings()
+
+
+class TestPublisher(SharedPublisherConformance):
+    pass
+
+
+class TestConsumer(SavingConsumerConformance):
+    keeps_eta = True
+    changes_queues = False
+
+
+class TestStore(StoreConformance):
+    pass

@@ -1,0 +1,170 @@
+"""What every result store must do for those who wait for results, whatever is behind it."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from fastq.errors import ResultTimeout
+from fastq.interfaces import ResultStore
+from fastq.results import open_store
+from fastq.settings import Settings
+from fastq.wire.ids import new_id
+from tests.support.conformance import TIMEOUT_S, meta_of
+
+
+class StoreConformance:
+    """Fixtures to provide: ``url``, ``settings``."""
+
+    @pytest.fixture
+    def store(self, url: str, settings: Settings) -> Iterator[ResultStore]:
+        store = open_store(url, settings)
+        yield store
+        store.close()
+
+    @pytest.fixture
+    def other(self, url: str, settings: Settings) -> Iterator[ResultStore]:
+        """The same place, opened once more: where results are stored from."""
+        store = open_store(url, settings)
+        yield store
+        store.close()
+
+    def test_nothing_is_known_of_an_unknown_task(self, store: ResultStore) -> None:
+        assert store.load(new_id()) is None
+
+    def test_what_is_stored_is_loaded(self, store: ResultStore, other: ResultStore) -> None:
+        task_id = new_id()
+        other.save(task_id, "SUCCESS", meta_of(task_id, result=[1, "zwölf"]))
+        meta = store.load(task_id)
+        assert meta is not None
+        assert (meta["status"], meta["result"], meta["task_id"]) == ("SUCCESS", [1, "zwölf"], task_id)
+
+    def test_a_later_state_replaces_an_earlier_one(self, store: ResultStore, other: ResultStore) -> None:
+        task_id = new_id()
+        for state in ("STARTED", "PROGRESS", "FAILURE"):
+            other.save(task_id, state, meta_of(task_id, state))
+        meta = store.load(task_id)
+        assert meta is not None
+        assert meta["status"] == "FAILURE"
+
+    def test_wait_returns_at_once_what_is_there(self, store: ResultStore, other: ResultStore) -> None:
+        task_id = new_id()
+        other.save(task_id, "SUCCESS", meta_of(task_id, result=5))
+        assert store.wait(task_id, TIMEOUT_S)["result"] == 5
+
+    def test_wait_ends_when_the_result_is_stored(self, store: ResultStore, other: ResultStore) -> None:
+        task_id = new_id()
+        threading.Timer(0.15, other.save, (task_id, "SUCCESS", meta_of(task_id, result=6))).start()
+        began = time.monotonic()
+        assert store.wait(task_id, TIMEOUT_S)["result"] == 6
+        assert time.monotonic() - began < 2.0, "a result is pushed, not found by looking now and then"
+
+    def test_wait_is_not_ended_by_a_state_that_is_not_final(self, store: ResultStore, other: ResultStore) -> None:
+        task_id = new_id()
+        other.save(task_id, "STARTED", meta_of(task_id, "STARTED"))
+        with pytest.raises(ResultTimeout, match=task_id):
+            store.wait(task_id, 0.2)
+
+    def test_wait_times_out(self, store: ResultStore) -> None:
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            store.wait(new_id(), 0.1)
+        assert 0.1 <= time.monotonic() - began < 2.0
+
+    def test_many_threads_wait_for_results_of_their_own(self, store: ResultStore, other: ResultStore) -> None:
+        ids = [new_id() for _ in range(20)]
+        found: dict[str, Any] = {}
+        threads = [
+            threading.Thread(
+                target=lambda key=key: found.update({key: store.wait(key, TIMEOUT_S)["result"]}), daemon=True
+            )
+            for key in ids
+        ]
+        for thread in threads:
+            thread.start()
+        for number, task_id in reversed(list(enumerate(ids))):
+            other.save(task_id, "SUCCESS", meta_of(task_id, result=number))
+        for thread in threads:
+            thread.join(TIMEOUT_S)
+        assert found == {task_id: number for number, task_id in enumerate(ids)}
+
+    def test_two_threads_wait_for_the_same_result(self, store: ResultStore, other: ResultStore) -> None:
+        task_id = new_id()
+        results: list[Any] = []
+        threads = [
+            threading.Thread(target=lambda: results.append(store.wait(task_id, TIMEOUT_S)["result"]), daemon=True)
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        other.save(task_id, "SUCCESS", meta_of(task_id, result=8))
+        for thread in threads:
+            thread.join(TIMEOUT_S)
+        assert results == [8, 8]
+
+    def test_watch_calls_back_once_from_another_thread(self, store: ResultStore, other: ResultStore) -> None:
+        early, late = new_id(), new_id()
+        calls: list[tuple[str, threading.Thread]] = []
+        done = threading.Event()
+
+        def on_result(meta: Any) -> None:
+            calls.append((meta["task_id"], threading.current_thread()))
+            if len(calls) == 2:
+                done.set()
+
+        other.save(early, "SUCCESS", meta_of(early))
+        store.watch(early, on_result)
+        store.watch(late, on_result)
+        assert not done.wait(0.05)
+        other.save(late, "FAILURE", meta_of(late, "FAILURE"))
+        assert done.wait(TIMEOUT_S)
+        assert [task_id for task_id, _ in calls] == [early, late]
+        assert threading.current_thread() not in [thread for _, thread in calls]
+
+    def test_watchers_and_waiters_do_not_hinder_each_other(self, store: ResultStore, other: ResultStore) -> None:
+        watched, awaited = new_id(), new_id()
+        called = threading.Event()
+        store.watch(watched, lambda meta: called.set())
+        threading.Timer(0.1, other.save, (awaited, "SUCCESS", meta_of(awaited))).start()
+        assert store.wait(awaited, TIMEOUT_S)["task_id"] == awaited
+        other.save(watched, "SUCCESS", meta_of(watched))
+        assert called.wait(2.0)
+
+    def test_a_watch_that_was_ended_is_not_kept(self, store: ResultStore, other: ResultStore) -> None:
+        task_id = new_id()
+        called = threading.Event()
+        seen: list[str] = []
+
+        def callback(meta: Any) -> None:
+            seen.append(meta["task_id"])
+
+        unwatch, kept = store.watch(task_id, callback), weakref.ref(callback)
+        store.watch(task_id, lambda meta: called.set())
+        unwatch()
+        unwatch()
+        del unwatch, callback
+        deadline = time.monotonic() + TIMEOUT_S
+        while kept() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)  # the thread lets go of it when it comes round
+        assert kept() is None
+        other.save(task_id, "SUCCESS", meta_of(task_id))
+        assert called.wait(TIMEOUT_S)
+        assert seen == []
+
+    def test_what_is_forgotten_is_gone(self, store: ResultStore, other: ResultStore) -> None:
+        task_id = new_id()
+        other.save(task_id, "SUCCESS", meta_of(task_id))
+        store.forget(task_id)
+        store.forget(task_id)
+        assert store.load(task_id) is None
+
+    def test_a_closed_store_opens_again(self, store: ResultStore) -> None:
+        task_id = new_id()
+        store.save(task_id, "SUCCESS", meta_of(task_id))
+        store.close()
+        assert store.wait(task_id, TIMEOUT_S)["task_id"] == task_id
