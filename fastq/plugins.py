@@ -1,10 +1,14 @@
-"""Parts that other packages bring: named as ``module:NAME``, or by an entry point. Knows no kind of part."""
+"""Parts that other packages bring, named as ``module:NAME`` or by an entry point; and what is said of unknown ones.
+
+Knows no kind of part.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from fastq.errors import SettingsError
 
@@ -13,13 +17,21 @@ Target: TypeAlias = "str | Callable[..., Any]"
 
 T = TypeVar("T")
 
+_PLACE: Final = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
+_SCHEME: Final = re.compile(r"[A-Za-z][\w+.-]*")
+#: What a broker is called, where its scheme is called otherwise.
+_CALLED: Final = {"rabbitmq": "amqp"}
+
 
 def load(target: Target) -> Any:
-    """Return what a target names."""
+    """Return what a target names. Raises SettingsError when it cannot be imported."""
     if not isinstance(target, str):
         return target
     module, _, name = target.partition(":")
-    return getattr(import_module(module), name)
+    try:
+        return getattr(import_module(module), name)
+    except Exception as error:
+        raise _unloadable(repr(target), error) from error
 
 
 def find_plugin(group: str, name: str, kind: type[T]) -> T | None:
@@ -28,24 +40,45 @@ def find_plugin(group: str, name: str, kind: type[T]) -> T | None:
     Raises SettingsError when it cannot be imported, or is of another kind.
     """
     if ":" in name:
-        return _checked(name, _import(name), kind)
+        return _checked(repr(name), load(name), kind) if _PLACE.fullmatch(name) else None
     from importlib import metadata  # slow to load, and hardly ever needed
 
     for point in metadata.entry_points(group=group):
-        if point.name == name:
-            return _checked(point.value, _import(point.value), kind)
+        if point.name.lower() == name:
+            package = point.dist.name if point.dist else "an unknown package"
+            place = f"{point.value!r} (entry point {point.name!r} of {package})"
+            try:
+                found = point.load()
+            except Exception as error:
+                raise _unloadable(place, error) from error
+            return _checked(place, found, kind)
     return None
 
 
-def _import(place: str) -> object:
-    try:
-        found: object = load(place)
-    except (ImportError, AttributeError) as error:
-        raise SettingsError(f"{place!r} cannot be imported: {error}") from error
-    return found
+def unknown_part(masked: str, what: str, setting: str, schemes: Iterable[str]) -> SettingsError:
+    """Return the error for a URL, its secrets masked, that names no known part: what may have been meant."""
+    scheme, separator, _ = masked.partition("://")
+    near = _nearest(scheme.lower(), schemes)
+    hint = f"; did you mean {near}://?" if near else ""
+    known = ", ".join(scheme if scheme == "disabled" else f"{scheme}://" for scheme in schemes)
+    if not separator or not _SCHEME.fullmatch(scheme):
+        return SettingsError(f"{setting} {masked!r} is no URL{hint or '.'} Expected one of {known}")
+    return SettingsError(f"no {what} is known for {scheme}://{hint or '.'} Set {setting} to one of {known}")
+
+
+def _nearest(scheme: str, schemes: Iterable[str]) -> str:
+    import difflib  # only needed on the way to an error
+
+    near = difflib.get_close_matches(scheme, list(schemes), 1)
+    return _CALLED.get(scheme) or (near[0] if near else "")
 
 
 def _checked(place: str, found: object, kind: type[T]) -> T:
     if not isinstance(found, kind):
-        raise SettingsError(f"{place!r} is a {type(found).__name__}; expected a {kind.__module__}.{kind.__qualname__}")
+        raise SettingsError(f"{place} is a {type(found).__name__}; expected a {kind.__module__}.{kind.__qualname__}")
     return found
+
+
+def _unloadable(place: str, error: Exception) -> SettingsError:
+    kind = "" if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: "
+    return SettingsError(f"{place} cannot be imported: {kind}{error}")

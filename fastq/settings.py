@@ -265,8 +265,10 @@ class Settings:
             broker_url = ";".join(broker_url)
         object.__setattr__(self, "broker_url", broker_url)
         if self.result_backend is None:
-            embedded = broker_url.startswith(("sqlite:", "memory:"))
+            embedded = broker_url.lower().startswith(("sqlite:", "memory:"))
             object.__setattr__(self, "result_backend", broker_url if embedded else "disabled")
+        elif self.result_backend.lower() in ("disabled", "disabled://"):
+            object.__setattr__(self, "result_backend", "disabled")
         if self.task_acks_late is None:
             object.__setattr__(self, "task_acks_late", self.fastq_reliable)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from fastq.errors import SettingsError
-from fastq.net.urls import scheme_of
-from fastq.plugins import Target, find_plugin, load
+from fastq.net.urls import mask_url, scheme_of, split_urls
+from fastq.plugins import Target, find_plugin, load, unknown_part
 
 if TYPE_CHECKING:
     from fastq._core import Core
@@ -122,8 +122,7 @@ def find_broker(url: str | Sequence[str]) -> Broker:
     scheme = scheme_of(url)
     found = _OF_SCHEME.get(scheme) or find_plugin(ENTRY_POINTS, scheme, Broker)
     if found is None:
-        known = ", ".join(f"{name}://" for name in _OF_SCHEME)
-        raise SettingsError(f"no broker is known for {scheme}://; set broker_url to one of {known}")
+        raise unknown_part(mask_url(next(iter(split_urls(url)), "")), "broker", "broker_url", _OF_SCHEME)
     return found
 
 

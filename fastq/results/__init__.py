@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 from fastq.brokers import REDIS as REDIS_BROKER
 from fastq.errors import SettingsError
-from fastq.net.urls import scheme_of
-from fastq.plugins import Target, find_plugin, load
+from fastq.net.urls import mask_url, scheme_of, split_urls
+from fastq.plugins import Target, find_plugin, load, unknown_part
 
 if TYPE_CHECKING:
     from fastq._core import Core
@@ -34,8 +34,10 @@ class Store:
     schemes: tuple[str, ...]
     store: Target
     saver: Target | None = None
-    #: Whether results are sent to whoever asked, by the worker's own broker, and kept nowhere.
+    #: Whether results are sent to whoever asked, by the worker's own broker.
     replies: bool = False
+    #: Whether what is stored is there for whoever knows the task's id.
+    keeps: bool = True
 
 
 SQLITE: Final = Store(
@@ -53,8 +55,8 @@ REDIS: Final = Store(
     store="fastq.results.redis.store:RedisStore",
     saver="fastq.results.redis.saver:RedisSaver",
 )
-RPC: Final = Store(schemes=("rpc",), store="fastq.results.rpc:RpcStore", replies=True)
-DISABLED: Final = Store(schemes=("disabled",), store="fastq.results.disabled:DisabledStore")
+RPC: Final = Store(schemes=("rpc",), store="fastq.results.rpc:RpcStore", replies=True, keeps=False)
+DISABLED: Final = Store(schemes=("disabled",), store="fastq.results.disabled:DisabledStore", keeps=False)
 
 #: Every kind of store that is built in.
 STORES: Final = (SQLITE, MEMORY, DISABLED, RPC, REDIS)
@@ -66,8 +68,7 @@ def find_store(url: str) -> Store:
     scheme = scheme_of(url)
     found = _OF_SCHEME.get(scheme) or find_plugin(ENTRY_POINTS, scheme, Store)
     if found is None:
-        known = ", ".join(name if name == "disabled" else f"{name}://" for name in _OF_SCHEME)
-        raise SettingsError(f"results cannot be stored at {scheme}://; set result_backend to one of {known}")
+        raise unknown_part(mask_url(next(iter(split_urls(url)), "")), "result store", "result_backend", _OF_SCHEME)
     return found
 
 
