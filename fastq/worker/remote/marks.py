@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from fastq.codecs.meta import encode_meta
 from fastq.errors import FastqError, TaskRevoked
-from fastq.results import open_store
+from fastq.results import find_store, open_store
 from fastq.states import PENDING, REJECTED, RETRY, REVOKED
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ logger = logging.getLogger("fastq.worker")
 
 #: States from which a task may still become REVOKED.
 _OPEN: Final = frozenset({PENDING, "RECEIVED", RETRY, REJECTED})
-#: Results that have nowhere to go without a message that names their caller.
-_NO_STORE: Final = ("rpc", "disabled")
 _MAX_WAITING: Final = 100_000  # chosen: twice what a worker remembers
 
 
@@ -41,7 +39,7 @@ class RevocationMarks:
 
     def mark(self, ids: Sequence[str]) -> None:
         """Mark these tasks, later; too many at a time are let go."""
-        if self._backend.partition(":")[0] in _NO_STORE:
+        if not find_store(self._backend).keeps:
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="revocations", daemon=True)
