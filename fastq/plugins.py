@@ -17,8 +17,6 @@ Target: TypeAlias = "str | Callable[..., Any]"
 
 T = TypeVar("T")
 
-_PLACE: Final = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
-_SCHEME: Final = re.compile(r"[A-Za-z][\w+.-]*")
 #: What a broker is called, where its scheme is called otherwise.
 _CALLED: Final = {"rabbitmq": "amqp"}
 
@@ -40,7 +38,7 @@ def find_plugin(group: str, name: str, kind: type[T]) -> T | None:
     Raises SettingsError when it cannot be imported, or is of another kind.
     """
     if ":" in name:
-        return _checked(repr(name), load(name), kind) if _PLACE.fullmatch(name) else None
+        return _checked(repr(name), load(name), kind)
     from importlib import metadata  # slow to load, and hardly ever needed
 
     for point in metadata.entry_points(group=group):
@@ -55,13 +53,12 @@ def find_plugin(group: str, name: str, kind: type[T]) -> T | None:
     return None
 
 
-def unknown_part(masked: str, what: str, setting: str, schemes: Iterable[str]) -> SettingsError:
+def unknown_part(scheme: str, masked: str, what: str, setting: str, schemes: Iterable[str]) -> SettingsError:
     """Return the error for a URL, its secrets masked, that names no known part: what may have been meant."""
-    scheme, separator, _ = masked.partition("://")
-    near = _nearest(scheme.lower(), schemes)
+    near = _nearest(scheme or re.split(r"[^\w+.-]", masked, maxsplit=1)[0].lower(), schemes)
     hint = f"; did you mean {near}://?" if near else ""
-    known = ", ".join(scheme if scheme == "disabled" else f"{scheme}://" for scheme in schemes)
-    if not separator or not _SCHEME.fullmatch(scheme):
+    known = ", ".join(name if name == "disabled" else f"{name}://" for name in schemes)
+    if not scheme or "://" not in masked:
         return SettingsError(f"{setting} {masked!r} is no URL{hint or '.'} Expected one of {known}")
     return SettingsError(f"no {what} is known for {scheme}://{hint or '.'} Set {setting} to one of {known}")
 

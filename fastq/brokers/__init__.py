@@ -122,7 +122,8 @@ def find_broker(url: str | Sequence[str]) -> Broker:
     scheme = scheme_of(url)
     found = _OF_SCHEME.get(scheme) or find_plugin(ENTRY_POINTS, scheme, Broker)
     if found is None:
-        raise unknown_part(mask_url(next(iter(split_urls(url)), "")), "broker", "broker_url", _OF_SCHEME)
+        masked = mask_url(next(iter(split_urls(url)), ""))
+        raise unknown_part(scheme, masked, "broker", "broker_url", _OF_SCHEME)
     return found
 
 

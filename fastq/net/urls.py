@@ -14,9 +14,11 @@ logger = logging.getLogger("fastq.amqp.url")
 #: What is said of a URL that Python cannot take apart, in place of its words.
 WRONG_PLACE: Final = "host or port is wrong, or the password has special characters"
 
+SCHEME: Final = re.compile(r"[A-Za-z][\w+.-]*")
+#: A part of somebody else's in place of a scheme: ``module:NAME``.
+PLACE: Final = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
+
 SECRET_PARAMETER: Final = re.compile(r"(?i)([?&][^=&]*(?:pass|secret|token|credential|api_?key)[^=&]*=)[^&\s'\"]*")
-#: An object of a module, in place of a scheme.
-PLACE: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 LOGIN: Final = re.compile(r"(://[^:@/\s'\"]*:)[^\s'\"]+@")
 
 
@@ -48,11 +50,14 @@ def split_urls(urls: str | Sequence[str]) -> list[str]:
 
 
 def scheme_of(urls: str | Sequence[str] | None) -> str:
-    """Return the scheme of a URL, or of the first of several; text without ``://`` is one. ``module:NAME`` stays."""
-    first = next(iter(split_urls(urls or "")), "")
-    scheme, separator, _ = first.partition("://")
-    # What has a colon otherwise is a URL with a typing error, and what follows may be a password.
-    return scheme if separator and PLACE.fullmatch(scheme) else scheme.partition(":")[0].lower()
+    """Return the scheme of a URL, or of the first of several, which may be a ``module:NAME``; a word alone is one.
+
+    Nothing for what is neither: it may be a password.
+    """
+    scheme, separator, _ = next(iter(split_urls(urls or "")), "").partition("://")
+    if SCHEME.fullmatch(scheme):
+        return scheme.lower()
+    return scheme if separator and PLACE.fullmatch(scheme) else ""
 
 
 def parts_of(text: str) -> SplitResult:

@@ -68,7 +68,8 @@ def find_store(url: str) -> Store:
     scheme = scheme_of(url)
     found = _OF_SCHEME.get(scheme) or find_plugin(ENTRY_POINTS, scheme, Store)
     if found is None:
-        raise unknown_part(mask_url(next(iter(split_urls(url)), "")), "result store", "result_backend", _OF_SCHEME)
+        masked = mask_url(next(iter(split_urls(url)), ""))
+        raise unknown_part(scheme, masked, "result store", "result_backend", _OF_SCHEME)
     return found
 
 
