@@ -467,13 +467,21 @@ def test_with_confirms_a_refusal_is_raised_as_kombu_raises_it(amqp_url: str) -> 
 
 
 @pytest.mark.rabbitmq
-def test_a_message_to_a_deleted_queue_is_dropped_as_in_celery(rabbitmq: RabbitMQ, amqp_url: str) -> None:
+def test_a_message_to_a_deleted_queue_is_dropped_as_in_celery(
+    rabbitmq: RabbitMQ, amqp_url: str, amqp_vhost: str
+) -> None:
     app = make(amqp_url, broker_transport_options={"confirm_publish": True})
     app.add.delay(1)
     with Connection(amqp_url) as connection:
         connection.default_channel.queue_delete("celery")
     app.add.delay(2)
+    assert rabbitmq.queue_depth(amqp_vhost, "celery") == -1, "there is no such queue"
     app.close()
+    other = make(amqp_url)
+    other.add.delay(3)
+    assert rabbitmq.queue_depth(amqp_vhost, "celery") == 1
+    assert [each.payload[0][0] for each in taken(amqp_url)] == [3]
+    other.close()
 
 
 def test_arguments_that_cannot_be_written_raise_kombus_error(broker_url: str) -> None:

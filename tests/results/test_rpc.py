@@ -98,7 +98,8 @@ def test_results_that_do_not_expire_have_a_queue_that_does_not(amqp_url: str) ->
     connection = BlockingConnection(parse_amqp_url(amqp_url), "test", 5, 5, 1 << 20)
     with contextlib.closing(store), contextlib.closing(connection):
         queue = store.reply_address()
-        connection.rpc(1, "queue.declare", queue=queue, durable=True, auto_delete=True)
+        found = connection.rpc(1, "queue.declare", queue=queue, durable=True, auto_delete=True)
+        assert found["consumer_count"] == 1
 
 
 def test_a_state_on_the_way_does_not_end_the_wait(store: RpcStore, worker: Worker) -> None:

@@ -97,10 +97,6 @@ def test_a_large_batch_is_confirmed_as_one(publisher: AmqpPublisher) -> None:
     assert publisher.depth("q") == 3000
 
 
-def test_an_empty_batch_is_nothing(publisher: AmqpPublisher) -> None:
-    publisher.publish([])
-
-
 def test_every_type_of_header_is_understood_by_the_broker(publisher: AmqpPublisher) -> None:
     headers = {"n": 2**40, "m": -(2**63), "f": 0.5, "b": b"\xff", "l": [1, [None]], "t": {"u": True}, "s": "ü"}
     props = encode_properties({"headers": headers, "timestamp": 2**40})
