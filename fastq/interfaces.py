@@ -160,6 +160,38 @@ class Consumer(Protocol):
         """Close the connection; what is not settled goes back to the broker."""
 
 
+class Holder(Protocol):
+    """What a consumer has for its lease: the messages that it holds, by the broker's names for them."""
+
+    def held_fields(self) -> list[str]:
+        """Return what is held, the last one first."""
+
+    async def give_back(self, fields: Sequence[str], counted: bool = True) -> int:
+        """Put messages back into their queues, the last one first; return how many were still there."""
+
+    def go_on(self, is_trusted: bool) -> None:
+        """The doubt is over: carry out what waited for it; nothing of it when others have taken over."""
+
+
+class Lease(Protocol):
+    """What messages are held under where a broker does not see its consumers go: taken, renewed, lost, ended."""
+
+    #: Who holds them.
+    owner: str
+
+    async def take(self, holder: Holder) -> None:
+        """Hold messages from now on."""
+
+    async def renew(self) -> None:
+        """Say that this worker lives. Raises ConnectionLost when it was taken for dead: what it held is others'."""
+
+    def is_in_doubt(self) -> bool:
+        """Whether it may be lost already, so that verdicts have to wait; the holder is told to ``go_on``."""
+
+    async def end(self, is_certain: bool) -> None:
+        """Hold nothing more. Not ``is_certain``: there may be messages that the holder never heard of."""
+
+
 class Clock(Protocol):
     """The worker's Lamport clock; ``fastq.worker.remote.clock.LamportClock`` is one."""
 

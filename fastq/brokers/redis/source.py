@@ -1,14 +1,13 @@
 """What a worker's message loop takes from Redis and gives back: claims, verdicts, and messages to send.
 
-The connection, the leases and which lists are looked at are the consumer's.
+The connection and which lists are looked at are the consumer's, the lease that messages are held under is ``lease``'s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +20,7 @@ from fastq.brokers.redis.commands import (
     routed,
 )
 from fastq.brokers.redis.digests import run_script
+from fastq.brokers.redis.jobs import RETRY_S, Jobs
 from fastq.brokers.redis.layout import Layout
 from fastq.brokers.redis.login import PASSING_CODES
 from fastq.brokers.redis.records import end_of_record
@@ -33,7 +33,8 @@ from fastq.wire.kombu import decode_claim
 from fastq.wire.message import Message
 
 if TYPE_CHECKING:
-    from fastq.brokers.redis.consumer import RedisConsumer
+    from fastq._core import Core
+    from fastq.interfaces import Lease
     from fastq.settings import Settings
 
 logger = logging.getLogger("fastq.transport.redis_source")
@@ -41,7 +42,6 @@ logger = logging.getLogger("fastq.transport.redis_source")
 
 SAMPLE_BYTES: Final = 4096  # of a message that is too long to be taken, to be logged
 MAX_CLAIM: Final = 1 << 31
-RETRY_S: Final = 1.0  # chosen: what the server refuses for now is tried again so often
 RECHECK_S: Final = 0.01  # chosen: with worker_disable_prefetch busy children are looked at so often
 FANOUT_TAG: Final = 1 << 62  # what pub/sub brings is not in Redis any more: its tags are beyond all others
 
@@ -49,13 +49,29 @@ FANOUT_TAG: Final = 1 << 62  # what pub/sub brings is not in Redis any more: its
 class RedisSource(BatchSource):
     """The hot half: claims, verdicts and follow-ups as single calls per batch. Runs on the loop's thread."""
 
-    def __init__(self, consumer: RedisConsumer, redis: AsyncRedis, layout: Layout, settings: Settings) -> None:
+    def __init__(
+        self,
+        redis: AsyncRedis,
+        layout: Layout,
+        settings: Settings,
+        core: Core | None,
+        unacked: Unacked,
+        lease: Lease,
+        jobs: Jobs,
+        *,
+        fanouts: Container[str],
+        await_messages: Callable[[], None],
+    ) -> None:
         super().__init__()
-        self.owner = f"fastq-{secrets.token_hex(8)}"
-        self.unacked = Unacked(redis, layout, settings.fastq_max_message_bytes)
-        self._consumer = consumer
+        self.owner = lease.owner
+        self.unacked = unacked
         self._redis = redis
         self._layout = layout
+        self._core = core
+        self._lease = lease
+        self._jobs = jobs
+        self._fanouts = fanouts
+        self._await_messages = await_messages
         self._keeps_dead_letters = settings.fastq_reliable
         self._takes_when_free = settings.worker_disable_prefetch
         self._recheck: asyncio.TimerHandle | None = None
@@ -97,7 +113,7 @@ class RedisSource(BatchSource):
     def hold(self, prefetch: int) -> None:
         """Hold at most so many unsettled messages, not counting what waits for its time."""
         self._prefetch = prefetch
-        self.window = prefetch + self._consumer.scheduled
+        self.window = prefetch + self._scheduled
 
     def receive_from(self, queues: Sequence[str]) -> None:
         """Receive from these queues from the next claim on."""
@@ -147,7 +163,7 @@ class RedisSource(BatchSource):
 
     def settle(self, batch: list[tuple[int, int]]) -> None:
         """Tell the verdicts on deliveries."""
-        if self._consumer.doubts_lease():
+        if self._lease.is_in_doubt():
             self._doubtful_verdicts += batch
             return
         self._make_room()
@@ -160,12 +176,12 @@ class RedisSource(BatchSource):
         if others:
             self._returning += 1
             rejected = self.take_reasons(sorted(tag for tag, verdict in others if verdict == REJECT))
-            self._consumer.spawn(self._put_elsewhere(others, rejected))
+            self._jobs.spawn(self._put_elsewhere(others, rejected))
         self._claim()
 
     def publish(self, batch: list[tuple[int, Message]]) -> None:
         """Send messages."""
-        if self._consumer.doubts_lease():
+        if self._lease.is_in_doubt():
             self._doubtful_messages += batch
             return
         commands, tokens, orders = [], [], []
@@ -174,7 +190,7 @@ class RedisSource(BatchSource):
                 orders.append((token, message))
                 continue
             if message.exchange:
-                self._consumer.spawn(self._publish_through_exchange(token, message))
+                self._jobs.spawn(self._publish_through_exchange(token, message))
                 continue
             try:
                 commands.append(push_command(self._layout, message))
@@ -191,6 +207,11 @@ class RedisSource(BatchSource):
             self._redis.send(commands, lambda replies: self._on_published(tokens, replies))
 
     # --- inside
+
+    @property
+    def _scheduled(self) -> int:
+        """How many messages wait in this process for their time."""
+        return int(self._core.stats()["scheduled"]) if self._core is not None else 0
 
     def _claim(self) -> None:
         wanted = min(self._limit - self._taken, self._free())
@@ -215,7 +236,7 @@ class RedisSource(BatchSource):
         """Return for how many messages there is somebody to run them, where nothing is to be held in advance."""
         if not self._takes_when_free:
             return MAX_CLAIM
-        free = self._consumer.free_children
+        free = MAX_CLAIM if self._core is None else len(self._core.children) - self._core.load
         if free <= 0 and self._recheck is None and not self.dead:
             self._recheck = asyncio.get_running_loop().call_later(RECHECK_S, self._claim_again)
         return free
@@ -229,9 +250,9 @@ class RedisSource(BatchSource):
         self._is_claiming = False
         if isinstance(reply, RedisError):
             if reply.code not in PASSING_CODES:
-                self._consumer.fail(reply)
+                self._jobs.fail(reply)
                 return
-            self._consumer.warn(f"cannot receive from Redis for now: {reply}")
+            self._jobs.warn(f"cannot receive from Redis for now: {reply}")
             asyncio.get_running_loop().call_later(RETRY_S, self._claim_again)
             return
         if self.dead:
@@ -252,9 +273,9 @@ class RedisSource(BatchSource):
             self._arriving = iter(())
             self._make_room()
         if problem:
-            self._consumer.warn(f"cannot receive from {problem.decode(errors='replace')}")
+            self._jobs.warn(f"cannot receive from {problem.decode(errors='replace')}")
         elif is_drained:
-            self._consumer.await_messages()
+            self._await_messages()
         self._claim()
 
     def _make_room(self) -> None:
@@ -262,7 +283,7 @@ class RedisSource(BatchSource):
         if self.held < self.window == self._prefetch:
             return
         # The core asks for more when half of the window is free: never, when most of it waits.
-        self.window = self._prefetch + self._consumer.scheduled
+        self.window = self._prefetch + self._scheduled
         self._limit = max(self._limit, self._taken + self.window - self.held)
 
     def _postponed(self, found: Mapping[str, Any], due: float) -> Message | None:
@@ -278,7 +299,7 @@ class RedisSource(BatchSource):
         if isinstance(replies[0], RedisError):
             # A key of a wrong type, or no permission: then they wait in this process.
             self.postpone = None
-            self._consumer.warn(f"tasks that are due later wait in the worker: Redis answered {replies[0]}")
+            self._jobs.warn(f"tasks that are due later wait in the worker: Redis answered {replies[0]}")
             self.publish_failed(tokens, str(replies[0]))
         else:
             self.published(tokens)
@@ -299,12 +320,12 @@ class RedisSource(BatchSource):
         for place, reply in enumerate(replies):
             if isinstance(reply, RedisError):
                 refused += fields[place * FIELDS : (place + 1) * FIELDS]
-                self._consumer.warn(f"calls that have run cannot be settled for now: Redis answered {reply}")
+                self._jobs.warn(f"calls that have run cannot be settled for now: Redis answered {reply}")
             else:
                 self._redis.expect(reply, int)
         if refused:
             # Not the end of the connection: with it they would run again.
-            self._consumer.spawn(self._forget_later(refused))
+            self._jobs.spawn(self._forget_later(refused))
 
     async def _forget_later(self, fields: Sequence[str]) -> None:
         await asyncio.sleep(RETRY_S)
@@ -325,16 +346,16 @@ class RedisSource(BatchSource):
         tags = {each: sorted(tag for tag, verdict in verdicts if verdict == each) for each in (REQUEUE, RETURN)}
         try:
             for reason, buried in rejected.items():
-                await self._consumer.patiently(self.unacked.bury, self._fields(buried), reason)
+                await self._jobs.patiently(self.unacked.bury, self._fields(buried), reason)
             for verdict, counted in ((REQUEUE, True), (RETURN, False)):
-                await self._consumer.patiently(self.give_back, self._fields(reversed(tags[verdict])), counted)
+                await self._jobs.patiently(self.give_back, self._fields(reversed(tags[verdict])), counted)
         finally:
             self._returning -= 1
         self.wake()
 
     async def _publish_through_exchange(self, token: int, message: Message) -> None:
         try:
-            if message.exchange in self._consumer.fanouts:
+            if message.exchange in self._fanouts:
                 commands = [fanout_command(self._layout, message)]
             else:
                 members = await self._redis.call("SMEMBERS", self._layout.bindings_of(message.exchange))
@@ -349,7 +370,7 @@ class RedisSource(BatchSource):
         stored = [token for token in tokens if token not in failures]
         if failures:
             reason = str(refused(next(iter(failures.values()))))
-            self._consumer.warn(reason)
+            self._jobs.warn(reason)
             self.publish_failed(list(failures), reason)
         self._redis.expect([reply for reply in replies if not isinstance(reply, RedisError)], [int, ...])
         if stored:

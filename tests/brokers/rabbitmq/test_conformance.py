@@ -8,6 +8,7 @@ from fastq.brokers import open_publisher
 from fastq.brokers.rabbitmq.behind import WINDOW, BehindPublisher
 from fastq.settings import Settings
 from tests.support.conformance.consumers import ServerConsumerConformance
+from tests.support.conformance.leases import LeaseConformance
 from tests.support.conformance.publishers import BehindPublisherConformance, WaitingPublisherConformance
 
 pytestmark = pytest.mark.rabbitmq
@@ -35,4 +36,8 @@ class TestBehindPublisher(BehindPublisherConformance):
 
 
 class TestConsumer(ServerConsumerConformance):
+    pass
+
+
+class TestLease(LeaseConformance):
     pass

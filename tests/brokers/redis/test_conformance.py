@@ -6,9 +6,11 @@ import pytest
 import redis as redis_py
 
 from fastq.brokers import open_publisher
+from fastq.brokers.redis import lease
 from fastq.brokers.redis.behind import WINDOW, RedisBehindPublisher
 from fastq.settings import Settings
 from tests.support.conformance.consumers import ServerConsumerConformance
+from tests.support.conformance.leases import LeaseConformance
 from tests.support.conformance.publishers import BehindPublisherConformance, WaitingPublisherConformance
 from tests.support.servers import Redis
 
@@ -43,3 +45,13 @@ class TestBehindPublisher(BehindPublisherConformance):
 class TestConsumer(ServerConsumerConformance):
     #: With kombu's Redis the lower number is the more urgent one, in four steps.
     priorities = (0, 3, 9)
+
+
+class TestLease(LeaseConformance):
+    survives_standstill = False
+
+    @pytest.fixture(autouse=True)
+    def short_leases(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(lease, "LEASE_S", self.lease_s)
+        monkeypatch.setattr(lease, "RENEW_EVERY_S", 0.3)
+        monkeypatch.setattr(lease, "GRACE_S", 0.3)

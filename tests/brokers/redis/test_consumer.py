@@ -20,7 +20,7 @@ import pytest
 import redis as redis_py
 
 from fastq.brokers import open_publisher
-from fastq.brokers.redis import consumer as redis
+from fastq.brokers.redis import lease
 from fastq.brokers.redis.layout import read_layout
 from fastq.brokers.redis.scripts import RENEW
 from fastq.brokers.redis.unacked import POSTPONED
@@ -35,7 +35,7 @@ from fastq.wire.properties import decode_properties
 from tests.support.conformance import message
 from tests.support.consumer_in_thread import ACK, REJECT, REQUEUE, TIMEOUT_S, Consuming, within
 from tests.support.fault_proxy import FaultProxy
-from tests.support.redis_holder import Holder
+from tests.support.holder import Holder
 from tests.support.servers import Redis
 from tests.support.worker_process import WorkerProcess
 
@@ -501,9 +501,9 @@ def test_what_a_killed_worker_held_is_back_within_15_s_in_order(
 
 @pytest.fixture
 def short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis, "LEASE_S", 1.0)
-    monkeypatch.setattr(redis, "RENEW_EVERY_S", 0.3)
-    monkeypatch.setattr(redis, "GRACE_S", 0.3)
+    monkeypatch.setattr(lease, "LEASE_S", 1.0)
+    monkeypatch.setattr(lease, "RENEW_EVERY_S", 0.3)
+    monkeypatch.setattr(lease, "GRACE_S", 0.3)
 
 
 def test_a_worker_that_stood_still_is_fenced(

@@ -6,6 +6,7 @@ import pytest
 
 from fastq.settings import Settings
 from tests.support.conformance.consumers import SavingConsumerConformance
+from tests.support.conformance.leases import LeaseConformance
 from tests.support.conformance.publishers import SharedPublisherConformance
 from tests.support.conformance.stores import StoreConformance
 
@@ -30,4 +31,8 @@ class TestConsumer(SavingConsumerConformance):
 
 
 class TestStore(StoreConformance):
+    pass
+
+
+class TestLease(LeaseConformance):
     pass

@@ -1,8 +1,8 @@
-"""A process that takes messages from a Redis queue and holds them: to be killed, or stopped, by a test.
+"""A process that takes messages from a queue and holds them: to be killed, or stopped, by a test.
 
-``python -m tests.support.redis_holder URL COUNT LEASE_S`` prints ``holds`` when it has COUNT messages of the queue
-celery. Then each line of its input is a command: ``ack`` settles all of them, ``lost`` waits until the connection is
-given up, ``fence`` until all that was asked for is done.
+``python -m tests.support.holder URL COUNT LEASE_S`` prints ``holds`` when it has COUNT messages of the queue celery;
+LEASE_S is how long its lease lasts with Redis. Then each line of its input is a command: ``ack`` settles all of them,
+``lost`` waits until the connection is given up, ``fence`` until all that was asked for is done.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ from __future__ import annotations
 import subprocess
 import sys
 from types import TracebackType
+from typing import Any, Final
 
-from fastq.brokers.redis import consumer as redis
-from fastq.brokers.redis.consumer import LEASE_S
+from fastq.brokers.redis import lease
+from fastq.brokers.redis.lease import LEASE_S
 from fastq.settings import Settings
-from tests.support.consumer_in_thread import ACK, Consuming
+from tests.support.tapped_consumer import TappedConsumer
+
+ACK: Final = 0  # fastq.link's verdict
 
 
 class Holder:
     """That process, as a test sees it."""
 
     def __init__(self, url: str, count: int, lease_s: float = LEASE_S) -> None:
-        command = [sys.executable, "-m", "tests.support.redis_holder", url, str(count), str(lease_s)]
+        command = [sys.executable, "-m", "tests.support.holder", url, str(count), str(lease_s)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.pid = self._process.pid
         assert self._answer() == "holds"
@@ -54,16 +57,17 @@ class Holder:
 
 def main(url: str, count: int, lease_s: float) -> None:
     """Take the messages, then obey."""
-    redis.LEASE_S, redis.RENEW_EVERY_S = lease_s, lease_s / 3  # type: ignore[misc]
-    with Consuming(url, Settings({}), window=count) as consumer:
-        tags = [row[0] for row in consumer.rows(count)]
+    lease.LEASE_S, lease.RENEW_EVERY_S = lease_s, lease_s / 3  # type: ignore[misc]
+    with TappedConsumer(url, Settings({}), window=count) as consumer:
+        held = consumer.arrived(count)
         print("holds", flush=True)
         for line in sys.stdin:
             if line.strip() == "ack":
-                consumer.settle(ACK, *tags)
+                consumer.settle(ACK, *held)
                 print("acked", flush=True)
             elif line.strip() == "fence":
-                consumer.run(consumer.consumer.settled())
+                settled: Any = consumer.consumer
+                consumer.run(settled.settled())
                 print("done", flush=True)
             else:
                 print(consumer.lost(30.0), flush=True)
