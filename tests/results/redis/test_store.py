@@ -1,4 +1,4 @@
-"""Results in Redis as callers see them: the conformance suite, lost connections, and Celery on the other side."""
+"""Results in Redis as callers see them: lost connections, and Celery on the other side."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastq.results.redis import listener as redis_listener
 from fastq.results.redis.store import RedisStore
 from fastq.settings import Settings
 from fastq.wire.ids import new_id
-from tests.support.conformance import StoreConformance, in_child, meta_of
+from tests.support.conformance import in_child, meta_of
 from tests.support.consumer_in_thread import TIMEOUT_S, within
 from tests.support.fault_proxy import FaultProxy
 from tests.support.servers import Redis, free_ports
@@ -71,10 +71,6 @@ def open_redis(url: str) -> Iterator[Callable[..., RedisStore]]:
 
 
 OpenStore = Callable[..., RedisStore]
-
-
-class TestStore(StoreConformance):
-    pass
 
 
 # --- what is stored

@@ -10,16 +10,20 @@ from typing import Any
 
 import pytest
 
-from fastq.errors import ResultTimeout
-from fastq.interfaces import ResultStore
-from fastq.results import open_store
+from fastq.errors import ResultTimeout, SettingsError
+from fastq.interfaces import Meta, ResultStore
+from fastq.results import find_store, open_store
 from fastq.settings import Settings
 from fastq.wire.ids import new_id
 from tests.support.conformance import TIMEOUT_S, meta_of
+from tests.support.consumer_in_thread import within
 
 
 class StoreConformance:
-    """Fixtures to provide: ``url``, ``settings``."""
+    """Fixtures to provide: ``url``, ``settings``; ``other`` where results are not stored by another of its kind."""
+
+    #: Whether results are there for whoever knows the task's id; else they come to this store alone.
+    keeps = True
 
     @pytest.fixture
     def store(self, url: str, settings: Settings) -> Iterator[ResultStore]:
@@ -34,23 +38,29 @@ class StoreConformance:
         yield store
         store.close()
 
+    def loaded(self, store: ResultStore, task_id: str, state: str) -> Meta:
+        """Return what is known of a task: at once where it is kept, else as soon as it has come."""
+        if not self.keeps:
+            assert within(TIMEOUT_S, lambda: (store.load(task_id) or {}).get("status") == state)
+        meta = store.load(task_id)
+        assert meta is not None
+        assert meta["status"] == state
+        return meta
+
     def test_nothing_is_known_of_an_unknown_task(self, store: ResultStore) -> None:
         assert store.load(new_id()) is None
 
     def test_what_is_stored_is_loaded(self, store: ResultStore, other: ResultStore) -> None:
         task_id = new_id()
         other.save(task_id, "SUCCESS", meta_of(task_id, result=[1, "zwölf"]))
-        meta = store.load(task_id)
-        assert meta is not None
-        assert (meta["status"], meta["result"], meta["task_id"]) == ("SUCCESS", [1, "zwölf"], task_id)
+        meta = self.loaded(store, task_id, "SUCCESS")
+        assert (meta["result"], meta["task_id"]) == ([1, "zwölf"], task_id)
 
     def test_a_later_state_replaces_an_earlier_one(self, store: ResultStore, other: ResultStore) -> None:
         task_id = new_id()
         for state in ("STARTED", "PROGRESS", "FAILURE"):
             other.save(task_id, state, meta_of(task_id, state))
-        meta = store.load(task_id)
-        assert meta is not None
-        assert meta["status"] == "FAILURE"
+        self.loaded(store, task_id, "FAILURE")
 
     def test_wait_returns_at_once_what_is_there(self, store: ResultStore, other: ResultStore) -> None:
         task_id = new_id()
@@ -159,12 +169,45 @@ class StoreConformance:
     def test_what_is_forgotten_is_gone(self, store: ResultStore, other: ResultStore) -> None:
         task_id = new_id()
         other.save(task_id, "SUCCESS", meta_of(task_id))
+        self.loaded(store, task_id, "SUCCESS")
         store.forget(task_id)
         store.forget(task_id)
         assert store.load(task_id) is None
 
-    def test_a_closed_store_opens_again(self, store: ResultStore) -> None:
+    def test_a_state_can_be_stored_from_here_or_is_refused(self, store: ResultStore) -> None:
         task_id = new_id()
-        store.save(task_id, "SUCCESS", meta_of(task_id))
+        if self.keeps:
+            store.save(task_id, "PROGRESS", meta_of(task_id, "PROGRESS"))
+            self.loaded(store, task_id, "PROGRESS")
+        else:
+            with pytest.raises(SettingsError, match=task_id):
+                store.save(task_id, "PROGRESS", meta_of(task_id, "PROGRESS"))
+
+    def test_a_closed_store_opens_again(self, store: ResultStore, other: ResultStore) -> None:
+        before, after = new_id(), new_id()
+        other.save(before, "SUCCESS", meta_of(before))
+        assert store.wait(before, TIMEOUT_S)["task_id"] == before
         store.close()
-        assert store.wait(task_id, TIMEOUT_S)["task_id"] == task_id
+        assert store.wait(before, TIMEOUT_S)["task_id"] == before
+        store.reply_address()
+        other.save(after, "SUCCESS", meta_of(after))
+        assert store.wait(after, TIMEOUT_S)["task_id"] == after
+
+    def test_its_row_says_whether_it_keeps_results(self, url: str) -> None:
+        assert find_store(url).keeps == self.keeps
+
+    def test_threads_store_side_by_side(self, store: ResultStore, other: ResultStore) -> None:
+        ids = [[new_id() for _ in range(10)] for _ in range(4)]
+        store.reply_address()
+        threads = [
+            threading.Thread(
+                target=lambda own=own: [other.save(each, "SUCCESS", meta_of(each)) for each in own], daemon=True
+            )
+            for own in ids
+        ]
+        for thread in threads:
+            thread.start()
+        for each in (each for own in ids for each in own):
+            assert store.wait(each, TIMEOUT_S)["task_id"] == each
+        for thread in threads:
+            thread.join(TIMEOUT_S)
