@@ -111,6 +111,6 @@ class FastQChild(ChildProcess):
         """Have what tasks send and store go through the pipe."""
         super().begin(pipe, number)
         app = self._app
-        app.publisher = PipePublisher(pipe)
+        app.publisher = PipePublisher(pipe, app.conf.fastq_max_message_bytes)
         if app.stores_results:
             app.store = PipeStore(pipe, lambda: open_store(app.conf.result_backend or "", app.conf))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from fastq.brokers.limits import check_sizes
 from fastq.errors import PublishError
 from fastq.interfaces import Meta, ResultStore, Unwatch
 from fastq.wire.message import Message
@@ -13,11 +14,13 @@ from fastq.wire.pipe import ChildPipe
 class PipePublisher:
     """The child's Publisher: the main process confirms the messages before it settles the running call."""
 
-    def __init__(self, pipe: ChildPipe) -> None:
+    def __init__(self, pipe: ChildPipe, max_message_bytes: int) -> None:
         self._pipe = pipe
+        self._max_message_bytes = max_message_bytes
 
     def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
-        """Hand the messages to the main process."""
+        """Hand the messages to the main process. Raises PublishError for one that no worker would take."""
+        check_sizes(messages, self._max_message_bytes)
         for message in messages:
             self._pipe.publish(message)
 
