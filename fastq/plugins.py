@@ -53,6 +53,13 @@ def find_plugin(group: str, name: str, kind: type[T]) -> T | None:
     return None
 
 
+def plugin_names(group: str) -> list[str]:
+    """Return the names of a group's entry points."""
+    from importlib import metadata
+
+    return [point.name.lower() for point in metadata.entry_points(group=group)]
+
+
 def unknown_part(scheme: str, masked: str, what: str, setting: str, schemes: Iterable[str]) -> SettingsError:
     """Return the error for a URL, its secrets masked, that names no known part: what may have been meant."""
     near = _nearest(scheme or re.split(r"[^\w+.-]", masked, maxsplit=1)[0].lower(), schemes)

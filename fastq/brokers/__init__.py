@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from fastq.errors import SettingsError
 from fastq.net.urls import mask_url, scheme_of, split_urls
-from fastq.plugins import Target, find_plugin, load, unknown_part
+from fastq.plugins import Target, find_plugin, load, plugin_names, unknown_part
 
 if TYPE_CHECKING:
     from fastq._core import Core
@@ -123,7 +123,8 @@ def find_broker(url: str | Sequence[str]) -> Broker:
     found = _OF_SCHEME.get(scheme) or find_plugin(ENTRY_POINTS, scheme, Broker)
     if found is None:
         masked = mask_url(next(iter(split_urls(url)), ""))
-        raise unknown_part(scheme, masked, "broker", "broker_url", _OF_SCHEME)
+        known = [*_OF_SCHEME, *plugin_names(ENTRY_POINTS)]
+        raise unknown_part(scheme, masked, "broker", "broker_url", known)
     return found
 
 
