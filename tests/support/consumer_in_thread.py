@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from fastq.brokers.memory.broker import MemoryConsumer, MemorySource
+from fastq.brokers import open_consumer
 from fastq.brokers.redis.consumer import RedisConsumer
-from fastq.brokers.redis.source import RedisSource
-from fastq.brokers.sqlite.broker import SqliteConsumer, SqliteSource
 from fastq.settings import Settings
+from fastq.wire.message import Message
 
 T = TypeVar("T")
 Row = tuple[int, bytes, bytes, bytes, int]
@@ -56,26 +55,6 @@ class _Recording:
         self.record.add("refused", [(token, reason) for token in tokens])
 
 
-class RecordingSqliteSource(_Recording, SqliteSource):
-    pass
-
-
-class RecordingMemorySource(_Recording, MemorySource):
-    pass
-
-
-class RecordingRedisSource(_Recording, RedisSource):
-    pass
-
-
-#: Consumer and recording source by the beginning of the URL.
-KINDS: Mapping[str, tuple[Any, Any]] = {
-    "memory:": (MemoryConsumer, RecordingMemorySource),
-    "sqlite:": (SqliteConsumer, RecordingSqliteSource),
-    "redis:": (RedisConsumer, RecordingRedisSource),
-}
-
-
 class LoopInThread:
     """An event loop in a thread of its own."""
 
@@ -112,11 +91,9 @@ class Consuming(LoopInThread):
     def __init__(self, url: str, settings: Settings, queues: Sequence[str] = ("celery",), window: int = 100) -> None:
         super().__init__()
         self.record = Record()
-        base, source = next(classes for scheme, classes in KINDS.items() if url.startswith(scheme))
-        record = self.record
-        self.consumer = type("Recorder", (base,), {"source_class": type("Source", (source,), {"record": record})})(
-            url, settings
-        )
+        self.consumer: Any = open_consumer(url, settings, None)
+        bases = (_Recording, self.consumer.source_class)
+        self.consumer.source_class = type("RecordingSource", bases, {"record": self.record})
         try:
             self.run(self.consumer.open())
             if queues:
@@ -160,7 +137,10 @@ class Consuming(LoopInThread):
         if isinstance(self.consumer, RedisConsumer):
             self.run(self.consumer.settled())
             return
-        self.save(("fence", "STARTED", b'{"status":"STARTED"}', "", FENCE))
+        if self.consumer.saves_results:
+            self.save(("fence", "STARTED", b'{"status":"STARTED"}', "", FENCE))
+        else:
+            self.publish((FENCE, Message("", "fence", b"", b"")))
         self.record.wait(lambda: FENCE in self.record.stored)
         self.record.stored.remove(FENCE)
 
