@@ -42,6 +42,10 @@ class Holder:
         self._process.stdin.flush()
         return self._answer()
 
+    def leave(self) -> None:
+        """Have it end in order: what it has settled is done."""
+        self._process.communicate(timeout=20.0)
+
     def kill(self) -> None:
         """Kill it as a crash would."""
         self._process.kill()

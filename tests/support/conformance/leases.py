@@ -61,7 +61,7 @@ class LeaseConformance:
         time.sleep(3 * self.lease_s)
         assert other.all() == []
         assert holder.do("ack") == "acked"
-        holder.kill()
+        holder.leave()
         time.sleep(2 * self.lease_s)
         assert bodies(other.all()) == []
 
@@ -94,6 +94,6 @@ class LeaseConformance:
             # What it has settled is the other's: it is still held there, and settled once.
             assert other.held == 3
             other.settle(ACK, *other.so_far())
-        holder.kill()
+        holder.leave()
         assert len(other.all()) == (0 if self.survives_standstill else 3)
         assert publisher.depth("celery") == 0
