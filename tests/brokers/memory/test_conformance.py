@@ -26,8 +26,7 @@ class TestPublisher(PublisherConformance):
 
 
 class TestConsumer(SavingConsumerConformance):
-    keeps_eta = True
-    changes_queues = False
+    pass
 
 
 class TestStore(StoreConformance):

@@ -36,7 +36,8 @@ class TestBehindPublisher(BehindPublisherConformance):
 
 
 class TestConsumer(ServerConsumerConformance):
-    pass
+    keeps_eta = False
+    changes_queues = True
 
 
 class TestLease(LeaseConformance):

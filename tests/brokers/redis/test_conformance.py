@@ -45,6 +45,8 @@ class TestBehindPublisher(BehindPublisherConformance):
 class TestConsumer(ServerConsumerConformance):
     #: With kombu's Redis the lower number is the more urgent one, in four steps.
     priorities = (0, 3, 9)
+    keeps_eta = False
+    changes_queues = True
 
 
 class TestLease(LeaseConformance):
