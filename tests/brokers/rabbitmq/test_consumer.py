@@ -194,50 +194,6 @@ def test_unconfirmed_publishing_does_not_wait(amqp_url: str, publisher: AmqpPubl
         until(lambda: publisher.depth("q") == 100)
 
 
-def test_threads_share_a_publisher(publisher: AmqpPublisher) -> None:
-    failures: list[Exception] = []
-
-    def publish() -> None:
-        try:
-            for _ in range(20):
-                publisher.publish([task()])
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=publish) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
-    assert publisher.depth("q") == 120
-
-
-@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_a_forked_child_uses_a_connection_of_its_own(publisher: AmqpPublisher) -> None:
-    publisher.publish([task()])
-    child = os.fork()
-    if child == 0:
-        status = 1
-        with contextlib.suppress(Exception):
-            publisher.publish([task(), task()])
-            publisher.close()
-            status = 0
-        os._exit(status)
-    publisher.publish([task()])
-    assert os.waitpid(child, 0)[1] == 0
-    # The child's goodbye has not closed the parent's connection.
-    publisher.publish([task()])
-    assert publisher.depth("q") == 5
-
-
-def test_a_closed_publisher_opens_again(publisher: AmqpPublisher) -> None:
-    publisher.publish([task()])
-    publisher.close()
-    publisher.publish([task()])
-    assert publisher.depth("q") == 2
-
-
 # --- brokers that are not there, refuse, or fail
 
 
@@ -579,32 +535,6 @@ def test_a_new_limit_counts_from_zero(amqp_url: str, publisher: AmqpPublisher) -
             await received.until(8)
 
     run(work)
-
-
-def test_nothing_arrives_after_cancel(amqp_url: str, publisher: AmqpPublisher) -> None:
-    async def work() -> None:
-        async with Received(amqp_url) as received:
-            await received.consumer.consume(["q", "r"], 0)
-            publisher.publish([task() for _ in range(100)])
-            await received.consumer.cancel()
-            arrived = len(received.messages)
-            publisher.publish([task() for _ in range(10)])
-            await received.until(arrived)
-            assert not received.consumer.lost.done()
-
-    run(work)
-
-
-def test_what_is_not_settled_goes_back_when_the_consumer_closes(amqp_url: str, publisher: AmqpPublisher) -> None:
-    publisher.publish([task() for _ in range(5)])
-
-    async def work() -> None:
-        async with Received(amqp_url) as received:
-            await received.consumer.consume(["q"], 0)
-            await received.until(5)
-
-    run(work)
-    until(lambda: publisher.depth("q") == 5)
 
 
 def test_a_queue_that_is_deleted_is_declared_and_consumed_again(

@@ -51,6 +51,7 @@ class TestConsumer(ServerConsumerConformance):
 
 class TestLease(LeaseConformance):
     survives_standstill = False
+    back_within_s = 10.0
 
     @pytest.fixture(autouse=True)
     def short_leases(self, monkeypatch: pytest.MonkeyPatch) -> None:
