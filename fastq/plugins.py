@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, Final, TypeAlias, TypeVar
 
-from fastq.errors import SettingsError
+from fastq.errors import FastqError, SettingsError
 
 #: An object to be called, or where it is: ``module:name``.
 Target: TypeAlias = "str | Callable[..., Any]"
@@ -28,6 +28,8 @@ def load(target: Target) -> Any:
     module, _, name = target.partition(":")
     try:
         return getattr(import_module(module), name)
+    except FastqError:  # it says by itself what is wrong
+        raise
     except Exception as error:
         raise _unloadable(repr(target), error) from error
 

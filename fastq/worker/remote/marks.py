@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from fastq.codecs.meta import encode_meta
 from fastq.errors import FastqError, TaskRevoked
-from fastq.results import find_store, open_store
+from fastq.results import open_store, try_store
 from fastq.states import PENDING, REJECTED, RETRY, REVOKED
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class RevocationMarks:
 
     def mark(self, ids: Sequence[str]) -> None:
         """Mark these tasks, later; too many at a time are let go."""
-        if not find_store(self._backend).keeps:
+        store = try_store(self._backend)
+        if store is not None and not store.keeps:
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="revocations", daemon=True)
