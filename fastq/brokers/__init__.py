@@ -124,7 +124,7 @@ def find_broker(url: str | Sequence[str]) -> Broker:
     if found is None:
         masked = mask_url(next(iter(split_urls(url)), ""))
         known = [*_OF_SCHEME, *plugin_names(ENTRY_POINTS)]
-        raise unknown_part(scheme, masked, "broker", "broker_url", known)
+        raise unknown_part(scheme, masked, "no broker is known for", "broker_url", known)
     return found
 
 

@@ -70,7 +70,7 @@ def find_store(url: str) -> Store:
     if found is None:
         masked = mask_url(next(iter(split_urls(url)), ""))
         known = [*_OF_SCHEME, *plugin_names(ENTRY_POINTS)]
-        raise unknown_part(scheme, masked, "result store", "result_backend", known)
+        raise unknown_part(scheme, masked, "results cannot be stored at", "result_backend", known)
     return found
 
 

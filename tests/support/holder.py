@@ -10,14 +10,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from types import TracebackType
-from typing import Any, Final
+from typing import Any
 
 from fastq.brokers.redis import lease
 from fastq.brokers.redis.lease import LEASE_S
+from fastq.link import ACK
 from fastq.settings import Settings
 from tests.support.tapped_consumer import TappedConsumer
-
-ACK: Final = 0  # fastq.link's verdict
 
 
 class Holder:

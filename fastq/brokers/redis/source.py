@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastq.transport.redis_source")
 
-
 SAMPLE_BYTES: Final = 4096  # of a message that is too long to be taken, to be logged
 MAX_CLAIM: Final = 1 << 31
 RECHECK_S: Final = 0.01  # chosen: with worker_disable_prefetch busy children are looked at so often

@@ -12,18 +12,17 @@ import pytest
 from fastq.brokers import open_publisher
 from fastq.errors import ConnectionLost, SettingsError
 from fastq.interfaces import Publisher, ResultStore
+from fastq.link import ACK, REJECT, REQUEUE, RETURN
 from fastq.queues import Topology
 from fastq.results import open_store
 from fastq.settings import Settings
+from fastq.wire.head import scan
 from fastq.wire.ids import new_id
-from fastq.wire.message import scan
 from tests.support.conformance import TIMEOUT_S, message, meta_of
 from tests.support.consumer_in_thread import within
 from tests.support.fault_proxy import FaultProxy
 from tests.support.servers import free_ports
 from tests.support.tapped_consumer import Arrived, TappedConsumer
-
-ACK, REJECT, REQUEUE, RETURN = range(4)  # fastq.link's verdicts
 
 OpenConsumer = Callable[..., TappedConsumer]
 

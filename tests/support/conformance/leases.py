@@ -14,9 +14,10 @@ import pytest
 
 from fastq.brokers import open_publisher
 from fastq.interfaces import Publisher
+from fastq.link import ACK
 from fastq.settings import Settings
 from tests.support.conformance import message
-from tests.support.conformance.consumers import ACK, bodies
+from tests.support.conformance.consumers import bodies
 from tests.support.holder import Holder
 from tests.support.tapped_consumer import TappedConsumer
 
