@@ -12,7 +12,7 @@ from fastq import FastQ
 from fastq.errors import SettingsError
 from fastq.pool import PREFORK, find_pool
 from fastq.testing import worker
-from tests.support.pool_conformance import PoolConformance
+from tests.support.conformance.pools import PoolConformance
 from tests.support.worker_process import WorkerProcess
 from tests.toys import toy_pool
 
