@@ -99,6 +99,10 @@ class TestPublisherOfTasks(PublisherConformance):
     def keep(self, made: list[PublisherInTask]) -> None:
         self._made = made
 
+    def stored(self, publisher: Publisher) -> None:
+        """A call's result may come before its messages are stored; that of a later call does not."""
+        publisher.close()
+
     def opened(self, url: str, settings: dict[str, Any]) -> Publisher:
         self._made.append(PublisherInTask(url, settings))
         return self._made[-1]
