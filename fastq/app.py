@@ -360,11 +360,3 @@ def _origin(task: Task[..., Any]) -> tuple[str, str]:
     """Return where a task was written; the same place again is a reload, not a conflict."""
     function = getattr(task, "__wrapped__", type(task))
     return function.__module__, function.__qualname__
-
-
-def _after_fork() -> None:
-    for app in list(_apps):
-        app.sender.after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)

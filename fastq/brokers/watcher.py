@@ -29,7 +29,7 @@ class Watcher:
         self.is_awake = True
         self._awake.set()
 
-    def forget_after_fork(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: the thread is the parent's."""
         self._thread = None
         self._awake = threading.Event()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import threading
 import time
 import uuid
@@ -31,6 +30,7 @@ from fastq.errors import (
     ResultTimeout,
     SettingsError,
 )
+from fastq.net import forks
 from fastq.states import FAILURE, READY_STATES
 from fastq.wire.amqp import METHODS
 from fastq.wire.properties import decode_properties
@@ -131,6 +131,7 @@ class RpcStore:
         self._timeout_s = settings.fastq_publish_timeout
         self._start_over()
         STORES.add(self)
+        forks.register(self)
 
     def _start_over(self) -> None:
         """Be as new: at first, and in a forked child, where the queue and the connection are the parent's."""
@@ -235,7 +236,7 @@ class RpcStore:
         if watcher is not None and watcher is not threading.current_thread():
             watcher.join(CLOSE_TIMEOUT_S)
 
-    def forget_after_fork(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: leave the parent's connection alone; an own queue is made when it is needed."""
         connection = self._connection
         self._start_over()
@@ -459,17 +460,10 @@ def call(callback: Callback, meta: Meta) -> None:
 STORES: weakref.WeakSet[RpcStore] = weakref.WeakSet()
 
 
-def forget_connections() -> None:
-    """In a forked child, for every store of the process."""
-    for store in list(STORES):
-        store.forget_after_fork()
-
-
 def close_connections() -> None:
     """At exit: without a goodbye the broker logs an error for each connection."""
     for store in list(STORES):
         store.close()
 
 
-os.register_at_fork(after_in_child=forget_connections)
 atexit.register(close_connections)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fastq.errors import ConnectionLost, FastqError, NotRegistered, PublishError, ResultsDisabled
+from fastq.net import forks
 from fastq.request import current, running_message
 from fastq.result import AsyncResult, Collected, ResultSource
 from fastq.sending.envelope import Addressed, Envelope, Envelopes, PublishRetry
@@ -74,6 +75,7 @@ class Sender:
         self._store: ResultStore | None = None
         self._declared: set[str] = set()
         self._sent: SentEvents | None = None
+        forks.register(self)
 
     # --- what is sent ------------------------------------------------------------------------------------------------
 
@@ -338,7 +340,7 @@ class Sender:
             publisher.close()
 
     def after_fork(self) -> None:
-        """Drop what belongs to the parent process; the application has it called in every forked child."""
+        """Drop what belongs to the parent process; called in every forked child."""
         self._lock = threading.RLock()
         self._thread.batch = None
         if self._sent is not None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import os
 import queue
 import threading
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastq.errors import SettingsError
+from fastq.net import forks
 from fastq.states import READY_STATES
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Space:
         self._is_inherited = False
         self._ids = itertools.count(1)
         self._start_over()
+        forks.register(self)
 
     def _start_over(self) -> None:
         self._lock = threading.RLock()
@@ -230,7 +231,8 @@ class Space:
                 "Use sqlite:///fastq.db between processes"
             )
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
+        """In a forked child: have nothing and refuse everything."""
         self._start_over()
         self._is_inherited = True
 
@@ -241,23 +243,10 @@ def _run_all(callbacks: queue.SimpleQueue[Callable[[], None]]) -> None:
 
 
 _spaces: dict[str, Space] = {}
-_spaces_lock = threading.Lock()
 
 
 def find_space(url: str) -> Space:
     """Return the space that a URL names: memory://, memory://name."""
     name = url.partition("://")[2].strip("/")
-    with _spaces_lock:
-        if name not in _spaces:
-            _spaces[name] = Space(name)
-        return _spaces[name]
-
-
-def _after_fork() -> None:
-    global _spaces_lock
-    _spaces_lock = threading.Lock()
-    for space in _spaces.values():
-        space._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+    # No lock, which a fork could leave held: of two threads that make one at once, both get the first.
+    return _spaces.get(name) or _spaces.setdefault(name, Space(name))

@@ -95,13 +95,13 @@ class BehindPublisher(AmqpPublisher):
             self._lock.release()
             self.close()
 
-    def forget_after_fork(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: the parent keeps what it has sent."""
-        super().forget_after_fork()
+        super().after_fork()
         self._unconfirmed = {}
         self._unsent = b""
         self._uncollected = 0
-        self._watcher.forget_after_fork()
+        self._watcher.after_fork()
 
     # --- with the lock held
 

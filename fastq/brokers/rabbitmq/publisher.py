@@ -7,7 +7,6 @@ which messages are to be sent again.
 from __future__ import annotations
 
 import atexit
-import os
 import struct
 import threading
 import time
@@ -20,6 +19,7 @@ from fastq.brokers.rabbitmq.connection import ADMIN_CHANNEL, FRAME_METHOD, Block
 from fastq.brokers.rabbitmq.tcp import lost
 from fastq.brokers.rabbitmq.url import Endpoints
 from fastq.errors import ConnectionLost, FastqError, PublishError, SettingsError
+from fastq.net import forks
 from fastq.queues import Topology
 from fastq.wire.amqp import METHODS, decode_method
 from fastq.wire.frames import publish_frames
@@ -143,6 +143,7 @@ class AmqpPublisher:
         self._give_up_at: float | None = None  # of a connection that is made for a message
         self._lock = threading.Lock()
         PUBLISHERS.add(self)
+        forks.register(self)
 
     def __repr__(self) -> str:
         return f"<AmqpPublisher {self._endpoints}>"
@@ -323,7 +324,7 @@ class AmqpPublisher:
         with self._lock:
             self._drop()
 
-    def forget_after_fork(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: leave the parent's connection alone; an own one is opened when it is needed."""
         self._lock = threading.Lock()
         connection, self._connection = self._connection, None
@@ -390,17 +391,10 @@ def unknown_fate(error: ConnectionLost, again: Sequence[Message] | None = None) 
 PUBLISHERS: weakref.WeakSet[AmqpPublisher] = weakref.WeakSet()
 
 
-def forget_connections() -> None:
-    """In a forked child, for every publisher of the process."""
-    for publisher in list(PUBLISHERS):
-        publisher.forget_after_fork()
-
-
 def close_connections() -> None:
     """At exit: without a goodbye the broker logs an error for each connection."""
     for publisher in list(PUBLISHERS):
         publisher.close_at_exit()
 
 
-os.register_at_fork(after_in_child=forget_connections)
 atexit.register(close_connections)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import threading
 import time
 import weakref
@@ -25,6 +24,7 @@ from fastq.brokers.redis.commands import push_command
 from fastq.brokers.redis.publisher import RedisPublisher
 from fastq.brokers.watcher import LOOK_EVERY_S, Watcher
 from fastq.errors import ConnectionLost, FastqError, PublishError, RedisError
+from fastq.net import forks
 
 if TYPE_CHECKING:
     from fastq.settings import Settings
@@ -54,6 +54,7 @@ class Backlog:
         self._lock = threading.Lock()
         self._watcher = Watcher(self._look, "fastq-replies")
         _BACKLOGS.add(self)
+        forks.register(self)
 
     def put(self, entries: Sequence[tuple[str, bytes]], deadline: float | None = None) -> None:
         """Write packed commands, each with the id of its task. Raises ConnectionLost when there is no server.
@@ -110,13 +111,13 @@ class Backlog:
             self._lock.release()
             self.close()
 
-    def forget_after_fork(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: the parent keeps what it has sent."""
         self._lock = threading.Lock()
         self._unanswered = deque()
         self._unsent = b""
         self._uncollected = 0
-        self._watcher.forget_after_fork()
+        self._watcher.after_fork()
 
     # --- with the lock held
 
@@ -254,15 +255,9 @@ class RedisBehindPublisher(RedisPublisher):
 _BACKLOGS: weakref.WeakSet[Backlog] = weakref.WeakSet()
 
 
-def _forget_after_fork() -> None:
-    for backlog in list(_BACKLOGS):
-        backlog.forget_after_fork()
-
-
 def _close_at_exit() -> None:
     for backlog in list(_BACKLOGS):
         backlog.close_at_exit()
 
 
-os.register_at_fork(after_in_child=_forget_after_fork)
 atexit.register(_close_at_exit)

@@ -5,10 +5,8 @@ Retries are the caller's: ConnectionLost says that nothing was sent, PublishErro
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,6 +24,7 @@ from fastq.brokers.redis.commands import (
 from fastq.brokers.redis.layout import read_layout
 from fastq.brokers.redis.url import parse_redis_url
 from fastq.errors import ConnectionLost, PublishError, RedisError
+from fastq.net import forks
 from fastq.queues import Topology
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class RedisPublisher:
         self._timeout_s = settings.fastq_publish_timeout
         self._redis = self._redis_of(settings)
         self._lock = threading.Lock()
-        _PUBLISHERS.add(self)
+        forks.register(self)
 
     def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
         """Store the messages, all in one write.
@@ -93,7 +92,7 @@ class RedisPublisher:
         with self._lock:
             self._redis.close()
 
-    def forget_after_fork(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: a thread of the parent may have held the lock."""
         self._lock = threading.Lock()
 
@@ -133,14 +132,3 @@ def unknown_fate(error: ConnectionLost) -> PublishError:
         text = f"{error}; what was just sent may still be stored, so it is not sent again"
         return PublishError(f"{text}. Raise fastq_publish_timeout if the server is only slow", again=())
     return PublishError(f"{error}; what was just sent may or may not have been stored")
-
-
-_PUBLISHERS: weakref.WeakSet[RedisPublisher] = weakref.WeakSet()
-
-
-def _forget_after_fork() -> None:
-    for publisher in list(_PUBLISHERS):
-        publisher.forget_after_fork()
-
-
-os.register_at_fork(after_in_child=_forget_after_fork)

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final, Literal
 
 from fastq.errors import SettingsError
+from fastq.net import forks
 
 Kind = Literal["w", "c"]
 WORKER: Final = "w"
@@ -81,6 +82,7 @@ class BellFolder:
         self._workers: list[str] = []
         self._stamp_ns = -1
         _open_folders.add(self)
+        forks.register(self)
 
     def bind(self, kind: Kind) -> Bell:
         """Return a new bell of this process."""
@@ -167,8 +169,9 @@ class BellFolder:
             bell.close()
         self._close_descriptors()
 
-    def abandon(self) -> None:
-        """Close this process's copies of everything, leaving the names to the process that made them."""
+    def after_fork(self) -> None:
+        """In a forked child: close its copies of everything; the names are the parent's."""
+        # A child that kept a bell open would make the parent look alive after its death.
         for bell in self._bells:
             bell.socket.close()
         self._bells.clear()
@@ -326,17 +329,10 @@ def _open_folder(path: str, owner: int) -> int:
     return fd
 
 
-def _abandon_all() -> None:
-    # A child that kept its parent's bell open would make the parent look alive after its death.
-    for folder in list(_open_folders):
-        folder.abandon()
-
-
 def _remove_client_bells() -> None:
     # A worker's stays, should it be here still: its silence tells the others at once that it died.
     for folder in list(_open_folders):
         folder.unbind(CLIENT)
 
 
-os.register_at_fork(after_in_child=_abandon_all)
 atexit.register(_remove_client_bells)

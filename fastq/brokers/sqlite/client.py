@@ -10,7 +10,6 @@ import os
 import sqlite3
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Final, TypeVar
@@ -18,6 +17,7 @@ from typing import Final, TypeVar
 from fastq.brokers.sqlite import database
 from fastq.brokers.sqlite.bells import BellFolder
 from fastq.brokers.sqlite.database import Location, patiently
+from fastq.net import forks
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ class FileClient:
         self._open = partial(OpenFile, location, synchronous, timeout_s)
         self._lock = threading.RLock()
         self._file: OpenFile | None = None
-        _clients.add(self)
+        forks.register(self)
 
     def use(self, action: Callable[[OpenFile], T]) -> T:
         """Return what the action returns. Raises sqlite3.Error, SettingsError or ConnectionLost."""
@@ -118,21 +118,13 @@ class FileClient:
             if file is not None:
                 file.close()
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
+        """In a forked child: open an own connection when it is needed."""
         self._lock = threading.RLock()
         file, self._file = self._file, None
         if file is not None:
             file.close()
 
 
-_clients: weakref.WeakSet[FileClient] = weakref.WeakSet()
 # Neither used nor closed: SQLite forbids both with a connection that has come over a fork.
 _inherited: list[OpenFile] = []
-
-
-def _after_fork() -> None:
-    for client in list(_clients):
-        client._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)

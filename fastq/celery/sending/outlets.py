@@ -5,10 +5,8 @@ Both raise FastqError when a message could not be sent. Queues are declared by k
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -25,6 +23,7 @@ from fastq.brokers.redis.layout import read_layout
 from fastq.brokers.redis.publisher import unknown_fate
 from fastq.brokers.redis.url import parse_redis_url
 from fastq.errors import ConnectionLost, SettingsError
+from fastq.net import forks
 from fastq.settings import Settings
 from fastq.wire.ids import new_uuid4
 from fastq.wire.kombu import encode_push
@@ -198,7 +197,7 @@ class RedisOutlet:
         self._app = app
         self._declared: set[tuple[type, str]] = set()
         self._lock = threading.Lock()
-        OUTLETS.add(self)
+        forks.register(self)
 
     def send(self, message: Message, entities: Sequence[Any]) -> None:
         """Have kombu declare what is new, and put the message into its queue's list. Raises FastqError."""
@@ -234,19 +233,7 @@ class RedisOutlet:
         with self._lock:
             self._redis.close()
 
-    def forget_after_fork(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: another thread of the parent may have held the lock. The connection knows by itself."""
         self._lock = threading.Lock()
         self._declared = set()
-
-
-OUTLETS: weakref.WeakSet[RedisOutlet] = weakref.WeakSet()
-
-
-def forget_connections() -> None:
-    """In a forked child, for every outlet of the process."""
-    for outlet in list(OUTLETS):
-        outlet.forget_after_fork()
-
-
-os.register_at_fork(after_in_child=forget_connections)

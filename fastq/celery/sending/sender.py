@@ -11,11 +11,9 @@ import contextlib
 import functools
 import inspect
 import logging
-import os
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -49,6 +47,7 @@ from fastq.celery.sending.plan import Plan
 from fastq.celery.sending.stock import is_own
 from fastq.celery.sending.tasks import Defaults, adopt
 from fastq.errors import EncodeError, FastqError, PublishError
+from fastq.net import forks
 from fastq.wire.ids import new_uuid4
 from fastq.wire.message import Message
 
@@ -92,7 +91,7 @@ class Sender:
         self._plan: Plan | None = None
         self._lock = threading.Lock()
         self._rests_until = 0.0
-        SENDERS.add(self)
+        forks.register(self)
 
     def close(self) -> None:
         """Close the connection; the next message opens a new one."""
@@ -101,7 +100,7 @@ class Sender:
         if plan is not None and plan.outlet is not None:
             plan.outlet.close()
 
-    def forget_after_fork(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: another thread of the parent may have held the lock, and results are the parent's."""
         self._lock = threading.Lock()
         leave_results(self._app)
@@ -301,17 +300,6 @@ class Sender:
         self._rests_until = 0.0
         return True
 
-
-SENDERS: weakref.WeakSet[Sender] = weakref.WeakSet()
-
-
-def forget_locks() -> None:
-    """In a forked child, for every sender of the process."""
-    for sender in list(SENDERS):
-        sender.forget_after_fork()
-
-
-os.register_at_fork(after_in_child=forget_locks)
 
 #: What a forked child has left to its parent; to collect it would close the parent's connection.
 INHERITED: list[Any] = []

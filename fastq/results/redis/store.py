@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from fastq.brokers.redis.blocking import BlockingRedis
 from fastq.brokers.redis.url import parse_redis_url
 from fastq.codecs.payload import PayloadCodec, unreadable_meta
 from fastq.errors import ConnectionLost, DecodeError, RedisError, ResultTimeout
+from fastq.net import forks
 from fastq.results.redis.layout import ResultLayout
 from fastq.results.redis.listener import Listener
 from fastq.states import SUCCESS
@@ -38,7 +38,7 @@ class RedisStore:
         self._timeout_s = min(settings.redis_socket_timeout or 1e9, settings.fastq_publish_timeout)
         self._connect_timeout_s = settings.redis_socket_connect_timeout or settings.broker_connection_timeout
         self._start_over()
-        _stores.add(self)
+        forks.register(self)
 
     def _start_over(self) -> None:
         """Be as new: at first, and in a forked child, where the connections are the parent's."""
@@ -144,20 +144,9 @@ class RedisStore:
             self._redis.expect(reply, kind)
         return replies
 
-    def forget_after_fork(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: leave the parent's connections alone; own ones are made when they are needed."""
         self._redis.close()
         if self._listener is not None:
             self._listener.forget_after_fork()
         self._start_over()
-
-
-_stores: weakref.WeakSet[RedisStore] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for store in list(_stores):
-        store.forget_after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)

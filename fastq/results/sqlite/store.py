@@ -6,11 +6,9 @@ Waiting is pushed: a message carries the name of this process's bell, and whoeve
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -27,6 +25,7 @@ from fastq.brokers.sqlite.results import (
 )
 from fastq.codecs.meta import decode_meta
 from fastq.errors import FastqError, ResultTimeout
+from fastq.net import forks
 from fastq.results.sqlite.listener import Listener, Waiter
 from fastq.states import READY_STATES
 
@@ -44,7 +43,7 @@ class SqliteStore:
         self._client = FileClient(database.parse_url(url), "NORMAL", settings.fastq_publish_timeout)
         self._lock = threading.Lock()
         self._listener: Listener | None = None
-        _stores.add(self)
+        forks.register(self)
 
     def reply_address(self, deadline: float | None = None) -> str:
         """Return the name of this process's bell."""
@@ -137,17 +136,7 @@ class SqliteStore:
         except sqlite3.Error as error:
             raise database.refusal(self._client.path, error) from error
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
+        """In a forked child: the listener is the parent's."""
         self._lock = threading.Lock()
         self._listener = None
-
-
-_stores: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for store in list(_stores):
-        store._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)
