@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fastq.brokers.turns import due_of
 from fastq.errors import SettingsError
 from fastq.net import forks
 from fastq.states import READY_STATES
@@ -65,13 +66,10 @@ class Space:
         with self._lock:
             for message in messages:
                 held = Held(next(self._ids), message.routing_key, message.priority, message.props, message.body)
-                due = message.due
-                if due is None:
+                if message.due is None:
                     self._make_ready(held)
                 else:
-                    # It is to be reported as expired when it expires, not when it should have run.
-                    due = due if message.expires is None else min(due, message.expires)
-                    heapq.heappush(self._delayed, (due, held.id, held))
+                    heapq.heappush(self._delayed, (due_of(message), held.id, held))
         self._notify()
 
     def declare(self, name: str) -> None:

@@ -1,6 +1,6 @@
-"""The SQLite file as producers and callers use it: one connection for a process, and a new one when it will not do.
+"""The SQLite file in a process that has it open; producers and callers are lent it, and a new one when it will not do.
 
-No statements: what is written and read is up to ``broker`` and ``fastq.results.sqlite``.
+No statements: what is written and read is up to ``broker``, ``turns`` and ``fastq.results.sqlite``.
 """
 
 from __future__ import annotations
@@ -34,15 +34,7 @@ class OpenFile:
         self._path = location.path
         self._timeout_s = timeout_s
         self._checked_at = time.monotonic()
-        is_new = not os.path.exists(location.path)
         self.connection = database.connect(location.path, synchronous, timeout_s)
-        if is_new:
-            # A relative path means another file in another folder: calls that nobody will ever run.
-            logger.warning(
-                "%s did not exist; it is new and empty now. A worker must use the same file: start both in one folder, "
-                "or name it from its root, sqlite:////folder/fastq.db",
-                location.path,
-            )
         try:
             self.folder = BellFolder(location.path)
         except BaseException:
@@ -73,6 +65,10 @@ class OpenFile:
         if now - self._checked_at < _STALE_S:
             return False
         self._checked_at = now
+        return self.is_replaced()
+
+    def is_replaced(self) -> bool:
+        """Return whether the path leads to another file, or to none."""
         return database.identity(self._path) != self._identity
 
     def close(self) -> None:
@@ -92,7 +88,9 @@ class FileClient:
 
     def __init__(self, location: Location, synchronous: str, timeout_s: float) -> None:
         self.path = location.path
-        self._open = partial(OpenFile, location, synchronous, timeout_s)
+        self._location = location
+        self._synchronous = synchronous
+        self._timeout_s = timeout_s
         self._lock = threading.RLock()
         self._file: OpenFile | None = None
         forks.register(self)
@@ -110,6 +108,18 @@ class FileClient:
                 if not database.is_busy(error):
                     self.close()
                 raise
+
+    def _open(self) -> OpenFile:
+        is_new = not os.path.exists(self.path)
+        file = OpenFile(self._location, self._synchronous, self._timeout_s)
+        if is_new:
+            # A relative path means another file in another folder: calls that nobody will ever run.
+            logger.warning(
+                "%s did not exist; it is new and empty now. A worker must use the same file: start both in one folder, "
+                "or name it from its root, sqlite:////folder/fastq.db",
+                self.path,
+            )
+        return file
 
     def close(self) -> None:
         """Close the file; a later use opens it again."""

@@ -12,10 +12,9 @@ from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 from fastq.brokers.sqlite.bells import CLIENT, NAME, BellFolder, pack_results
+from fastq.brokers.turns import SaveItem
 from fastq.states import READY_STATES
 
-#: A result to save: task id, state, meta, reply address, token for the confirmation (0: none).
-SaveItem: TypeAlias = tuple[str, str, bytes, str, int]
 #: For each client's bell: the finished results to send there, meta by task id.
 Notices: TypeAlias = dict[str, dict[str, bytes]]
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 import orjson
 
+from fastq.brokers.turns import Row, due_of, size_of
+
 if TYPE_CHECKING:
     from fastq.wire.message import Message
 
-#: A delivery as the core takes it: tag, queue, props, body, how often it was handed out (this time included).
-Row: TypeAlias = tuple[int, bytes, bytes, bytes, int]
 #: A message as it is stored: queue, priority, due, props, body.
 MessageRow: TypeAlias = tuple[int, int, float | None, bytes, bytes]
 
@@ -67,9 +67,7 @@ class QueueIds:
 
 def message_row(queue: int, message: Message) -> MessageRow:
     """Return what is stored of a message."""
-    due = message.due
-    if due is not None and message.expires is not None and message.expires < due:
-        due = message.expires  # the worker is to say that it expired, and not as late as it should have run
+    due = None if message.due is None else due_of(message)
     return (queue, message.priority, due, message.props, message.body)
 
 
@@ -103,11 +101,6 @@ def claim(
             (queue, rows[-1][0]),
         )
     return rows
-
-
-def size_of(row: Row) -> int:
-    """Return how many bytes a delivery holds."""
-    return len(row[2]) + len(row[3])
 
 
 def claim_fairly(

@@ -425,9 +425,9 @@ def test_one_message_that_cannot_be_stored_is_refused_alone(consumer: Consuming,
 
 
 def test_expired_results_are_swept(url: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastq.brokers.sqlite import thread as sqlite_thread
+    from fastq.brokers.sqlite import turns
 
-    monkeypatch.setattr(sqlite_thread, "FIRST_UPKEEP_S", 0.1)
+    monkeypatch.setattr(turns, "FIRST_UPKEEP_S", 0.1)
     settings = Settings({"result_expires": 100.0})
     store = open_store(url, settings)
     store.save("new", "SUCCESS", meta_of("new"))

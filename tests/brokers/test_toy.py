@@ -1,0 +1,63 @@
+"""The broker of ``toys.toy_broker``, one file over ``brokers.turns``: the suites, and a worker that runs its tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastq import FastQ
+from fastq.settings import Settings
+from tests.support.conformance import ConsumerConformance, PublisherConformance
+from tests.support.worker_process import WorkerProcess
+
+NO_RESULTS: Any = None
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"tests.toys.toy_broker:BROKER://{tmp_path}"
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings()
+
+
+class TestPublisher(PublisherConformance):
+    pass
+
+
+class TestConsumer(ConsumerConformance):
+    test_results_are_stored = NO_RESULTS
+    test_a_result_with_a_token_is_confirmed = NO_RESULTS
+    test_a_consumer_without_queues_stores_results_and_publishes = NO_RESULTS
+
+
+def test_a_worker_runs_tasks_from_it(url: str, tmp_path: Path) -> None:
+    source = f"""
+from fastq import FastQ
+app = FastQ("tasks", broker={url!r}, backend="sqlite:///{tmp_path}/results.db")
+
+@app.task
+def double(n):
+    return 2 * n
+
+@app.task(bind=True, max_retries=1, default_retry_delay=0.1)
+def again(self, n):
+    if self.request.retries == 0:
+        raise self.retry()
+    return double.delay(n).id
+"""
+    worker = WorkerProcess(tmp_path, "-c", "2", source=source).start()
+    try:
+        app = FastQ("tasks", broker=url, backend=f"sqlite:///{tmp_path}/results.db")
+        doubled = [app.send_task("tasks.double", (n,)) for n in range(20)]
+        assert [each.get(10) for each in doubled] == [2 * n for n in range(20)]
+        follow_up = app.AsyncResult(app.send_task("tasks.again", (21,)).get(10))
+        assert follow_up.get(10) == 42
+        app.close()
+        assert worker.stop() == 0
+    finally:
+        worker.kill9()
