@@ -19,7 +19,7 @@ from fastq.brokers.sqlite.bells import BellFolder
 from fastq.brokers.sqlite.client import FileClient, OpenFile
 from fastq.brokers.sqlite.database import patiently
 from fastq.brokers.sqlite.tables import QueueIds, WorkerInfo
-from fastq.brokers.sqlite.turns import UNSTORABLE, SqliteTurns
+from fastq.brokers.sqlite.turns import SqliteTurns
 from fastq.errors import ConnectionLost, PublishError, SettingsError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class SqlitePublisher:
             return self._client.use(partial(self._with_queue_ids, action))
         except sqlite3.Error as error:
             raise PublishError(f"not published: {database.explain(self._client.path, error)}") from error
-        except UNSTORABLE as error:
+        except database.UNSTORABLE as error:
             raise PublishError(f"not published: the message cannot be stored ({error})") from error
         except (ConnectionLost, SettingsError) as error:
             raise PublishError(f"not published: {error}") from error

@@ -24,6 +24,10 @@ T = TypeVar("T")
 APPLICATION_ID: Final = 0x66717331  # "fqs1": tells our file from any other program's
 SCHEMA_VERSION: Final = 1
 
+#: What a value can be refused for by itself, whatever the state of the file.
+UNSTORABLE = (UnicodeError, OverflowError, TypeError, sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError,
+              sqlite3.ProgrammingError)  # fmt: skip
+
 #: A message is in ``messages`` and in exactly one of ``ready``, ``delayed`` and ``claimed``: its state is which. So a
 #: claim moves rows of 20 bytes and never rewrites a message (a third cheaper than a column and its indexes, measured),
 #: and what a dead worker held is found without an index over the backlog.

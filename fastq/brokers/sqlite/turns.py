@@ -37,10 +37,6 @@ UPKEEP_SLICE_S: Final = 0.05
 LOOK_AFTER_S: Final = 0.02
 LOCK_WAIT_S: Final = 1.0
 
-#: What a value can be refused for by itself, whatever the state of the file.
-UNSTORABLE = (UnicodeError, OverflowError, TypeError, sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError,
-              sqlite3.ProgrammingError)  # fmt: skip
-
 
 @dataclass(slots=True)
 class Written(Outcome):
@@ -157,7 +153,7 @@ class SqliteTurns(Turns):
         """Return what the action returns; errors of the file say what happened and what helps."""
         try:
             return action()
-        except UNSTORABLE:
+        except database.UNSTORABLE:
             raise
         except sqlite3.Error as error:
             text = database.explain(self.place, error)
@@ -192,7 +188,7 @@ class SqliteTurns(Turns):
         self._set_full_sync(bool(work.messages))
         try:
             written = self._transaction(partial(self._write, work, room, signs_off, one_by_one=False))
-        except UNSTORABLE:  # something cannot be stored: find out what
+        except database.UNSTORABLE:  # something cannot be stored: find out what
             written = self._transaction(partial(self._write, work, room, signs_off, one_by_one=True))
         self._count += 1
         if written.notices:
@@ -227,7 +223,7 @@ class SqliteTurns(Turns):
         try:
             write_results(self._file.cursor, [item])
             item[0].encode()
-        except UNSTORABLE as error:
+        except database.UNSTORABLE as error:
             self.logger.error("the result of task %r cannot be stored: %s", item[0], error)
             return False
         return True
@@ -247,7 +243,7 @@ class SqliteTurns(Turns):
             try:
                 cursor.execute(tables.INSERT_MESSAGE, tables.message_row(declare(message.routing_key), message))
                 written.stored.append(token)
-            except UNSTORABLE as error:
+            except database.UNSTORABLE as error:
                 written.refused.append(token)
                 written.refusal = f"the message cannot be stored: {error}"
 
