@@ -1,16 +1,17 @@
-"""What a process that is forked does with what its parent has open: one hook of ``os.register_at_fork`` for all.
+"""What a process that is forked does with what its parent has open: one hook for all.
 
-An object that holds a lock, a thread or a connection registers itself at the end of its constructor. A fork that comes
-from C code and does not tell Python (uWSGI without threads) runs no hooks; where ``os.getpid`` costs nothing beside the
-call, as with Redis, the object compares it by itself.
+An object that holds a lock, a thread or a connection registers itself at the end of its constructor. A fork in C code
+that tells nobody is not noticed.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import weakref
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Any, Final, Protocol
 
 logger = logging.getLogger("fastq.forks")
 
@@ -23,6 +24,7 @@ class Forked(Protocol):
 
 
 _forked: Final[dict[weakref.ref[Forked], None]] = {}
+_pid = os.getpid()
 
 
 def register(thing: Forked) -> None:
@@ -36,6 +38,8 @@ def _forget(reference: weakref.ref[Forked]) -> None:
 
 
 def _after_fork() -> None:
+    global _pid
+    _pid = os.getpid()
     for reference in list(_forked):
         thing = reference()
         if thing is None:
@@ -43,7 +47,31 @@ def _after_fork() -> None:
         try:
             thing.after_fork()
         except BaseException:  # the others have to be told all the same
-            logger.exception("%r may still use what is its parent's in process %d", thing, os.getpid())
+            logger.exception("%r may still use what is its parent's in process %d", thing, _pid)
+
+
+def _hear_of_uwsgi(uwsgi: Any) -> None:
+    """Have uWSGI tell too: it runs no hooks but its own (2.0.31, and ``py-call-uwsgi-fork-hooks`` is off)."""
+
+    def after_fork() -> None:
+        if _pid != os.getpid():  # not where Python's hook came before
+            _after_fork()
+
+    try:
+        from uwsgidecorators import postfork  # type: ignore[import-untyped,unused-ignore]  # sets the hook, for many
+    except Exception:  # not installed, or unusable: it needs a master process
+        earlier: Callable[[], object] | None = getattr(uwsgi, "post_fork_hook", None)
+
+        def hook() -> None:
+            after_fork()
+            if earlier is not None:
+                earlier()
+
+        uwsgi.post_fork_hook = hook
+    else:
+        postfork(after_fork)
 
 
 os.register_at_fork(after_in_child=_after_fork)
+if "uwsgi" in sys.modules:  # there in its processes only, from their start
+    _hear_of_uwsgi(sys.modules["uwsgi"])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import logging
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from fastq.net import forks
+from tests import ROOT
 from tests.support.conformance import in_child
 
 
@@ -59,11 +63,14 @@ def test_what_threads_make_and_drop_while_others_fork_is_told(told: list[str]) -
         while not done.is_set():
             kept.append(Thing("kept", told))
             Thing("dropped", told)
+            time.sleep(0.0001)
 
     threads = [threading.Thread(target=churn) for _ in range(3)]
     for thread in threads:
         thread.start()
     try:
+        while not kept:
+            time.sleep(0.001)
         answers = [in_child(lambda: told.count("kept") > 0) for _ in range(20)]
     finally:
         done.set()
@@ -76,3 +83,43 @@ def test_a_child_of_a_child_is_told_too(told: list[str]) -> None:
     thing = Thing("it", told)
     assert in_child(lambda: in_child(lambda: told)).endswith("['it', 'it']\"")
     assert thing
+
+
+UWSGI = """
+import ctypes, os, sys, types
+uwsgi = sys.modules["uwsgi"] = types.ModuleType("uwsgi")
+told = []
+SETUP
+
+from fastq.net import forks
+class Thing:
+    def after_fork(self):
+        told.append("thing")
+thing = Thing()
+forks.register(thing)
+hook = uwsgi.post_fork_hook
+hook()
+assert told == EARLIER, told  # in a process that was not forked
+told.clear()
+
+if FORK == 0:
+    hook()
+    os._exit(0 if told == ["thing", *EARLIER] else 1)
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+"""
+EARLIER = """
+uwsgi.post_fork_hook = lambda: told.append("earlier")
+sys.modules["uwsgidecorators"] = None
+"""
+DECORATORS = """
+decorators = sys.modules["uwsgidecorators"] = types.ModuleType("uwsgidecorators")
+decorators.postfork = lambda function: setattr(uwsgi, "post_fork_hook", function)
+"""
+UNTOLD = "ctypes.PyDLL(None).fork()"  # Python's hooks do not run
+
+
+@pytest.mark.parametrize("fork", [UNTOLD, "os.fork()"], ids=["untold", "told"])
+@pytest.mark.parametrize(("setup", "earlier"), [(EARLIER, ["earlier"]), (DECORATORS, [])], ids=["hook", "decorators"])
+def test_uwsgi_tells_of_its_forks_and_once(setup: str, earlier: list[str], fork: str) -> None:
+    code = UWSGI.replace("SETUP", setup).replace("EARLIER", repr(earlier)).replace("FORK", fork)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=30)
