@@ -54,6 +54,10 @@ class Work:
         self.verdicts += more.verdicts
         self.rejected += more.rejected
 
+    def tags(self, verdict: int) -> list[int]:
+        """Return the tags of the deliveries with this verdict."""
+        return [tag for tag, each in self.verdicts if each == verdict]
+
     def tokens(self) -> list[int]:
         """Return the tokens of all that is to be confirmed."""
         return [item[4] for item in self.saves if item[4]] + [token for token, _ in self.messages]

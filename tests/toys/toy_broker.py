@@ -13,7 +13,7 @@ from pathlib import Path
 from fastq.brokers import Broker
 from fastq.brokers.limits import check_sizes
 from fastq.brokers.pulling import PullingConsumer
-from fastq.brokers.turns import REQUEUE, RETURN, Outcome, Room, Turns, Work, due_of
+from fastq.brokers.turns import ACK, REJECT, REQUEUE, RETURN, Outcome, Room, Turns, Work, due_of
 from fastq.settings import Settings
 from fastq.wire.message import Message
 
@@ -76,15 +76,15 @@ class ToyTurns(Turns):
         self._queues = queues
 
     def turn(self, work: Work, room: Room) -> Outcome:
-        done = {tag for tag, verdict in work.verdicts if verdict not in (REQUEUE, RETURN)}
-        back = {tag: verdict == RETURN for tag, verdict in work.verdicts if tag not in done}
+        gone, uncounted = {*work.tags(ACK), *work.tags(REJECT)}, {*work.tags(RETURN)}
+        back = {*work.tags(REQUEUE), *uncounted}
         rows = []
         with opened(self.place) as held:
             held += [Held(message) for _, message in work.messages]
-            held[:] = [each for each in held if each.tag not in done]
+            held[:] = [each for each in held if each.tag not in gone]
             for each in held:
                 if each.tag in back:
-                    each.owner, each.deliveries = 0, each.deliveries - back[each.tag]
+                    each.owner, each.deliveries = 0, each.deliveries - (each.tag in uncounted)
             lines = [waiting(held, queue, time.time()) for queue in self._queues]
             for each in (each for one_of_each in zip_longest(*lines) for each in one_of_each if each):
                 if room:

@@ -204,7 +204,7 @@ class SqliteTurns(Turns):
         if work.messages:
             self._publish(work.messages, one_by_one, written)
         if work.verdicts:
-            self._settle(work.verdicts, work.rejected, written)
+            self._settle(work, written)
         if signs_off:
             tables.remove_worker(self._file.cursor, self._neighbours.me)
             written.rings = True
@@ -247,17 +247,17 @@ class SqliteTurns(Turns):
                 written.refused.append(token)
                 written.refusal = f"the message cannot be stored: {error}"
 
-    def _settle(self, verdicts: list[tuple[int, int]], rejected: list[tuple[str, list[int]]], written: Written) -> None:
+    def _settle(self, work: Work, written: Written) -> None:
         cursor, me = self._file.cursor, self._neighbours.me
-        done = [tag for tag, verdict in verdicts if verdict == ACK]
+        done = work.tags(ACK)
         if done:
             tables.delete(cursor, me, done)
-        if len(done) == len(verdicts):
+        if len(done) == len(work.verdicts):
             return
-        for reason, tags in rejected:
+        for reason, tags in work.rejected:
             tables.bury(cursor, me, tags, reason)
         for verdict, uncounted in ((REQUEUE, 0), (RETURN, 1)):
-            tags = [tag for tag, each in verdicts if each == verdict]
+            tags = work.tags(verdict)
             if tags:
                 tables.give_back(cursor, me, tags, uncounted)
                 written.rings = True
