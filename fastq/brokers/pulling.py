@@ -83,7 +83,7 @@ class PullThread(threading.Thread):
 
     def allow(self, messages: int, size: float) -> None:
         """Set how many messages may be taken in all since the start, and up to how many bytes."""
-        was_full = not self._allowance.room()
+        was_full = not self._allowance
         self._allowance.messages, self._allowance.size = messages, size
         if was_full and self._asleep:
             self._turns.wake()
@@ -151,7 +151,7 @@ class PullThread(threading.Thread):
         """Return when there is something to do."""
         self._asleep = True
         try:
-            has_room = bool(self._allowance.room())
+            has_room = bool(self._allowance)
             # Also when there is enough to do: what wakes it may mean more.
             self._turns.wait(min(self._idle_s(has_room), LONGEST_S), has_room and not self._outage)
         finally:
@@ -190,9 +190,11 @@ class PullThread(threading.Thread):
             self._on_failure(error)
             return
         self._work = Work()
-        left = room.after(outcome.rows)
-        self._allowance.take(room.messages - left.messages, room.size - left.size)
-        self._had_room, self._look_at = bool(left), time.monotonic() + outcome.next_look_s
+        if outcome.rows:
+            left = room.after(outcome.rows)
+            self._allowance.take(room.messages - left.messages, room.size - left.size)
+            room = left
+        self._had_room, self._look_at = bool(room), time.monotonic() + outcome.next_look_s
         if self._outage:
             self._turns.logger.info("%s can be used again", self._turns.place)
             self._outage = Outage()
@@ -245,6 +247,9 @@ class Allowance:
     taken: int = 0
     taken_size: float = 0.0
     takes: bool = False
+
+    def __bool__(self) -> bool:
+        return self.takes and self.messages > self.taken and self.size > self.taken_size
 
     def room(self) -> Room:
         """Return how much may be taken now."""

@@ -93,7 +93,10 @@ class SqliteTurns(Turns):
 
     def turn(self, work: Work, room: Room) -> Outcome:
         """Do what the clock brings, and a transaction if there is anything for one."""
-        outcome = self._explained(partial(self._do_what_is_due, work, room))
+        try:
+            outcome = self._do_what_is_due(work, room)
+        except sqlite3.Error as error:
+            raise self._explained(error) from error
         outcome.next_look_s = self._idle_s(room)
         return outcome
 
@@ -101,7 +104,10 @@ class SqliteTurns(Turns):
         """Store what was handed over, give back the rest, and sign off."""
         if not work and not self._neighbours.me:
             return Outcome()
-        return self._explained(partial(self._carry_out, work, Room(), signs_off=True))
+        try:
+            return self._carry_out(work, Room(), signs_off=True)
+        except sqlite3.Error as error:
+            raise self._explained(error) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -148,16 +154,6 @@ class SqliteTurns(Turns):
         return self._next_due is not None and self._next_due <= time.time()
 
     # --- a turn -------------------------------------------------------------------------------------------------------
-
-    def _explained(self, action: Callable[[], Outcome]) -> Outcome:
-        """Return what the action returns; errors of the file say what happened and what helps."""
-        try:
-            return action()
-        except database.UNSTORABLE:
-            raise
-        except sqlite3.Error as error:
-            text = database.explain(self.place, error)
-            raise (SettingsError if database.is_damaged(error) else TurnFailed)(text) from error
 
     def _do_what_is_due(self, work: Work, room: Room) -> Outcome:
         now = time.monotonic()
@@ -272,6 +268,13 @@ class SqliteTurns(Turns):
         written.rows = tables.claim_fairly(cursor, me, self._queues, room.messages, self._count, room.size)
         is_full = sum(map(size_of, written.rows)) >= room.size
         self._drained = len(written.rows) < room.messages and not is_full
+
+    def _explained(self, error: sqlite3.Error) -> Exception:
+        """Return the error for one of the file's: it says what happened and what helps."""
+        if isinstance(error, database.UNSTORABLE):
+            return RuntimeError(f"a statement is wrong: {error}")  # values were tried one by one before
+        text = database.explain(self.place, error)
+        return SettingsError(text) if database.is_damaged(error) else TurnFailed(text)
 
     def _transaction(self, write: Callable[[], T]) -> T:
         """Write, commit and return what ``write`` returns; nothing of it remains when anything is raised."""
