@@ -19,9 +19,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from fastq.brokers.fixed import FixedQueues
-from fastq.brokers.turns import REJECT, Outcome, Room, SaveItem, TurnFailed, Turns, Work, size_of
+from fastq.brokers.turns import Outcome, Room, SaveItem, TurnFailed, Turns, Work, size_of
 from fastq.errors import ConnectionLost, FastqError
-from fastq.link import BatchSource
+from fastq.link import REJECT, BatchSource
 
 if TYPE_CHECKING:
     from fastq.settings import Settings

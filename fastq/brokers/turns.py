@@ -23,8 +23,6 @@ Row: TypeAlias = tuple[int, bytes, bytes, bytes, int]
 #: A result to save: task id, state, meta, reply address, token for the confirmation (0: none).
 SaveItem: TypeAlias = tuple[str, str, bytes, str, int]
 
-ACK, REJECT, REQUEUE, RETURN = range(4)  # fastq.link's verdicts
-
 LOOK_EVERY_S: Final = 1.0  # chosen: what asking costs nearly nothing, and nobody minds to wait for
 
 
@@ -39,7 +37,7 @@ class Work:
     saves: list[SaveItem] = field(default_factory=list)
     #: (token for the confirmation, message)
     messages: list[tuple[int, Message]] = field(default_factory=list)
-    #: (tag of the delivery, what becomes of it)
+    #: (tag of the delivery, what becomes of it: a verdict of ``fastq.link``)
     verdicts: list[tuple[int, int]] = field(default_factory=list)
     #: The tags of those that are rejected, by reason.
     rejected: list[tuple[str, list[int]]] = field(default_factory=list)

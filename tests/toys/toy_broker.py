@@ -13,7 +13,8 @@ from pathlib import Path
 from fastq.brokers import Broker
 from fastq.brokers.limits import check_sizes
 from fastq.brokers.pulling import PullingConsumer
-from fastq.brokers.turns import ACK, REJECT, REQUEUE, RETURN, Outcome, Room, Turns, Work, due_of
+from fastq.brokers.turns import Outcome, Room, Turns, Work, due_of
+from fastq.link import ACK, REJECT, REQUEUE, RETURN
 from fastq.settings import Settings
 from fastq.wire.message import Message
 

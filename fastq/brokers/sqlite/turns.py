@@ -21,8 +21,9 @@ from fastq.brokers.sqlite.client import OpenFile
 from fastq.brokers.sqlite.neighbours import Neighbours
 from fastq.brokers.sqlite.results import Announcer, Notices, collect_notices, sweep, write_results
 from fastq.brokers.sqlite.tables import QueueIds
-from fastq.brokers.turns import ACK, REQUEUE, RETURN, Outcome, Room, SaveItem, TurnFailed, Turns, Work, size_of
+from fastq.brokers.turns import Outcome, Room, SaveItem, TurnFailed, Turns, Work, size_of
 from fastq.errors import ConnectionLost, SettingsError
+from fastq.link import ACK, REQUEUE, RETURN
 
 if TYPE_CHECKING:
     from fastq.settings import Settings
