@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fastq import FastQ
 from fastq.settings import Settings
-from tests.support.conformance import ConsumerConformance, PublisherConformance
+from tests.support.conformance.consumers import ConsumerConformance
+from tests.support.conformance.publishers import PublisherConformance
 from tests.support.worker_process import WorkerProcess
-
-NO_RESULTS: Any = None
 
 
 @pytest.fixture
@@ -31,9 +29,7 @@ class TestPublisher(PublisherConformance):
 
 
 class TestConsumer(ConsumerConformance):
-    test_results_are_stored = NO_RESULTS
-    test_a_result_with_a_token_is_confirmed = NO_RESULTS
-    test_a_consumer_without_queues_stores_results_and_publishes = NO_RESULTS
+    pass
 
 
 @pytest.fixture
