@@ -5,7 +5,6 @@ What a state says is ``codecs.meta``'s. Source: Celery 5.7's backends; a compres
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,16 +12,12 @@ from fastq import codecs
 from fastq.codecs import compression
 from fastq.codecs.meta import decode_meta
 from fastq.errors import DecodeError, EncodeError, SettingsError
-from fastq.states import FAILURE, READY_STATES
 
 if TYPE_CHECKING:
     from fastq.settings import Settings
 
 #: In front of a compressed state; then come the content type of the compression, a zero, and the stream.
 COMPRESSED: Final = b"\0celery-compressed\0"
-
-# How a state begins that fastq or Celery wrote as JSON.
-_JSON_STATUS: Final = re.compile(rb'\{"status": ?"(\w+)"')
 
 
 class PayloadCodec:
@@ -66,19 +61,3 @@ class PayloadCodec:
         if not isinstance(meta, Mapping) or not isinstance(meta.get("status"), str):
             raise DecodeError(f"not a stored task state, as {self._serializer}: {payload[:80]!r}")
         return dict(meta)
-
-    def is_final(self, payload: bytes) -> bool:
-        """Whether the state will not change any more; so is one that cannot be read: whoever waits shall hear of it."""
-        found = _JSON_STATUS.match(payload)
-        if found is not None:
-            return found[1].decode() in READY_STATES
-        try:
-            return self.decode(payload)["status"] in READY_STATES
-        except DecodeError:
-            return True
-
-
-def unreadable_meta(task_id: str, error: DecodeError) -> dict[str, Any]:
-    """Return a state that raises ``error`` where the result is asked for, in place of one that cannot be read."""
-    stored = {"exc_type": type(error).__name__, "exc_message": [str(error)], "exc_module": "fastq.errors"}
-    return {"task_id": task_id, "status": FAILURE, "result": stored, "traceback": None, "children": []}

@@ -260,6 +260,11 @@ class BlockingRedis:
             self._feed(data)
         return bool(data)
 
+    def drain(self) -> None:
+        """Take in all that has come, or much of it; never waits. What is left makes the socket readable."""
+        while self.receive(0.0) and isinstance(self._sock, ssl.SSLSocket):
+            pass  # TLS holds bytes back that no poll tells of
+
     def check_alive(self) -> float:
         """Ask a silent server for a sign of life; return when (monotonic) to do so again. Raises ConnectionLost."""
         if not self.is_open:

@@ -1,83 +1,112 @@
 """Results in Redis, for callers, in Celery's keys and layout. What a worker stores is ``saver``'s.
 
-Waiting is pushed: whoever stores a state publishes it on a channel of the task's own, and ``listener`` hears it.
+Waiting is pushed: whoever stores a state publishes it on a channel of the task's own, named as its key.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from fastq.brokers.redis.blocking import BlockingRedis
+from fastq.brokers.redis.client import RedisClient
 from fastq.brokers.redis.url import parse_redis_url
-from fastq.codecs.payload import PayloadCodec, unreadable_meta
-from fastq.errors import ConnectionLost, DecodeError, RedisError, ResultTimeout
-from fastq.net import forks
+from fastq.codecs.payload import PayloadCodec
+from fastq.results.base import WaitingStore
+from fastq.results.place import Heard, Place
 from fastq.results.redis.layout import ResultLayout
-from fastq.results.redis.listener import Listener
 from fastq.states import SUCCESS
 
 if TYPE_CHECKING:
-    from fastq.brokers.redis.login import Command
-    from fastq.brokers.redis.replies import Shape
-    from fastq.interfaces import Meta, Unwatch
+    from fastq.interfaces import Meta
     from fastq.settings import Settings
 
 
-class RedisStore:
-    """ResultStore for redis:// and its kin (the protocol is ``interfaces.ResultStore``)."""
+class RedisPlace(Place[bytes]):
+    """Keys to look at on one connection, and their channels on another one, which is made when somebody waits."""
+
+    hears_all = True
+    thread_name = "fastq-redis-results"
+    logger = logging.getLogger("fastq.results.redis_listener")
 
     def __init__(self, url: str, settings: Settings) -> None:
         self._urls = parse_redis_url(url, settings, "results")
-        self._layout = ResultLayout(settings)
-        self._codec = PayloadCodec(settings)
-        self._max_message_bytes = settings.fastq_max_message_bytes
-        self._timeout_s = min(settings.redis_socket_timeout or 1e9, settings.fastq_publish_timeout)
-        self._connect_timeout_s = settings.redis_socket_connect_timeout or settings.broker_connection_timeout
-        self._start_over()
-        forks.register(self)
+        self._settings = settings
+        self.patience_s = min(settings.redis_socket_timeout or 1e9, settings.fastq_publish_timeout)
+        self.layout = ResultLayout(settings)
+        self.codec = PayloadCodec(settings)
+        self.client = RedisClient(self._new_connection)
+        self._channels = self._new_connection()
+        self._was_open = False
 
-    def _start_over(self) -> None:
-        """Be as new: at first, and in a forked child, where the connections are the parent's."""
-        self._lock = threading.Lock()
-        self._redis = self._new_connection()
-        self._listener: Listener | None = None
+    def _new_connection(self) -> BlockingRedis:
+        settings, name = self._settings, f"fastq results {os.getpid()}"
+        connect_s = settings.redis_socket_connect_timeout or settings.broker_connection_timeout
+        return BlockingRedis(self._urls, self.patience_s, name, connect_s, settings.fastq_max_message_bytes)
 
-    # --- the protocol
+    def look(self, task_ids: Sequence[str]) -> Mapping[str, bytes]:
+        """Return what is stored under the tasks' keys."""
+        found = self.client.use([("GET", self.layout.key(each)) for each in task_ids], (bytes, type(None)))
+        return {task_id: payload for task_id, payload in zip(task_ids, found, strict=True) if payload is not None}
 
-    def reply_address(self, deadline: float | None = None) -> None:
-        """Return None: results are announced to everybody."""
+    def decode(self, state: bytes) -> Meta:
+        """Return a stored state's meta."""
+        return self.codec.decode(state)
 
-    def load(self, task_id: str) -> Meta | None:
-        """Return the stored meta, or None when nothing is known of the task. Raises ConnectionLost, DecodeError."""
-        (payload,) = self._look([self._layout.key(task_id)])
-        return None if payload is None else self._codec.decode(payload)
+    def open(self, until: float) -> None:
+        """Connect; what was subscribed to is not any more."""
+        self._channels.limit(min(self.patience_s, until - time.monotonic()))
+        self._channels.open()
+        self._channels.limit(self.patience_s)
+        if self._was_open:
+            self.client.distrust()
+        self._was_open = True
 
-    def wait(self, task_id: str, timeout_s: float | None) -> Meta:
-        """Block until a final state is known and return its meta.
+    def listen(self, task_ids: Sequence[str], dropped: Collection[str]) -> None:
+        """Subscribe. The server confirms each: what was stored before that nobody has announced to us."""
+        key = self.layout.key
+        self._channels.subscribe(*map(key, task_ids), instead_of=[key(each) for each in dropped])
 
-        Raises ResultTimeout, DecodeError, ConnectionLost when Redis is away for longer than fastq_publish_timeout.
-        """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        payload = self._listening().wait(self._layout.key(task_id), deadline)
-        if payload is None:
-            raise ResultTimeout(f"task {task_id} has not ended within {timeout_s} s")
-        return self._codec.decode(payload)
+    def take(self) -> list[Heard[bytes]]:
+        """Return what was announced, and whose subscriptions are confirmed."""
+        heard: list[Heard[bytes]] = []
+        self._channels.drain()
+        while (push := self._channels.take_push()) is not None:
+            if push[0] == b"message":
+                heard.append((self.layout.task_id(push[1]), push[2]))
+            elif push[0] == b"subscribe":
+                heard.append((self.layout.task_id(push[1]), None))
+        return heard
 
-    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
-        """Call back once, from a background thread, when a final state is known; returns what ends the watch."""
+    def check(self) -> float:
+        """Ask a silent server for a sign of life."""
+        return self._channels.check_alive()
 
-        def on_payload(payload: bytes) -> None:
-            try:
-                meta = self._codec.decode(payload)
-            except DecodeError as error:
-                meta = unreadable_meta(task_id, error)
-            callback(meta)
+    def fileno(self) -> int:
+        """Return the subscribed socket."""
+        return self._channels.fileno()
 
-        return self._listening().watch(self._layout.key(task_id), on_payload)
+    def close(self) -> None:
+        """End the subscriptions."""
+        self._channels.close()
+
+    def forget(self) -> None:
+        """Make another connection; the parent's goes on."""
+        self._channels.close()
+        self._channels = self._new_connection()
+        self._was_open = False
+
+
+class RedisStore(WaitingStore[bytes]):
+    """ResultStore for redis:// and its kin (the protocol is ``interfaces.ResultStore``)."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        place = RedisPlace(url, settings)
+        super().__init__(place)
+        self._use, self._layout, self._codec, self._client = place.client.use, place.layout, place.codec, place.client
 
     def save(self, task_id: str, state: str, meta: bytes) -> None:
         """Store an encoded meta and announce it, unless a SUCCESS is there and this is none. Raises ConnectionLost."""
@@ -92,61 +121,5 @@ class RedisStore:
 
     def close(self) -> None:
         """Release the connections and the thread; a later call opens them again."""
-        with self._lock:
-            listener, self._listener = self._listener, None
-            self._redis.close()
-        if listener is not None:
-            listener.close()
-
-    # --- connections
-
-    def _new_connection(self) -> BlockingRedis:
-        name = f"fastq results {os.getpid()}"
-        return BlockingRedis(self._urls, self._timeout_s, name, self._connect_timeout_s, self._max_message_bytes)
-
-    def _listening(self) -> Listener:
-        listener = self._listener
-        if listener is not None:
-            return listener
-        with self._lock:
-            if self._listener is None:
-                self._listener = Listener(
-                    self._new_connection(), self._look, self._codec.is_final, self._distrust, self._timeout_s
-                )
-            return self._listener
-
-    def _look(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return what is stored under keys now."""
-        found: list[bytes | None] = self._use([("GET", key) for key in keys], (bytes, type(None)))
-        return found
-
-    def _distrust(self) -> None:
-        """The other connection was lost: this one may be too, and a new one costs less than to find out."""
-        if self._lock.acquire(blocking=False):
-            try:
-                self._redis.close()
-            finally:
-                self._lock.release()
-
-    def _use(self, commands: Sequence[Command], kind: Shape = object) -> list[Any]:
-        """Return the replies to commands that may be repeated: once more on a new connection if this one was lost."""
-        with self._lock:
-            try:
-                return self._ask(commands, kind)
-            except ConnectionLost:
-                return self._ask(commands, kind)
-
-    def _ask(self, commands: Sequence[Command], kind: Shape) -> list[Any]:
-        replies = self._redis.pipeline(commands)
-        for reply in replies:
-            if isinstance(reply, RedisError):
-                raise reply
-            self._redis.expect(reply, kind)
-        return replies
-
-    def after_fork(self) -> None:
-        """In a forked child: leave the parent's connections alone; own ones are made when they are needed."""
-        self._redis.close()
-        if self._listener is not None:
-            self._listener.forget_after_fork()
-        self._start_over()
+        super().close()
+        self._client.close()

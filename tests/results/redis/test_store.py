@@ -19,8 +19,7 @@ from fastq.brokers.redis import blocking
 from fastq.brokers.redis.blocking import BlockingRedis
 from fastq.brokers.redis.url import RedisUrl
 from fastq.errors import ConnectionLost, ContentDisallowed, DecodeError, RedisError, ResultTimeout, SettingsError
-from fastq.results import open_store
-from fastq.results.redis import listener as redis_listener
+from fastq.results import open_store, waiting
 from fastq.results.redis.store import RedisStore
 from fastq.settings import Settings
 from fastq.wire.ids import new_id
@@ -195,6 +194,8 @@ def test_waiting_holds_two_connections_and_starts_no_thread(open_redis: OpenStor
     store, threads = open_redis(), threading.active_count()
     for _ in range(20):
         task_id = new_id()
+        with pytest.raises(ResultTimeout):
+            store.wait(task_id, 0.001)
         store.save(task_id, "SUCCESS", meta_of(task_id))
         store.wait(task_id, TIMEOUT_S)
     assert threading.active_count() == threads
@@ -309,7 +310,7 @@ def test_closing_ends_a_wait(open_redis: OpenStore) -> None:
 def test_the_thread_of_watchers_ends_when_there_is_nobody_to_watch_for(
     open_redis: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_listener, "LINGER_S", 0.1)
+    monkeypatch.setattr(waiting, "LINGER_S", 0.1)
     store = open_redis()
     for _ in range(2):
         task_id, called = new_id(), threading.Event()
