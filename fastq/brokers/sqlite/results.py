@@ -18,7 +18,6 @@ from fastq.states import READY_STATES
 #: For each client's bell: the finished results to send there, meta by task id.
 Notices: TypeAlias = dict[str, dict[str, bytes]]
 
-_READY: Final = json.dumps(sorted(READY_STATES))
 _SWEEP_SLICE: Final = 1000
 _FIRST_REPEAT_S: Final = 0.001
 #: Chosen: together about a quarter of a second. A client that hears none of these reads nothing at present, and will
@@ -57,11 +56,9 @@ def collect_notices(cursor: sqlite3.Cursor, results: Iterable[SaveItem]) -> Noti
 
 
 def find_results(cursor: sqlite3.Cursor, task_ids: Iterable[str]) -> dict[str, bytes]:
-    """Return the final metas by task id, of those tasks that have one."""
+    """Return the metas by task id, of those tasks that have one."""
     found = cursor.execute(
-        "SELECT id, meta FROM results WHERE id IN (SELECT value FROM json_each(?1)) "
-        "AND state IN (SELECT value FROM json_each(?2))",
-        (json.dumps(list(task_ids)), _READY),
+        "SELECT id, meta FROM results WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(list(task_ids)),)
     )
     return dict(found.fetchall())
 
@@ -72,9 +69,10 @@ def put_waiters(cursor: sqlite3.Cursor, task_ids: Iterable[str], bell: str) -> N
     cursor.execute("INSERT OR IGNORE INTO waiters SELECT value, ?2 FROM json_each(?1)", (ids, bell))
 
 
-def forget_waiter(cursor: sqlite3.Cursor, task_id: str, bell: str) -> None:
-    """Announce a result to a bell no longer."""
-    cursor.execute("DELETE FROM waiters WHERE id = ? AND bell = ?", (task_id, bell))
+def forget_waiters(cursor: sqlite3.Cursor, task_ids: Iterable[str], bell: str) -> None:
+    """Announce the results of these tasks to a bell no longer."""
+    ids = json.dumps(list(task_ids))
+    cursor.execute("DELETE FROM waiters WHERE id IN (SELECT value FROM json_each(?1)) AND bell = ?2", (ids, bell))
 
 
 def is_client_bell(name: str) -> bool:

@@ -6,72 +6,134 @@ Waiting is pushed: a message carries the name of this process's bell, and whoeve
 from __future__ import annotations
 
 import contextlib
+import logging
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from fastq.brokers.sqlite import database
+from fastq.brokers.sqlite.bells import CLIENT, Bell, BellFolder, unpack_results
 from fastq.brokers.sqlite.client import FileClient, OpenFile
 from fastq.brokers.sqlite.results import (
     Announcer,
     collect_notices,
     find_results,
-    forget_waiter,
+    forget_waiters,
     put_waiters,
     write_results,
 )
-from fastq.codecs.meta import decode_meta
-from fastq.errors import FastqError, ResultTimeout
-from fastq.net import forks
-from fastq.results.sqlite.listener import Listener, Waiter
+from fastq.errors import FastqError
+from fastq.results.base import WaitingStore
+from fastq.results.place import Heard, Place
+from fastq.results.waiting import FOREVER_S
 from fastq.states import READY_STATES
 
 if TYPE_CHECKING:
-    from fastq.interfaces import Meta, Unwatch
     from fastq.settings import Settings
 
 T = TypeVar("T")
 
+#: Heard at once, so many datagrams may mean that the bell's buffer (10 or more) was full and some were refused.
+MAYBE_LOST: Final = 10
 
-class SqliteStore:
-    """ResultStore for sqlite:// (the protocol is ``interfaces.ResultStore``)."""
+
+class SqlitePlace(Place[bytes]):
+    """The file, and a bell of this process. Who waits for long is noted in the file: the message may be another's."""
+
+    first_look_s, look_growth, last_look_s = 0.05, 100.0, 5.0
+    logger = logging.getLogger("fastq.results.listener")
 
     def __init__(self, url: str, settings: Settings) -> None:
         self._client = FileClient(database.parse_url(url), "NORMAL", settings.fastq_publish_timeout)
-        self._lock = threading.Lock()
-        self._listener: Listener | None = None
-        forks.register(self)
+        self._folder: BellFolder | None = None
+        self._bell: Bell | None = None
+
+    @property
+    def address(self) -> str | None:
+        """The bell's name, None while there is no bell."""
+        bell = self._bell
+        return None if bell is None else bell.name
+
+    def look(self, task_ids: Sequence[str]) -> Mapping[str, bytes]:
+        """Return the states that the file has."""
+        return self.use(lambda file: find_results(file.cursor, task_ids))
+
+    def use(self, action: Callable[[OpenFile], T]) -> T:
+        """Return what the action returns. Raises SettingsError or ConnectionLost with the remedy."""
+        try:
+            return self._client.use(action)
+        except sqlite3.Error as error:
+            raise database.refusal(self._client.path, error) from error
+
+    def open(self, until: float) -> None:
+        """Bind the bell."""
+        self.use(lambda file: None)  # the file first: the bells are its owner's
+        self._folder = self._folder or BellFolder(self._client.path)
+        self._bell = self._bell or self._folder.bind(CLIENT)
+
+    def listen(self, task_ids: Sequence[str], dropped: Collection[str]) -> Mapping[str, bytes]:
+        """Have results announced to the bell, whatever address their messages carry."""
+        assert self._folder is not None
+        assert self._bell is not None
+        if task_ids:
+            self._folder.restore(self._bell)
+            self._note(put_waiters, task_ids, self._bell.name)
+        if dropped:
+            self._note(forget_waiters, dropped, self._bell.name)
+        return {}
+
+    def _note(
+        self, change: Callable[[sqlite3.Cursor, Collection[str], str], None], ids: Collection[str], bell: str
+    ) -> None:
+        # A full disk: the file is looked into now and then all the same, and a worker sweeps what is left.
+        with contextlib.suppress(FastqError):
+            self.use(lambda file: file.transaction(partial(change, file.cursor, ids, bell)))
+
+    def take(self) -> list[Heard[bytes]]:
+        """Return the results that were rung; large ones are to be read from the file."""
+        assert self._bell is not None
+        datagrams = self._bell.hear()
+        heard: list[Heard[bytes]] = [pair for datagram in datagrams for pair in unpack_results(datagram)]
+        if len(datagrams) >= MAYBE_LOST or not all(datagrams):
+            heard.append((None, None))
+        return heard
+
+    def fileno(self) -> int:
+        """Return the bell's socket."""
+        return -1 if self._bell is None else self._bell.fileno()
+
+    def close(self) -> None:
+        """Unbind the bell."""
+        folder, self._folder, self._bell = self._folder, None, None
+        if folder is not None:
+            folder.close()
+
+    def close_file(self) -> None:
+        """Close the file; a later use opens it again."""
+        self._client.close()
+
+    def forget(self) -> None:
+        """Leave the bell to the parent."""
+        folder, self._folder, self._bell = self._folder, None, None
+        if folder is not None:
+            folder.after_fork()
+
+
+class SqliteStore(WaitingStore[bytes]):
+    """ResultStore for sqlite:// (the protocol is ``interfaces.ResultStore``)."""
+
+    _place: SqlitePlace
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        super().__init__(SqlitePlace(url, settings))
 
     def reply_address(self, deadline: float | None = None) -> str:
         """Return the name of this process's bell."""
-        return self._listening().address
-
-    def load(self, task_id: str) -> Meta | None:
-        """Return the stored meta, or None when nothing is known of the task."""
-        query = "SELECT meta FROM results WHERE id = ?"
-        found = self._use(lambda file: file.execute(query, (task_id,)).fetchone())
-        return None if found is None else decode_meta(found[0])
-
-    def wait(self, task_id: str, timeout_s: float | None) -> Meta:
-        """Block until a final state is known and return its meta. Raises ResultTimeout."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        listener = self._listening()
-        waiter = listener.add(Waiter(task_id))
-        try:
-            # In this order: what is stored after the look rings a bell that is heard.
-            meta = self._find([task_id], None).get(task_id) or listener.wait(waiter, deadline)
-        finally:
-            listener.remove(waiter)
-        if meta is None:
-            raise ResultTimeout(f"task {task_id} has not ended within {timeout_s} s")
-        return decode_meta(meta)
-
-    def watch(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
-        """Call back once, from a background thread, when a final state is known; returns what ends the watch."""
-        return self._listening().watch(task_id, lambda meta: callback(decode_meta(meta)))
+        while (address := self._place.address) is None:
+            self._waiting.refresh(time.monotonic() + FOREVER_S)
+        return address
 
     def save(self, task_id: str, state: str, meta: bytes) -> None:
         """Store an encoded meta and tell who waits for it."""
@@ -86,57 +148,15 @@ class SqliteStore:
             file.transaction(write)
             Announcer(file.folder).send(notices)
 
-        self._use(save)
-        if self._listener is not None and state in READY_STATES:
-            self._listener.deliver({task_id: meta})
+        self._place.use(save)
+        if state in READY_STATES:
+            self._waiting.deliver({task_id: meta})
 
     def forget(self, task_id: str) -> None:
         """Drop what is stored of a task."""
-        self._use(lambda file: file.execute("DELETE FROM results WHERE id = ?", (task_id,)))
+        self._place.use(lambda file: file.execute("DELETE FROM results WHERE id = ?", (task_id,)))
 
     def close(self) -> None:
         """Release the file, the bell and the thread; a later call opens them again."""
-        with self._lock:
-            listener, self._listener = self._listener, None
-        if listener is not None:
-            listener.close()
-        self._client.close()
-
-    def _listening(self) -> Listener:
-        listener = self._listener
-        if listener is not None:
-            return listener
-        with self._lock:
-            if self._listener is None:
-                self._use(lambda file: None)  # the file first: the bells are its owner's
-                self._listener = Listener(self._client.path, self._find, self._unregister)
-            return self._listener
-
-    def _find(self, task_ids: Iterable[str], address: str | None) -> dict[str, bytes]:
-        """Return the final metas that are stored; with an address, have the other results announced there."""
-
-        def find(file: OpenFile) -> dict[str, bytes]:
-            if address is not None:
-                with contextlib.suppress(
-                    sqlite3.Error
-                ):  # a full disk: the file is looked into now and then all the same
-                    file.transaction(partial(put_waiters, file.cursor, task_ids, address))
-            return find_results(file.cursor, task_ids)
-
-        return self._use(find)
-
-    def _unregister(self, task_id: str, address: str) -> None:
-        with contextlib.suppress(FastqError):  # a worker sweeps what is left
-            self._use(lambda file: file.transaction(partial(forget_waiter, file.cursor, task_id, address)))
-
-    def _use(self, action: Callable[[OpenFile], T]) -> T:
-        """Return what the action returns. Raises SettingsError or ConnectionLost with the remedy."""
-        try:
-            return self._client.use(action)
-        except sqlite3.Error as error:
-            raise database.refusal(self._client.path, error) from error
-
-    def after_fork(self) -> None:
-        """In a forked child: the listener is the parent's."""
-        self._lock = threading.Lock()
-        self._listener = None
+        super().close()
+        self._place.close_file()
