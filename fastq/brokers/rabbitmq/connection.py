@@ -290,6 +290,25 @@ class BlockingConnection:
                 return
             self.feed(data)
 
+    def drain(self) -> list[Event]:
+        """Return the methods that have come; what is left makes the socket readable. Never waits.
+
+        Raises ConnectionLost.
+        """
+        if isinstance(self.sock, ssl.SSLSocket):
+            self.refresh()  # TLS holds bytes back that no poll tells of
+            return self.take_events()
+        try:
+            data = self.sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return self.take_events()
+        except (OSError, ValueError) as error:
+            raise lost(self.url, error, "receiving") from None
+        if not data:
+            raise ConnectionLost(f"RabbitMQ at {self.url} closed the connection")
+        self.feed(data)
+        return self.take_events()
+
     def wait_unblocked(self, timeout_s: float | None = None) -> bool:
         """Return whether the broker takes messages (again) in time, by default in that of a single call."""
         deadline = time.monotonic() + (self._io_timeout_s if timeout_s is None else timeout_s)
