@@ -72,7 +72,12 @@ class Lead:
         """Have a thread return, or see whether it is done."""
         signal.set()
         # The leader says that it goes to sleep before it looks around a last time: nothing is overlooked.
-        if self._is_asleep and self._leader is signal and self._waker is not None:
+        if self._leader is signal:
+            self.tell_leader()
+
+    def tell_leader(self) -> None:
+        """Have the leader, if it sleeps, look around for something to do."""
+        if self._is_asleep and self._waker is not None:
             self._waker.wake()
 
     def tell_followers(self) -> None:
@@ -94,9 +99,9 @@ class Lead:
         try:
             if is_done():
                 return False
-            ready = poll.poll(min(max(0.0, until - time.monotonic()), MAX_SLEEP_S) * 1000)
+            ready = [found for found, _ in poll.poll(min(max(0.0, until - time.monotonic()), MAX_SLEEP_S) * 1000)]
         finally:
             self._is_asleep = False
-        if any(found != descriptor for found, _ in ready):
+        if waker.fileno() in ready:
             waker.clear()
-        return any(found == descriptor for found, _ in ready)
+        return descriptor in ready

@@ -152,6 +152,7 @@ class ReplyQueue(Place[Reply]):
 
     def open(self, until: float) -> FastqError | None:
         """Connect and receive from the queue; say so if it has not outlived the connection before."""
+        self.close()  # one that somebody made who was interrupted
         error, survived = self._error, True
         if error is not None:
             survived = self._is_there(until)

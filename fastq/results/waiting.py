@@ -98,6 +98,9 @@ class Waiting(Generic[T]):
                     self._lead.lead_or_follow(
                         waiter.signal, follow_until, is_done, partial(self._serve_all, until, is_done)
                     )
+        except BaseException as error:
+            self._make_good(error)
+            raise
         finally:
             self._remove(waiter)
         if isinstance(waiter.outcome, FastqError):
@@ -159,11 +162,18 @@ class Waiting(Generic[T]):
                 self._turn(until, lambda: self._is_open)
             is_done = self._is_open
 
+        if not self._is_open:
+            self._open_at = -math.inf
+            self._lead.tell_leader()
         signal = threading.Event()
-        while not is_done and not (self._is_open and self._lead.is_taken):
-            if time.monotonic() >= until:
-                raise ConnectionLost(f"the result store could not be reached in time: {self._patience.failure}")
-            self._lead.lead_or_follow(signal, until, lambda: is_done, catch_up)
+        try:
+            while not is_done and not (self._is_open and self._lead.is_taken):
+                if time.monotonic() >= until:
+                    raise ConnectionLost(f"the result store could not be reached in time: {self._patience.failure}")
+                self._lead.lead_or_follow(signal, until, lambda: is_done, catch_up)
+        except BaseException as error:
+            self._make_good(error)
+            raise
 
     def close(self) -> None:
         """Close the place: who waits or watches is told ConnectionLost. A later call opens it again."""
@@ -273,7 +283,8 @@ class Waiting(Generic[T]):
         except FastqError as error:
             self._on_lost(error)
             return False
-        return self._lead.sleep(descriptor, min(until, wake_at, self._agenda.next_at), is_done)
+        wake_at = min(until, wake_at, self._agenda.next_at)
+        return self._lead.sleep(descriptor, wake_at, lambda: is_done() or bool(self._unsure))
 
     def _take(self) -> None:
         """Take in what has come, for all."""
@@ -292,10 +303,6 @@ class Waiting(Generic[T]):
                     self._end(task_id, partial(self._read, state))
         except FastqError as error:
             self._on_lost(error)
-        except BaseException:
-            # Interrupted: what was taken may have reached nobody.
-            self._doubt(list(self._waiting))
-            raise
         self._is_behind = False
 
     def _open(self, until: float) -> None:
@@ -312,18 +319,22 @@ class Waiting(Generic[T]):
                     self._fail_all(ConnectionLost(text))
                 raise
             return
-        with self._lock:
-            self._is_open = self._is_behind = True
-            self._opened_at = self._open_at = time.monotonic()
-            self._listened.clear()
-            self._stale.clear()
-        self._patience.renew()
-        if closes != self._closes:
-            self._shut()
-            return
-        if lost is not None:
-            self._fail_all(lost)
-        self._listen_for_all()
+        try:
+            with self._lock:
+                self._is_open = self._is_behind = True
+                self._opened_at = self._open_at = time.monotonic()
+                self._listened.clear()
+                self._stale.clear()
+            self._patience.renew()
+            if closes != self._closes:
+                self._shut()
+                return
+            if lost is not None:
+                self._fail_all(lost)
+            self._listen_for_all()
+        except BaseException:
+            self._shut()  # interrupted: nobody knows what is listened for
+            raise
         self._lead.tell_followers()  # some wait for this alone
 
     def _listen_for_all(self) -> None:
@@ -348,6 +359,19 @@ class Waiting(Generic[T]):
         """Look for tasks as soon as somebody leads."""
         with self._lock:
             self._unsure.update(task_ids)
+
+    def _make_good(self, error: BaseException) -> None:
+        """See that nobody waits in vain for what somebody had in hand who was interrupted."""
+        if isinstance(error, FastqError):
+            return
+        now = time.monotonic()
+        with self._lock:
+            self._unsure.update(self._waiting)
+            for waiters in self._waiting.values() if not self._place.hears_all else ():
+                for waiter in waiters:
+                    self._agenda.plan(waiter, now + waiter.pause_s)
+        self._lead.tell_leader()
+        self._lead.tell_followers()
 
     def _look_for_unsure(self) -> None:
         with self._lock:
@@ -405,8 +429,10 @@ class Waiting(Generic[T]):
                         fresh = [each for each in task_ids if self._place.hears_all or each not in self._listened]
                         dropped, self._stale = self._stale, set()
                         self._listened.difference_update(dropped)
-                        self._listened.update(fresh)
                     found = self._place.listen(fresh, dropped)
+                    with self._lock:
+                        self._listened.update(fresh)
+                        self._stale.update(each for each in fresh if each not in self._waiting)
         except FastqError as error:
             self._on_lost(error)
         if found:
