@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: A stored result in Celery's layout: ``status``, ``result``, ``traceback``, ``children``, ``date_done``, ``task_id``…
 Meta: TypeAlias = Mapping[str, Any]
+#: A result to save: task id, state, encoded meta, reply address, token for the confirmation (0: none is wanted).
+SaveItem: TypeAlias = tuple[str, str, bytes, str, int]
 #: Ends a watch for a result.
 Unwatch: TypeAlias = Callable[[], None]
 #: A message of the bus as it arrives: headers, with the content type as ``content_type``, and body.

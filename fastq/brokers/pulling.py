@@ -19,8 +19,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from fastq.brokers.fixed import FixedQueues
-from fastq.brokers.turns import Outcome, Room, SaveItem, TurnFailed, Turns, Work, size_of
+from fastq.brokers.turns import Outcome, Room, TurnFailed, Turns, Work, size_of
 from fastq.errors import ConnectionLost, FastqError
+from fastq.interfaces import SaveItem
 from fastq.link import REJECT, BatchSource
 
 if TYPE_CHECKING:

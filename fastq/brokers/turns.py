@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
+from fastq.interfaces import SaveItem
 from fastq.errors import ConnectionLost
 from fastq.net.waker import Waker
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 #: A delivery as the core takes it: tag, queue, props, body, how often it was handed out (this time included).
 Row: TypeAlias = tuple[int, bytes, bytes, bytes, int]
-#: A result to save: task id, state, meta, reply address, token for the confirmation (0: none).
-SaveItem: TypeAlias = tuple[str, str, bytes, str, int]
 
 LOOK_EVERY_S: Final = 1.0  # chosen: what asking costs nearly nothing, and nobody minds to wait for
 

@@ -75,16 +75,18 @@ def test_tasks_run_on_while_the_store_is_away_and_results_are_kept(stage: Stage,
     assert stage.depth() == 1
 
 
+@pytest.mark.parametrize("store", ["sqlite:///{}/results.db", "tests.support.folder_store:STORE://{}"])
 @pytest.mark.parametrize("stage", ["redis"], indirect=True)
-def test_results_wait_for_a_file_whose_folder_is_not_there(stage: Stage, tmp_path: Path) -> None:
+def test_results_wait_for_a_folder_that_is_not_there(stage: Stage, tmp_path: Path, store: str) -> None:
     folder = tmp_path / "mounted"
-    worker = stage.start_worker("-c", "2", result_backend=f"sqlite:///{folder}/results.db")
+    url = store.format(folder)
+    worker = stage.start_worker("-c", "2", result_backend=url)
     wanted = send_wanted(stage)
     stage.wait_for(stage.send(20), 10)
     assert "Results cannot be stored at" in worker.log()
     folder.mkdir()
     worker.wait_for_log("results can be stored at .* again")
-    with closing(FastQ("other", broker=stage.url, backend=f"sqlite:///{folder}/results.db")) as client:
+    with closing(FastQ("other", broker=stage.url, backend=url)) as client:
         assert values(client, wanted) == wanted
 
 

@@ -16,7 +16,7 @@ from fastq.link import ACK, REJECT, REQUEUE, RETURN, BatchSource
 
 if TYPE_CHECKING:
     from fastq._core import Core
-    from fastq.brokers.turns import SaveItem
+    from fastq.interfaces import SaveItem
     from fastq.settings import Settings
     from fastq.wire.message import Message
 

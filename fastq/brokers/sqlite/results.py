@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Final, TypeAlias
 
 from fastq.brokers.sqlite.bells import CLIENT, NAME, BellFolder, pack_results
-from fastq.brokers.turns import SaveItem
+from fastq.interfaces import SaveItem
 from fastq.states import READY_STATES
 
 #: For each client's bell: the finished results to send there, meta by task id.

@@ -21,7 +21,8 @@ from fastq.brokers.sqlite.client import OpenFile
 from fastq.brokers.sqlite.neighbours import Neighbours
 from fastq.brokers.sqlite.results import Announcer, Notices, collect_notices, sweep, write_results
 from fastq.brokers.sqlite.tables import QueueIds
-from fastq.brokers.turns import Outcome, Room, SaveItem, TurnFailed, Turns, Work, size_of
+from fastq.brokers.turns import Outcome, Room, TurnFailed, Turns, Work, size_of
+from fastq.interfaces import SaveItem
 from fastq.errors import ConnectionLost, SettingsError
 from fastq.link import ACK, REQUEUE, RETURN
 
@@ -210,11 +211,12 @@ class SqliteTurns(Turns):
         return written
 
     def _save(self, saves: list[SaveItem], one_by_one: bool, written: Written) -> None:
+        # Those that cannot be stored too: neither another attempt nor another run of the task would help.
+        written.stored += [item[4] for item in saves if item[4]]
         if one_by_one:
             saves = [item for item in saves if self._is_storable(item)]
         write_results(self._file.cursor, saves)
         written.notices = collect_notices(self._file.cursor, saves)
-        written.stored += [item[4] for item in saves if item[4]]
 
     def _is_storable(self, item: SaveItem) -> bool:
         try:

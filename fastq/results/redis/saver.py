@@ -23,7 +23,7 @@ from fastq.states import READY_STATES, SUCCESS
 if TYPE_CHECKING:
     from fastq._core import Core
     from fastq.brokers.redis.login import Command
-    from fastq.brokers.turns import SaveItem
+    from fastq.interfaces import SaveItem
     from fastq.settings import Settings
 
 logger = logging.getLogger("fastq.transport.redis_store")

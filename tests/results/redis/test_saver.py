@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-import uvloop
 
 from fastq.brokers.redis.blocking import BlockingRedis
 from fastq.brokers.redis.url import RedisUrl
@@ -17,18 +16,16 @@ from fastq.codecs.payload import PayloadCodec
 from fastq.errors import ConnectionLost, SettingsError
 from fastq.results import open_saver
 from fastq.results.redis import saver as redis_store
-from fastq.results.redis.saver import RedisResults, RedisSaver
+from fastq.results.redis.saver import RedisSaver
 from fastq.results.redis.store import RedisStore
 from fastq.settings import Settings
 from fastq.wire.ids import new_id
-from tests.support.conformance import meta_of
 from tests.support.fault_proxy import FaultProxy
+from tests.support.saving import TIMEOUT_S, SaverConformance, Saving, item
 from tests.support.servers import Redis, free_ports
 
 pytestmark = pytest.mark.redis
 
-T = TypeVar("T")
-TIMEOUT_S = 10.0
 DATABASE = 6
 
 
@@ -36,56 +33,6 @@ def settings_with(**values: Any) -> Settings:
     settings = Settings(values)
     settings.freeze()
     return settings
-
-
-class Saving:
-    """An open saver on a loop of its own; keeps what it confirms."""
-
-    def __init__(self, url: str, settings: Settings) -> None:
-        self.stored: list[int] = []
-        self.refused: list[int] = []
-        saving = self
-
-        class Source(RedisResults):
-            def published(self, tokens: list[int]) -> None:
-                saving.stored += tokens
-
-            def publish_failed(self, tokens: list[int], reason: str) -> None:
-                saving.refused += tokens
-
-        self._loop = uvloop.new_event_loop()
-        self.saver = RedisSaver(url, settings)
-        self.saver.source_class = Source  # type: ignore[misc]
-        self.saver.name = "fastq@test"
-        try:
-            self.run(self.saver.open())
-        except BaseException:
-            self._loop.close()
-            raise
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._loop.run_until_complete(asyncio.wait_for(work, TIMEOUT_S))
-
-    def save(self, *batch: tuple[str, str, bytes, str, int]) -> None:
-        async def save() -> None:
-            self.saver.source.save(list(batch))
-
-        self.run(save())
-
-    def until(self, done: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
-        async def wait() -> None:
-            deadline = time.monotonic() + timeout_s
-            while not done():
-                assert time.monotonic() < deadline, f"stored {self.stored}, refused {self.refused}"
-                await asyncio.sleep(0.002)
-
-        self.run(wait())
-
-    def close(self) -> None:
-        if not self._loop.is_closed():
-            self.run(self.saver.close())
-            self._loop.run_until_complete(asyncio.sleep(0))
-            self._loop.close()
 
 
 @pytest.fixture
@@ -124,9 +71,27 @@ def raw(redis_server: Redis) -> Iterator[BlockingRedis]:
 OpenSaving = Callable[..., Saving]
 
 
-def item(state: str = "SUCCESS", result: Any = None, token: int = 0, task_id: str = "") -> Any:
-    task_id = task_id or new_id()
-    return (task_id, state, meta_of(task_id, state, result), "", token)
+class TestSaver(SaverConformance):
+    @pytest.fixture
+    def settings(self) -> Settings:
+        return settings_with()
+
+    @pytest.fixture
+    def proxy(self, redis_server: Redis, fault_proxy: Callable[[str, int], FaultProxy]) -> FaultProxy:
+        return fault_proxy("127.0.0.1", redis_server.port)
+
+    @pytest.fixture
+    def url(self, proxy: FaultProxy) -> str:
+        return f"redis://127.0.0.1:{proxy.port}/{DATABASE}"
+
+    @pytest.fixture
+    def lose(self, proxy: FaultProxy) -> Callable[[], Callable[[], None]]:
+        def lose() -> Callable[[], None]:
+            proxy.refuse()
+            proxy.cut()
+            return lambda: proxy.refuse(False)
+
+        return lose
 
 
 def test_results_are_stored_and_their_tokens_confirmed(open_saving: OpenSaving, store: RedisStore) -> None:
