@@ -12,7 +12,6 @@ import math
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
@@ -22,7 +21,8 @@ from fastq.net import forks
 from fastq.results.agenda import Agenda, Outcome, Waiter
 from fastq.results.leading import Lead
 from fastq.results.patience import Patience
-from fastq.results.place import Place, lost_meta
+from fastq.results.place import Place
+from fastq.results.watching import Watchers
 from fastq.states import READY_STATES
 
 if TYPE_CHECKING:
@@ -30,13 +30,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Chosen: the thread stays for so long, as the next watcher is likely to come soon.
-LINGER_S: Final = 5.0
 #: Chosen: the place is opened once in so long, should the other side take connections and end them.
 REOPEN_S: Final = 1.0
-RETRY_S: Final = 1.0
 LOOK_SLICE: Final = 500
-CLOSE_S: Final = 2.0
 FOREVER_S: Final = 1e9
 
 
@@ -67,12 +63,7 @@ class Waiting(Generic[T]):
         self._patience = Patience(self._place.patience_s)
         self._closes = 0
         self._opened_at = self._open_at = -math.inf
-        # The thread, and those it serves: they share its signal.
-        self._thread: threading.Thread | None = None
-        self._thread_signal = self._lead.favourite
-        self._has_news = self._is_closing = False
-        self._watched: set[Waiter] = set()
-        self._ended: deque[Waiter] = deque()
+        self._watchers = Watchers(self._lead, self._place.thread_name, self._place.logger, self._serve_watchers)
 
     def wait(self, task_id: str, timeout_s: float | None) -> Meta:
         """Block until a final state is known and return its meta.
@@ -94,10 +85,8 @@ class Waiting(Generic[T]):
                 if waiter.look_at <= now and self._lead.is_taken:
                     self._look_as_planned(now)
                 else:
-                    follow_until = min(until, waiter.look_at)
-                    self._lead.lead_or_follow(
-                        waiter.signal, follow_until, is_done, partial(self._serve_all, until, is_done)
-                    )
+                    lead = partial(self._serve_all, until, is_done)
+                    self._lead.lead_or_follow(waiter.signal, min(until, waiter.look_at), is_done, lead)
         except BaseException as error:
             self._make_good(error)
             raise
@@ -112,34 +101,31 @@ class Waiting(Generic[T]):
 
         Raises ConnectionLost if the place was never there.
         """
-        waiter = Waiter(task_id, self._thread_signal, self._place.first_look_s, callback)
-        with self._lock:
-            self._watched.add(waiter)
+        watchers = self._watchers
+        waiter = Waiter(task_id, watchers.signal, self._place.first_look_s, callback)
+        watchers.add(waiter)
         try:
             self._enter(waiter)
             if self._place.keeps and not self._patience.was_there:
                 self._look([task_id])
             is_told = self._place.hears_all and self._listen([task_id])
-        except BaseException:
+        except BaseException as error:
             self._unwatch(waiter)
+            self._make_good(error)
             raise
-        with self._lock:
-            if not is_told:
-                self._unsure.add(task_id)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._serve_watchers, name=self._place.thread_name, daemon=True)
-                self._thread.start()
+        watchers.start()
         if not is_told:
-            self._tell_thread()
+            self._doubt([task_id])
+            watchers.tell()
         return partial(self._unwatch, waiter)
 
     def _unwatch(self, waiter: Waiter) -> None:
         """Make no callback and keep nothing of it. What the place knows of it the thread takes back: it may block."""
         waiter.callback = None
         if waiter.outcome is None and self._leave(waiter):
-            self._watched.discard(waiter)
+            self._watchers.discard(waiter)
             if self._stale and not self._place.hears_all:
-                self._tell_thread()
+                self._watchers.tell()
 
     def deliver(self, states: Mapping[str, T]) -> None:
         """Give states to those who wait for them, as far as they are final."""
@@ -177,16 +163,10 @@ class Waiting(Generic[T]):
 
     def close(self) -> None:
         """Close the place: who waits or watches is told ConnectionLost. A later call opens it again."""
-        with self._lock:
-            self._closes += 1
-            self._is_closing = True
-            thread = self._thread
+        self._closes += 1
         self._fail_all(ConnectionLost("the result store was closed"))
-        self._tell_thread()
         self._shut()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(CLOSE_S)
-        self._is_closing = False
+        self._watchers.stop()
 
     def after_fork(self) -> None:
         """In a forked child: nobody waits here, and the place is the parent's."""
@@ -232,8 +212,8 @@ class Waiting(Generic[T]):
             for waiter in waiters:
                 waiter.look_at = math.inf
                 waiter.outcome, outcome = waiter.outcome or outcome or make(), None
-                if waiter.signal is self._thread_signal:
-                    self._ended.append(waiter)
+                if waiter.signal is self._watchers.signal:
+                    self._watchers.end(waiter)
             if not self._place.hears_all:
                 self._listened.discard(task_id)  # it was asked to tell once
             elif task_id in self._listened:
@@ -254,6 +234,19 @@ class Waiting(Generic[T]):
         except FastqError as error:
             return error
         return meta if meta["status"] in READY_STATES else None
+
+    def _serve_watchers(self, until: float) -> None:
+        """Wait for all watched results, on the watchers' thread."""
+        now, is_needed = time.monotonic(), self._watchers.is_needed
+        if not self._place.hears_all:
+            self._drop_stale()
+        if self._unsure:
+            self._look_for_unsure()
+        if self._agenda.next_at <= now and self._lead.is_taken:
+            self._look_as_planned(now)
+        follow_until = min(until, self._agenda.next_at)
+        lead = partial(self._serve_all, until, is_needed)
+        self._lead.lead_or_follow(self._watchers.signal, follow_until, is_needed, lead)
 
     # --- with the lead
 
@@ -457,65 +450,6 @@ class Waiting(Generic[T]):
             if self._is_open:
                 self._is_open = False
                 self._place.close()
-
-    # --- the thread
-
-    def _tell_thread(self) -> None:
-        """Have the thread come round."""
-        self._has_news = True
-        self._lead.tell(self._thread_signal)
-
-    def _serve_watchers(self) -> None:
-        """Wait for all watched results until there has been none to wait for, for a while."""
-        leave_at = time.monotonic() + LINGER_S
-        try:
-            while True:
-                self._call_back()
-                now = time.monotonic()
-                with self._lock:
-                    if self._watched:
-                        leave_at = now + LINGER_S
-                    elif self._is_closing or now >= leave_at:
-                        self._thread = None
-                        return
-                try:
-                    self._wait_for_watched(now, leave_at)
-                except (FastqError, OSError) as error:
-                    if self._watched and self._place.keeps:
-                        self._place.logger.error("cannot look for results, trying again: %s", error)
-                        self._thread_signal.clear()
-                        self._thread_signal.wait(RETRY_S)
-        finally:
-            with self._lock:
-                if self._thread is threading.current_thread():
-                    self._thread = None
-
-    def _wait_for_watched(self, now: float, until: float) -> None:
-        self._has_news = False
-        if not self._place.hears_all:
-            self._drop_stale()
-        if self._unsure:
-            self._look_for_unsure()
-        if self._agenda.next_at <= now and self._lead.is_taken:
-            self._look_as_planned(now)
-        is_needed = lambda: bool(self._ended) or self._has_news or (self._is_closing and not self._watched)  # noqa: E731  # twice below
-        follow_until = min(until, self._agenda.next_at)
-        self._lead.lead_or_follow(
-            self._thread_signal, follow_until, is_needed, partial(self._serve_all, until, is_needed)
-        )
-
-    def _call_back(self) -> None:
-        while self._ended:
-            waiter = self._ended.popleft()
-            self._watched.discard(waiter)
-            callback, waiter.callback = waiter.callback, None
-            if callback is None or waiter.outcome is None:
-                continue
-            meta = waiter.outcome
-            try:
-                callback(lost_meta(waiter.task_id, meta) if isinstance(meta, FastqError) else meta)
-            except Exception:
-                self._place.logger.exception("a callback for the result of task %s failed", waiter.task_id)
 
 
 _everywhere: weakref.WeakSet[Waiting[Any]] = weakref.WeakSet()

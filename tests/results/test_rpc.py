@@ -20,7 +20,7 @@ from fastq.brokers.rabbitmq.url import parse_amqp_url
 from fastq.codecs.meta import encode_meta
 from fastq.errors import ConnectionLost, ContentDisallowed, DecodeError, ResultTimeout, SettingsError
 from fastq.interfaces import Meta
-from fastq.results import rpc, waiting
+from fastq.results import rpc, watching
 from fastq.results.rpc import RpcStore
 from fastq.settings import Settings
 from fastq.wire.amqp import encode_properties
@@ -215,10 +215,10 @@ def test_a_result_that_is_here_already_is_seen_at_once(store: RpcStore, worker: 
 def test_the_thread_of_watches_ends_when_nobody_watches(
     store: RpcStore, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting, "LINGER_S", 0.2)
+    monkeypatch.setattr(watching, "LINGER_S", 0.2)
     queue, seen = store.reply_address(), Seen()
     unwatch = store.watch(new_id(), seen)
-    thread = store._waiting._thread
+    thread = store._waiting._watchers._thread
     assert thread is not None
     time.sleep(0.6)
     assert thread.is_alive()

@@ -19,7 +19,7 @@ from fastq.brokers.redis import blocking
 from fastq.brokers.redis.blocking import BlockingRedis
 from fastq.brokers.redis.url import RedisUrl
 from fastq.errors import ConnectionLost, ContentDisallowed, DecodeError, RedisError, ResultTimeout, SettingsError
-from fastq.results import open_store, waiting
+from fastq.results import open_store, watching
 from fastq.results.redis.store import RedisStore
 from fastq.settings import Settings
 from fastq.wire.ids import new_id
@@ -310,7 +310,7 @@ def test_closing_ends_a_wait(open_redis: OpenStore) -> None:
 def test_the_thread_of_watchers_ends_when_there_is_nobody_to_watch_for(
     open_redis: OpenStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting, "LINGER_S", 0.1)
+    monkeypatch.setattr(watching, "LINGER_S", 0.1)
     store = open_redis()
     for _ in range(2):
         task_id, called = new_id(), threading.Event()
