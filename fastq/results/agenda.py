@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import threading
 from collections.abc import Callable
 from itertools import count
 from typing import TYPE_CHECKING, TypeAlias
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from fastq.errors import FastqError
     from fastq.interfaces import Meta
+    from fastq.results.leading import Signal
 
 #: How a wait ends.
 Outcome: TypeAlias = "Meta | FastqError"
@@ -23,7 +23,7 @@ class Waiter:
     __slots__ = ("callback", "look_at", "outcome", "pause_s", "signal", "task_id")
 
     def __init__(
-        self, task_id: str, signal: threading.Event, pause_s: float, callback: Callable[[Meta], None] | None = None
+        self, task_id: str, signal: Signal, pause_s: float, callback: Callable[[Meta], None] | None = None
     ) -> None:
         self.task_id = task_id
         self.signal = signal

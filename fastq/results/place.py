@@ -32,9 +32,10 @@ class Place(Generic[T]):
     first_look_s: float = 0.01
     look_growth: float = 1.5
     last_look_s: float = 1.0
-    #: What is listened for is told in time, so that nobody has to be looked for by the clock.
+    #: All that is listened for is told in time, so that nobody has to be looked for by the clock.
     hears_all: bool = False
-    #: A state stays where it can be looked for. If not, it is lost with the connection that should have brought it.
+    #: States stay where they can be looked for. If not, they come unasked, ``look`` finds those that have come, and the
+    #: others are lost with the connection that should have brought them.
     keeps: bool = True
     #: For so long (s) the place may be away from those who wait, once it was there.
     patience_s: float = 0.0
@@ -56,12 +57,11 @@ class Place(Generic[T]):
         """
         return None
 
-    def listen(self, task_ids: Sequence[str], dropped: Collection[str]) -> Mapping[str, T] | None:
-        """Ask to be told of tasks, and of others no more; what is known already is returned.
+    def listen(self, task_ids: Sequence[str], dropped: Collection[str]) -> None:
+        """Ask to be told of tasks, and of others no more. Raises ConnectionLost.
 
-        None: ``take`` says when to look for them. Raises ConnectionLost.
+        Where all is told, ``take`` brings each without a state as soon as it will be: somebody looks for it then.
         """
-        return {}
 
     def take(self) -> list[Heard[T]]:
         """Return all that has come. Raises ConnectionLost."""

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastq import codecs
@@ -76,7 +76,8 @@ class Replies:
     def put(self, task_id: str, reply: Reply) -> None:
         """Keep a reply in place of an earlier one."""
         with self._lock:
-            self._pop(task_id)
+            if task_id in self._replies:
+                self._drop(task_id)
             self._replies[task_id] = reply
             self._bytes += len(reply.body)
             while len(self._replies) > MAX_REPLIES and self._bytes > MAX_REPLY_BYTES:
@@ -85,16 +86,14 @@ class Replies:
     def pop(self, task_id: str) -> None:
         """Forget a task's reply."""
         with self._lock:
-            self._pop(task_id)
+            if task_id in self._replies:
+                self._drop(task_id)
 
-    def _pop(self, task_id: str) -> None:
-        reply = self._replies.pop(task_id, None)
-        if reply is not None:
-            self._bytes -= len(reply.body)
+    def _drop(self, task_id: str) -> None:
+        self._bytes -= len(self._replies.pop(task_id).body)
 
     def _drop_oldest(self) -> None:
-        _, reply = self._replies.popitem(last=False)
-        self._bytes -= len(reply.body)
+        self._drop(next(iter(self._replies)))
         if self._dropped == 0:
             logger.warning(
                 "rpc:// holds more than %d results and %d MiB that nobody has fetched; the oldest are dropped. "
@@ -141,10 +140,6 @@ class ReplyQueue(Place[Reply]):
         """Return what has come."""
         get = self.replies.get
         return {task_id: reply for task_id in task_ids if (reply := get(task_id)) is not None}
-
-    def listen(self, task_ids: Sequence[str], dropped: Collection[str]) -> Mapping[str, Reply]:
-        """Return what has come: whatever comes is heard."""
-        return self.look(task_ids)
 
     def decode(self, state: Reply) -> Meta:
         """Return a reply's meta."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 from fastq.errors import ConnectionLost, FastqError, ResultTimeout
 from fastq.net import forks
 from fastq.results.agenda import Agenda, Outcome, Waiter
-from fastq.results.leading import Lead
+from fastq.results.leading import Lead, Signal
 from fastq.results.patience import Patience
 from fastq.results.place import Place
 from fastq.results.watching import Watchers
@@ -41,6 +41,8 @@ class Waiting(Generic[T]):
 
     def __init__(self, place: Place[T]) -> None:
         self._place = place
+        # What a place keeps it tells of when asked to. What it does not keep comes unasked, and is looked for here.
+        self._listens_first = place.hears_all and place.keeps
         self._start_over()
         forks.register(self)
         _everywhere.add(self)
@@ -71,11 +73,11 @@ class Waiting(Generic[T]):
         Raises ResultTimeout, DecodeError, ConnectionLost when the place is away for longer than its patience.
         """
         until = time.monotonic() + (FOREVER_S if timeout_s is None else timeout_s)
-        waiter = Waiter(task_id, threading.Event(), self._place.first_look_s)
+        waiter = Waiter(task_id, Signal(), self._place.first_look_s)
         is_done = lambda: waiter.outcome is not None  # noqa: E731  # twice below
         try:
             # In this order: what is stored before the look is seen by it, what comes later is heard.
-            if not self._enter(waiter) and self._place.hears_all:
+            if not self._enter(waiter) and self._listens_first:
                 self._listen([task_id])
             self._look([task_id])
             while waiter.outcome is None:
@@ -85,6 +87,8 @@ class Waiting(Generic[T]):
                 if waiter.look_at <= now and self._lead.is_taken:
                     self._look_as_planned(now)
                 else:
+                    if not self._is_open:
+                        self._lead.tell_leader()
                     lead = partial(self._serve_all, until, is_done)
                     self._lead.lead_or_follow(waiter.signal, min(until, waiter.look_at), is_done, lead)
         except BaseException as error:
@@ -106,9 +110,9 @@ class Waiting(Generic[T]):
         watchers.add(waiter)
         try:
             self._enter(waiter)
-            if self._place.keeps and not self._patience.was_there:
+            if not (self._place.keeps and self._patience.was_there):
                 self._look([task_id])
-            is_told = self._place.hears_all and self._listen([task_id])
+            is_told = self._listen([task_id]) if self._listens_first else self._is_open and not self._place.keeps
         except BaseException as error:
             self._unwatch(waiter)
             self._make_good(error)
@@ -144,14 +148,17 @@ class Waiting(Generic[T]):
             nonlocal is_done
             if self._is_open:
                 self._take()
-            while not self._is_open and time.monotonic() < until:
-                self._turn(until, lambda: self._is_open)
+            while not self._is_open and (now := time.monotonic()) < until:
+                if self._open_at <= now:
+                    self._open(until)
+                else:
+                    self._turn(min(until, self._open_at), lambda: self._is_open)
             is_done = self._is_open
 
         if not self._is_open:
             self._open_at = -math.inf
             self._lead.tell_leader()
-        signal = threading.Event()
+        signal = Signal()
         try:
             while not is_done and not (self._is_open and self._lead.is_taken):
                 if time.monotonic() >= until:
@@ -256,19 +263,22 @@ class Waiting(Generic[T]):
 
     def _turn(self, until: float, is_done: Callable[[], bool]) -> None:
         """Do one thing that is to be done for all, or sleep until there is one."""
-        now = time.monotonic()
         if self._unsure:
             self._look_for_unsure()
-        elif not self._is_open and self._open_at <= now:
+        elif self._has_to_open():
             self._open(until)
-        elif self._agenda.next_at <= now:
+        elif self._agenda.next_at <= (now := time.monotonic()):
             self._look_as_planned(now)
         elif (self._is_behind and self._is_open) or self._sleep(until, is_done):
             self._take()
 
+    def _has_to_open(self) -> bool:
+        # A place that nobody waits for stays closed; whoever comes tells the leader.
+        return not self._is_open and bool(self._waiting) and self._open_at <= time.monotonic()
+
     def _sleep(self, until: float, is_done: Callable[[], bool]) -> bool:
         """Return whether something has come that can be taken, at the latest at ``until``."""
-        descriptor, wake_at = -1, self._open_at
+        descriptor, wake_at = -1, self._open_at if self._waiting else math.inf
         try:
             with self._io:
                 if self._is_open:
@@ -277,7 +287,7 @@ class Waiting(Generic[T]):
             self._on_lost(error)
             return False
         wake_at = min(until, wake_at, self._agenda.next_at)
-        return self._lead.sleep(descriptor, wake_at, lambda: is_done() or bool(self._unsure))
+        return self._lead.sleep(descriptor, wake_at, lambda: is_done() or bool(self._unsure) or self._has_to_open())
 
     def _take(self) -> None:
         """Take in what has come, for all."""
@@ -333,7 +343,8 @@ class Waiting(Generic[T]):
     def _listen_for_all(self) -> None:
         place = self._place
         if place.hears_all:
-            self._listen(list(self._waiting))
+            if place.keeps:
+                self._listen(list(self._waiting))
             return
         with self._lock:
             # Those who have been looked for by the clock were to be listened for then.
@@ -413,24 +424,24 @@ class Waiting(Generic[T]):
     # --- the place
 
     def _listen(self, task_ids: Sequence[str]) -> bool:
-        """Ask the place to tell of tasks; who opens it does, if it is not open. Return whether ``take`` brings news."""
-        found: Mapping[str, T] | None = {}
+        """Ask the place to tell of tasks; return False if it is not open: who opens it does so."""
         try:
             with self._io:
-                if self._is_open:
-                    with self._lock:
-                        fresh = [each for each in task_ids if self._place.hears_all or each not in self._listened]
-                        dropped, self._stale = self._stale, set()
-                        self._listened.difference_update(dropped)
-                    found = self._place.listen(fresh, dropped)
-                    with self._lock:
-                        self._listened.update(fresh)
-                        self._stale.update(each for each in fresh if each not in self._waiting)
+                if not self._is_open:
+                    return False
+                with self._lock:
+                    fresh = [each for each in task_ids if self._place.hears_all or each not in self._listened]
+                    dropped, self._stale = self._stale, set()
+                    self._listened.difference_update(dropped)
+                self._place.listen(fresh, dropped)
+                self._is_behind = self._listens_first  # the answer comes at once: worth a look before a poll
+                with self._lock:
+                    self._listened.update(fresh)
+                    self._stale.update(each for each in fresh if each not in self._waiting)
         except FastqError as error:
             self._on_lost(error)
-        if found:
-            self.deliver(found)
-        return found is None
+            return False
+        return True
 
     def _drop_stale(self) -> None:
         """Have the place tell no more of what nobody waits for."""

@@ -73,7 +73,7 @@ class SqlitePlace(Place[bytes]):
         self._folder = self._folder or BellFolder(self._client.path)
         self._bell = self._bell or self._folder.bind(CLIENT)
 
-    def listen(self, task_ids: Sequence[str], dropped: Collection[str]) -> Mapping[str, bytes]:
+    def listen(self, task_ids: Sequence[str], dropped: Collection[str]) -> None:
         """Have results announced to the bell, whatever address their messages carry."""
         assert self._folder is not None
         assert self._bell is not None
@@ -82,7 +82,6 @@ class SqlitePlace(Place[bytes]):
             self._note(put_waiters, task_ids, self._bell.name)
         if dropped:
             self._note(forget_waiters, dropped, self._bell.name)
-        return {}
 
     def _note(
         self, change: Callable[[sqlite3.Cursor, Collection[str], str], None], ids: Collection[str], bell: str
