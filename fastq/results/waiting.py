@@ -373,6 +373,7 @@ class Waiting(Generic[T]):
             self._unsure.update(self._waiting)
             for waiters in self._waiting.values() if not self._place.hears_all else ():
                 for waiter in waiters:
+                    waiter.pause_s = self._place.first_look_s  # as if new: it may not be listened for
                     self._agenda.plan(waiter, now + waiter.pause_s)
         self._lead.tell_leader()
         self._lead.tell_followers()
