@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-from fastq.interfaces import SaveItem
 from fastq.errors import ConnectionLost
+from fastq.interfaces import SaveItem
 from fastq.net.waker import Waker
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from fastq.interfaces import ResultStore
 from fastq.settings import Settings
 from fastq.wire.amqp import encode_properties
 from fastq.wire.message import Message
-from tests.support.conformance.stores import StoreConformance
+from tests.support.conformance.stores import StoreConformance, WaitingConformance
 from tests.support.servers import Redis
 
 
 @pytest.mark.redis
-class TestRedis(StoreConformance):
+class TestRedis(WaitingConformance):
     @pytest.fixture
     def url(self, redis_server: Redis) -> str:
         url = redis_server.url(7)

@@ -18,7 +18,8 @@ from fastq.results.place import Heard, Place
 from fastq.results.waiting import Waiting
 from fastq.settings import Settings
 from fastq.wire.ids import new_id
-from tests.support.conformance import WaitingConformance, meta_of
+from tests.support.conformance import meta_of
+from tests.support.conformance.stores import WaitingConformance
 from tests.support.consumer_in_thread import TIMEOUT_S, within
 from tests.support.folder_store import FolderStore
 

@@ -16,7 +16,7 @@ from fastq.results import Store, writing
 from fastq.results.writing import Writer, WritingSaver, parts_of
 from fastq.settings import Settings
 from fastq.wire.ids import new_id
-from tests.support.saving import SaverConformance, Saving, item
+from tests.support.conformance.savers import SaverConformance, Saving, item
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from fastq.errors import ConnectionLost, PublishError, SettingsError
 
 if TYPE_CHECKING:
     from fastq._core import Core
-    from fastq.interfaces import SaveItem
     from fastq.settings import Settings
     from fastq.wire.message import Message
 

@@ -22,8 +22,8 @@ from fastq.brokers.sqlite.neighbours import Neighbours
 from fastq.brokers.sqlite.results import Announcer, Notices, collect_notices, sweep, write_results
 from fastq.brokers.sqlite.tables import QueueIds
 from fastq.brokers.turns import Outcome, Room, TurnFailed, Turns, Work, size_of
-from fastq.interfaces import SaveItem
 from fastq.errors import ConnectionLost, SettingsError
+from fastq.interfaces import SaveItem
 from fastq.link import ACK, REQUEUE, RETURN
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from fastq.settings import Settings
 from tests.support.conformance.consumers import SavingConsumerConformance
 from tests.support.conformance.leases import LeaseConformance
 from tests.support.conformance.publishers import SharedPublisherConformance
-from tests.support.conformance.stores import StoreConformance
+from tests.support.conformance.stores import WaitingConformance
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ class TestConsumer(SavingConsumerConformance):
     pass
 
 
-class TestStore(StoreConformance):
+class TestStore(WaitingConformance):
     pass
 
 

@@ -20,8 +20,8 @@ from fastq.results.redis.saver import RedisSaver
 from fastq.results.redis.store import RedisStore
 from fastq.settings import Settings
 from fastq.wire.ids import new_id
+from tests.support.conformance.savers import TIMEOUT_S, SaverConformance, Saving, item
 from tests.support.fault_proxy import FaultProxy
-from tests.support.saving import TIMEOUT_S, SaverConformance, Saving, item
 from tests.support.servers import Redis, free_ports
 
 pytestmark = pytest.mark.redis

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from fastq.errors import ResultTimeout, SettingsError
+from fastq.errors import ConnectionLost, ResultTimeout, SettingsError
 from fastq.interfaces import Meta, ResultStore
-from fastq.results import find_store, open_store
+from fastq.results import find_store, leading, open_store
 from fastq.settings import Settings
 from fastq.wire.ids import new_id
-from tests.support.conformance import TIMEOUT_S, meta_of
+from tests.support.conformance import TIMEOUT_S, in_child, meta_of
 from tests.support.consumer_in_thread import within
 
 
@@ -211,3 +213,135 @@ class StoreConformance:
             assert store.wait(each, TIMEOUT_S)["task_id"] == each
         for thread in threads:
             thread.join(TIMEOUT_S)
+
+
+class Interruption(BaseException):
+    """What Ctrl-C raises in one thread of several."""
+
+
+def interrupted_after(events: int, work: Callable[[], object]) -> bool:
+    """Do some work in a thread, and interrupt it where Python looks for signals; False when it had ended before."""
+    struck = threading.Event()
+    left = events
+
+    def profile(frame: Any, event: str, argument: object) -> None:
+        nonlocal left
+        if event in ("call", "c_return") and "/fastq/results/" in frame.f_code.co_filename:
+            left -= 1
+            if left == 0:
+                struck.set()
+                sys.setprofile(None)
+                raise Interruption
+
+    def run() -> None:
+        with contextlib.suppress(Interruption):
+            sys.setprofile(profile)
+            try:
+                work()
+            finally:
+                sys.setprofile(None)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT_S)
+    assert not thread.is_alive()
+    return struck.is_set()
+
+
+class WaitingConformance(StoreConformance):
+    """For stores for which one waits by ``fastq.results.waiting``: all that keep results outside of this process."""
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_an_interrupted_wait_leaves_nobody_without_a_leader(
+        self, store: ResultStore, other: ResultStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(leading, "FOLLOW_S", 0.05)
+        store.reply_address()
+        is_interrupted, events = True, 0
+        while is_interrupted:
+            events += 1
+            first, second = new_id(), new_id()
+            waits = threading.Timer(0.002, store.wait, (second, TIMEOUT_S))  # mostly behind a leader
+            waits.start()
+            saving = threading.Timer(0.006, other.save, (first, "SUCCESS", meta_of(first)))
+            saving.start()
+            is_interrupted = interrupted_after(events, lambda first=first: store.wait(first, TIMEOUT_S))  # type: ignore[misc]
+            saving.join()
+            other.save(second, "SUCCESS", meta_of(second))
+            waits.join(2.0)
+            assert not waits.is_alive(), f"interrupted at event {events}"
+        assert events > 20
+
+    def test_a_result_that_is_there_is_seen_at_once_while_another_is_watched(
+        self, store: ResultStore, other: ResultStore
+    ) -> None:
+        task_id, called = new_id(), threading.Event()
+        store.watch(new_id(), lambda meta: None)
+        other.save(task_id, "SUCCESS", meta_of(task_id))
+        time.sleep(0.2)  # the thread sleeps until something happens
+        store.watch(task_id, lambda meta: called.set())
+        assert called.wait(2.0)
+
+    def test_closing_tells_those_who_wait_and_watch(self, store: ResultStore) -> None:
+        seen: list[Any] = []
+        errors: list[Exception] = []
+
+        def wait() -> None:
+            try:
+                store.wait(new_id(), TIMEOUT_S)
+            except ConnectionLost as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=wait) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        store.watch(new_id(), seen.append)
+        time.sleep(0.1)
+        store.close()
+        for thread in threads:
+            thread.join(TIMEOUT_S)
+        assert [str(error) for error in errors] == ["the result store was closed"] * 2
+        assert [meta["result"]["exc_type"] for meta in seen] == ["ConnectionLost"]
+
+    def test_a_result_is_not_shared_by_those_who_wait_for_it(self, store: ResultStore, other: ResultStore) -> None:
+        task_id = new_id()
+        found: list[Any] = []
+        threads = [
+            threading.Thread(target=lambda: found.append(store.wait(task_id, TIMEOUT_S)["result"])) for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)
+        other.save(task_id, "SUCCESS", meta_of(task_id, result=[1]))
+        for thread in threads:
+            thread.join(TIMEOUT_S)
+        assert found == [[1], [1]]
+        assert found[0] is not found[1]
+
+    def test_a_forked_child_waits_by_itself(self, store: ResultStore, other: ResultStore) -> None:
+        task_id, second, third = new_id(), new_id(), new_id()
+        waiting = threading.Thread(target=lambda: store.wait(task_id, TIMEOUT_S))
+        waiting.start()
+        called = threading.Event()
+        store.watch(second, lambda meta: called.set())
+        time.sleep(0.1)  # one leads
+
+        def work() -> object:
+            threading.Timer(0.1, store.save, (third, "SUCCESS", meta_of(third, result=3))).start()
+            return store.wait(third, TIMEOUT_S)["result"]
+
+        assert in_child(work) == "returned 3"
+        other.save(task_id, "SUCCESS", meta_of(task_id))
+        other.save(second, "SUCCESS", meta_of(second))
+        waiting.join(2.0)
+        assert not waiting.is_alive()
+        assert called.wait(2.0)
+
+    def test_waiting_starts_no_thread_and_many_watches_start_one(self, store: ResultStore, other: ResultStore) -> None:
+        before = threading.active_count()
+        with pytest.raises(ResultTimeout):
+            store.wait(new_id(), 0.1)
+        assert threading.active_count() == before
+        for _ in range(3):
+            store.watch(new_id(), lambda meta: None)
+        assert threading.active_count() == before + 1
