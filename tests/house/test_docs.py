@@ -36,6 +36,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "docs/celery.md",
+    "docs/extending.md",
     "docs/operating.md",
     "docs/tasks.md",
     "docs/troubleshooting.md",
@@ -212,6 +213,14 @@ def test_commands_print_what_is_shown(line: str, output: str, tmp_path: Path) ->
     env = {name: value for name, value in os.environ.items() if not name.startswith("CELERY_")}
     printed = run("-m", "fastq", *line.split(), folder=tmp_path, env=env | {"PYTHONPATH": str(ROOT)})
     assert printed.replace(celery.__version__, "*") == re.sub(r"(?<=Celery )[\d.]+", "*", output)
+
+
+def test_the_toys_of_the_page_on_extending_are_the_tests_own() -> None:
+    blocks = [text for _, language, text in blocks_of("docs/extending.md") if language == "python"]
+    shown = [(ROOT / found[1], text[found.end() :]) for text in blocks if (found := FILE_NAME.match(text))]
+    assert {path.stem for path, _ in shown} == {"toy_broker", "folder_store"}
+    for path, text in shown:
+        assert text.strip() in path.read_text(encoding="utf-8"), path
 
 
 def test_the_guides_have_examples() -> None:
