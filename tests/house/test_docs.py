@@ -218,7 +218,7 @@ def test_commands_print_what_is_shown(line: str, output: str, tmp_path: Path) ->
 def test_the_toys_of_the_page_on_extending_are_the_tests_own() -> None:
     blocks = [text for _, language, text in blocks_of("docs/extending.md") if language == "python"]
     shown = [(ROOT / found[1], text[found.end() :]) for text in blocks if (found := FILE_NAME.match(text))]
-    assert {path.stem for path, _ in shown} == {"toy_broker", "folder_store"}
+    assert {path.stem for path, _ in shown} == {"toy_broker", "folder_store", "toy_pool"}
     for path, text in shown:
         assert text.strip() in path.read_text(encoding="utf-8"), path
 

@@ -21,7 +21,7 @@ from fastq.wire.ids import new_id
 from tests.support.conformance import meta_of
 from tests.support.conformance.stores import WaitingConformance
 from tests.support.consumer_in_thread import TIMEOUT_S, within
-from tests.support.folder_store import FolderStore
+from tests.toys.folder_store import FolderStore
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def settings() -> Settings:
 @pytest.fixture
 def url(tmp_path: Path) -> str:
     (tmp_path / "results").mkdir()
-    return f"tests.support.folder_store:STORE://{tmp_path}/results"
+    return f"tests.toys.folder_store:STORE://{tmp_path}/results"
 
 
 class TestFolder(WaitingConformance):

@@ -30,7 +30,7 @@ class TestFolder(SaverConformance):
     @pytest.fixture
     def url(self, tmp_path: Path) -> str:
         (tmp_path / "results").mkdir()
-        return f"tests.support.folder_store:STORE://{tmp_path}/results"
+        return f"tests.toys.folder_store:STORE://{tmp_path}/results"
 
     @pytest.fixture
     def lose(self, tmp_path: Path) -> Callable[[], Callable[[], None]]:

@@ -75,7 +75,7 @@ def test_tasks_run_on_while_the_store_is_away_and_results_are_kept(stage: Stage,
     assert stage.depth() == 1
 
 
-@pytest.mark.parametrize("store", ["sqlite:///{}/results.db", "tests.support.folder_store:STORE://{}"])
+@pytest.mark.parametrize("store", ["sqlite:///{}/results.db", "tests.toys.folder_store:STORE://{}"])
 @pytest.mark.parametrize("stage", ["redis"], indirect=True)
 def test_results_wait_for_a_folder_that_is_not_there(stage: Stage, tmp_path: Path, store: str) -> None:
     folder = tmp_path / "mounted"

@@ -1,6 +1,6 @@
 """The least that a result store has to be: a folder with a file for each result, which tells nobody of anything.
 
-Named by ``tests.support.folder_store:STORE:///folder``. It proves the seams that the stores of servers stand on.
+Named by ``tests.toys.folder_store:STORE:///folder``. It proves the seams that the stores of servers stand on.
 """
 
 from __future__ import annotations
