@@ -325,6 +325,12 @@ def test_numbers_written_as_text_count_as_numbers(stage: CeleryStage) -> None:
     assert type(stage.error(late)).__name__ == "SoftTimeLimitExceeded"
 
 
+def test_what_follows_a_call_may_go_by_the_names_of_headers(stage: CeleryStage) -> None:
+    odd = '{"timelimit": ["x", {}, "y"], "retries": "x", "group": [], "hostname": {}}'
+    results = [send_as_text(stage, f"[[{number}], {{}}, {odd}]") for number in range(3)]
+    assert [stage.get(result) for result in results] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("kind", stages(("amqp", "rpc")))
 def test_times_of_protocol_1_in_yaml(open_stage: OpenStage, kind: tuple[Any, ...]) -> None:
     stage = open_stage(*kind, accept_content=["yaml", "json"])

@@ -32,6 +32,12 @@ def request_fields(Call call not None, args, kwargs, dict embed not None, str ho
         properties["application_headers"] = headers
     else:
         make_virtual(properties, call, headers)
+    if type(fields.get("retries")) is str:
+        fields["retries"] = call.retries
+    limits = fields.get("timelimit")
+    if type(limits) is list and str in map(type, <list> limits):
+        # Clients that are loose about types; what is no number was refused. In what follows a call nobody has looked.
+        fields["timelimit"] = [float(limit) if type(limit) is str else limit for limit in <list> limits]
     fields.update(embed)
     fields["properties"] = properties
     fields["reply_to"] = properties.get("reply_to")
@@ -41,12 +47,6 @@ def request_fields(Call call not None, args, kwargs, dict embed not None, str ho
     fields["args"] = args
     fields["kwargs"] = kwargs
     fields["is_eager"] = False
-    if type(fields.get("retries")) is str:
-        fields["retries"] = call.retries
-    limits = fields.get("timelimit")
-    if type(limits) is list and str in map(type, <list> limits):
-        # Clients that are loose about types; what is no number was refused.
-        fields["timelimit"] = [float(limit) if type(limit) is str else limit for limit in <list> limits]
     return fields
 
 
