@@ -19,6 +19,7 @@ cdef enum Problem:
     BAD_EXPIRES
     BAD_TIMELIMIT
     BAD_RETRIES
+    BAD_DEATHS
     PROBLEM_COUNT
 
 
@@ -40,5 +41,6 @@ cdef struct Head:
 
 
 cdef int scan_head(const uint8_t *props, Py_ssize_t size, Head *head) noexcept nogil
+cdef bint breaks_dead_letters(const uint8_t *props, Py_ssize_t size) noexcept nogil
 cdef bint is_utf8(const uint8_t *p, Py_ssize_t size) noexcept
 cdef str read_text(const char *text, Py_ssize_t size)

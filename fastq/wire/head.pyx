@@ -10,6 +10,7 @@ from libc.string cimport memcmp, memset
 
 from fastq.wire.buffer cimport load_double, load_float, load_u16, load_u32, load_u64
 from fastq.wire.dates cimport LAST_SECOND, count_digits, parse_iso8601, read_clock, read_fraction
+from fastq.wire.properties cimport HAS_CONTENT_ENCODING, HAS_CONTENT_TYPE, HAS_HEADERS
 
 cdef enum:
     MAX_NAME = 1024     # chosen: longer task names and ids are not task messages
@@ -17,7 +18,7 @@ cdef enum:
     MAX_NUMBER = 24     # chosen: longer texts are not read as a number
 
 #: What a message was refused for, by the numbers ``scan_head`` returns; also the names under which they are counted.
-PROBLEMS = ("fine", "properties", "no-task", "task", "no-id", "id", "eta", "expires", "timelimit", "retries")
+PROBLEMS = ("fine", "properties", "no-task", "task", "no-id", "id", "eta", "expires", "timelimit", "retries", "x-death")
 
 
 @cython.boundscheck(False)
@@ -137,6 +138,72 @@ cdef int read_limits(const uint8_t *p, Py_ssize_t size, Head *head) noexcept nog
     return 0
 
 
+cdef bint are_deaths(uint8_t kind, const uint8_t *p, Py_ssize_t size) noexcept nogil:
+    """Whether RabbitMQ can add to an ``x-death``: tables, the ``count`` of each a whole number; no array is replaced.
+
+    Its queue ends, and in the end its virtual host, of writing the next death behind anything else. Measured with 3.10.
+    """
+    cdef Py_ssize_t at = 4, end, taken
+    cdef uint8_t key_size, inner
+    cdef const uint8_t *key
+    cdef double count
+    if kind != c'A':
+        return True
+    while at < size:
+        taken = value_size(c'F', p + at + 1, size - at - 1)
+        if p[at] != c'F' or taken < 0:
+            return False
+        end = at + 1 + taken
+        at += 5
+        while at < end:
+            key_size = p[at]
+            key = p + at + 1
+            at += 2 + key_size
+            if at > end:
+                return False
+            inner = p[at - 1]
+            taken = value_size(inner, p + at, end - at)
+            if taken < 0:
+                return False
+            if is_key(key, key_size, b"count", 5) and inner != c'V' and (
+                    inner == c'd' or inner == c'f' or read_number(inner, p + at, &count) < 0):
+                return False
+            at += taken
+    return True
+
+
+cdef bint breaks_dead_letters(const uint8_t *props, Py_ssize_t size) noexcept nogil:
+    """Whether properties hold an ``x-death`` that RabbitMQ cannot add to, wherever else they are wrong as well."""
+    cdef Py_ssize_t at = 2, end, taken
+    cdef uint8_t key_size, kind
+    cdef const uint8_t *key
+    if size < 2 or not load_u16(props) & HAS_HEADERS:
+        return False
+    if load_u16(props) & HAS_CONTENT_TYPE and at < size:
+        at += 1 + props[at]
+    if load_u16(props) & HAS_CONTENT_ENCODING and at < size:
+        at += 1 + props[at]
+    taken = value_size(c'F', props + at, size - at)
+    if taken < 0:
+        return False
+    end = at + taken
+    at += 4
+    while at < end:
+        key_size = props[at]
+        key = props + at + 1
+        at += 2 + key_size
+        if at > end:
+            return False
+        kind = props[at - 1]
+        taken = value_size(kind, props + at, end - at)
+        if taken < 0:
+            return False
+        if is_key(key, key_size, b"x-death", 7) and not are_deaths(kind, props + at, taken):
+            return True
+        at += taken
+    return False
+
+
 cdef bint is_nested_well(uint8_t kind, const uint8_t *p, Py_ssize_t size, int depth) noexcept nogil:
     """Whether a table or array is whole and nested no deeper than MAX_DEPTH; ``p`` is behind its length."""
     cdef Py_ssize_t at = 0, taken
@@ -226,6 +293,8 @@ cdef int scan_field(const uint8_t *base, const uint8_t *key, Py_ssize_t key_size
     elif is_key(key, key_size, b"x-delivery-count", 16):
         if read_number(kind, value, &number) == 0 and 0 <= number < 1e9:
             head.delivery_count = <int64_t> number
+    elif is_key(key, key_size, b"x-death", 7) and not are_deaths(kind, value, size):
+        return BAD_DEATHS
     return FINE
 
 
@@ -329,4 +398,5 @@ def scan(props: bytes) -> dict[str, object]:
         "eta": head.eta, "expires": head.expires, "time_limit": head.time_limit, "soft_time_limit": head.soft_time_limit,
         "retries": head.retries, "delivery_count": head.delivery_count, "priority": head.priority,
         "ignore_result": None if head.ignore_result < 0 else bool(head.ignore_result),
+        "breaks_dead_letters": bool(breaks_dead_letters(<const uint8_t *> PyBytes_AS_STRING(props), PyBytes_GET_SIZE(props))),
     }

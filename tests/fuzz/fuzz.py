@@ -30,6 +30,7 @@ import yaml
 
 from fastq.brokers.redis.bus import BlockingRedisBus
 from fastq.errors import FastqError
+from fastq.wire.head import scan
 from fastq.wire.kombu import encode_envelope
 from fastq.wire.message import Message, encode_properties
 from fastq.wire.properties import decode_properties
@@ -379,11 +380,16 @@ class Target:
         self.stage.close()
 
     def _is_carried(self, attack: Attack) -> bool:
-        """Whether a client could send it: RabbitMQ ends a connection over properties that are none."""
+        """Whether a client could send it: RabbitMQ ends a connection over properties that are none.
+
+        And, without anybody's doing, a queue with dead letters over such deaths as it cannot add to, once they expire.
+        """
         if attack.what == "envelope":
             return self.stage.redis is not None
         try:
-            decode_properties(attack.props)
+            found = decode_properties(attack.props)
+            if self.stage.rabbitmq is not None and "expiration" in found and scan(attack.props)["breaks_dead_letters"]:
+                return False
             if self.stage.redis is not None:
                 encode_envelope("", QUEUE, attack.props, b"", "")
         except FastqError:

@@ -174,6 +174,46 @@ def test_a_wrong_header_is_named(headers: dict[str, Any], problem: str) -> None:
     assert scan(amqp.encode_properties({"headers": headers}))["problem"] == problem
 
 
+DEATH = {"count": 1, "reason": "rejected", "queue": "q", "exchange": "", "routing-keys": ["q"]}
+FATAL = [
+    [7],
+    ["x"],
+    [None],
+    [[]],
+    [DEATH, 7],
+    [7, DEATH],
+    *([{**DEATH, "count": each}] for each in ("1", 1.5, True, [])),
+]
+HARMLESS = [None, 7, "x", {}, [], [{}], [DEATH, DEATH], [{**DEATH, "count": None}], [{"queue": 7, "reason": []}]]
+
+
+def is_fatal(**properties: Any) -> bool:
+    return bool(scan(amqp.encode_properties(properties))["breaks_dead_letters"])
+
+
+@pytest.mark.parametrize("deaths", FATAL, ids=repr)
+def test_deaths_that_rabbitmq_cannot_add_to_are_refused(deaths: Any) -> None:
+    headers = {"task": "t", "id": "i", "x-death": deaths}
+    assert scan(amqp.encode_properties({"headers": headers}))["problem"] == "x-death"
+    assert is_fatal(headers=headers)
+    assert is_fatal(content_type="a/b", content_encoding="utf-8", headers={"eta": 5, **headers}, priority=3)
+    # Behind what is too deep to be read; and RabbitMQ takes the first of two, where other readers take the last.
+    fatal, other = (amqp.encode_properties({"headers": {"x-death": each}})[6:] for each in (deaths, []))
+    deep = b""
+    for _ in range(60):
+        deep = b"A" + len(deep).to_bytes(4, "big") + deep
+    for table in (b"\4deep" + deep + fatal, fatal + other, other + fatal):
+        assert scan(b"\x20\0" + len(table).to_bytes(4, "big") + table)["breaks_dead_letters"]
+
+
+@pytest.mark.parametrize("deaths", HARMLESS, ids=repr)
+def test_other_deaths_are_let_be(deaths: Any) -> None:
+    headers = {"task": "t", "id": "i", "x-death": deaths, "y-death": [7], "inner": {"x-death": [7]}}
+    assert scan(amqp.encode_properties({"headers": headers}))["problem"] == "fine"
+    assert not is_fatal(headers=headers)
+    assert not is_fatal(content_type="a/b", reply_to="x-death")
+
+
 def test_properties_cut_short_anywhere_are_refused_or_read_without_harm() -> None:
     whole = example(headers={"a": {"b": [1, 2]}}, reply_to="q").props
     for size in range(len(whole)):

@@ -17,6 +17,7 @@ from fastq.wire.buffer cimport Writer, load_u16, load_u32, load_u64
 from fastq.wire.frames cimport (
     BASIC_ACK, BASIC_DELIVER, BASIC_NACK, BASIC_RETURN, FRAME_BODY, FRAME_END, FRAME_HEADER, FRAME_HEARTBEAT, FRAME_METHOD,
     FRAME_OVERHEAD, put_ack, put_message, put_nack)
+from fastq.wire.head cimport breaks_dead_letters
 from fastq.wire.message cimport Message
 from fastq.wire.pipe cimport monotonic_ns
 
@@ -369,6 +370,9 @@ cdef class AmqpLink(Source):
             self.received_at = monotonic_ns() * 1e-9
             self.transport.resume_reading()
         channel = <Channel> delivery.channel
+        if verdict == REJECT and breaks_dead_letters(
+                <const uint8_t *> PyBytes_AS_STRING(delivery.props), PyBytes_GET_SIZE(delivery.props)):
+            verdict = ACK   # one dead letter less; else the queue would be lost, with all that is in it
         if verdict == ACK:
             channel.settled(delivery.tag, True)
             if self.owed_count == 64:
