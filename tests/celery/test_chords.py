@@ -1,4 +1,6 @@
-"""A part of a chord that dies when it has claimed the body and not yet sent it: the body runs all the same."""
+"""Parts of a chord that die when they have claimed the body and not yet sent it, or do not hear of their claim: the
+body runs all the same.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from collections.abc import Iterator
 import celery
 import pytest
 
+from tests.celery.conftest import OpenStage
 from tests.celery.stage import CeleryStage, Servers, opened
+from tests.support.fault_proxy import Direction, FaultProxy
 
 APP = "tests.celery.apps.chords"
 
@@ -35,3 +39,26 @@ def test_the_body_runs_although_the_part_that_was_to_send_it_is_gone(stage: Cele
     assert sorted(stage.get(result)) == list(range(3))
     # Celery's claim would stand for 21 s.
     assert time.monotonic() - began < 10
+
+
+class DeafToClaims(FaultProxy):
+    """Cuts the connection before the answer that a part has claimed the body, the first time."""
+
+    has_cut = False
+
+    def altered(self, direction: Direction, chunk: bytes) -> bytes:
+        """Return the chunk, unless it is that answer: (parts that are ready, of so many besides, of so many, 1)."""
+        if direction == "to_client" and not self.has_cut and chunk.startswith(b"*4\r\n") and chunk.endswith(b":1\r\n"):
+            self.has_cut = True
+            raise ConnectionResetError
+        return chunk
+
+
+@pytest.mark.parametrize("mode", ["--reliable", "--compat"])
+def test_the_body_runs_although_the_answer_to_the_claim_was_lost(open_stage: OpenStage, mode: str) -> None:
+    stage = open_stage("fastq", "redis", "redis")
+    with DeafToClaims("127.0.0.1", stage.servers.redis().port) as proxy:
+        stage.start_worker(mode, settings={"result_backend": proxy.url(stage.settings["result_backend"])})
+        result = celery.chord([stage.tasks.add.s(1, 2), stage.tasks.add.s(3, 4)], stage.tasks.total.s())()
+        assert stage.get(result) == 10
+        assert proxy.has_cut
