@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -38,6 +39,8 @@ CONFIRMING = ("celery", "amqp")
 #: their own, which cannot be read back: an Exception.
 WRAPPED = {"EncodeError", "DecodeError", "BackendStoreError", "Exception"}
 ENDS = {"SoftTimeLimitExceeded", "Struck", "WorkerLostError"} | WRAPPED
+#: What inspect.getfullargspec makes of whatever is raised in it; kombu calls it when it connects.
+UNSUPPORTED = "unsupported callable"
 
 
 @pytest.fixture(params=KINDS)
@@ -102,7 +105,9 @@ def test_every_call_has_one_end_whatever_strikes_when(stage: CeleryStage, kind: 
     assert stage.client.send_task("work", [CALLS, 10, [], 0, False, False], retry=False).get(30) == [CALLS, "r" * 10]
     sent = Counter(note["number"] for note in stage.notes("sent"))
     stage.until(
-        lambda: sent <= Counter(note["number"] for note in stage.notes("followed")),
+        lambda: (
+            (sent - Counter(note["number"] for note in stage.notes("followed"))).total() <= struck_follows(stage, ends)
+        ),
         "what tasks have sent has run",
         60,
     )
@@ -113,6 +118,13 @@ def test_every_call_has_one_end_whatever_strikes_when(stage: CeleryStage, kind: 
     assert stage.worker.stop(30) == 0, stage.logs()
 
 
+def struck_follows(stage: CeleryStage, ends: Counter[str]) -> int:
+    """Return how many of the calls that tasks have sent a loose alarm may have ended before they did anything."""
+    log = stage.worker.log()
+    lost = log.count("Task handler raised error: WorkerLostError") - ends["WorkerLostError"]
+    return max(lost, 0) + len(re.findall(r"Task follow\[\S+ raised", log))
+
+
 def end_of(stage: CeleryStage, result: Any, number: int, size: int) -> str:
     """Return how a call has ended: SUCCESS with the right value, the error's name, or what is wrong."""
     try:
@@ -120,5 +132,6 @@ def end_of(stage: CeleryStage, result: Any, number: int, size: int) -> str:
     except NoResult:
         return "no end"
     if isinstance(value, BaseException):
-        return type(value).__name__
+        was_struck = isinstance(value, TypeError) and str(value) == UNSUPPORTED
+        return "Struck" if was_struck else type(value).__name__
     return "SUCCESS" if value == [number, "r" * size] else f"wrong value {value!r:.100}"
