@@ -11,9 +11,11 @@ import importlib.util
 import inspect
 import json
 import pickle
+import sys
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -225,6 +227,13 @@ def test_tasks_are_listed_with_attributes(view: View) -> None:
     assert run(view, "registered")[0] == "proj.add [rate_limit=7/h]"
 
 
+def test_a_list_of_tasks_has_a_bound(view: View) -> None:
+    asked = ["name"] * 10_000 + [f"attribute{number}" for number in range(10_000)] + ["max_retries"]
+    assert run(view, "registered", taskinfoitems=asked)[0] == "proj.add [name=proj.add]"
+    run(view, "rate_limit", task_name="proj.add", rate_limit="1" * 200 + "." + "0" * 1_000_000)
+    assert len(run(view, "registered")[0]) < 2_000
+
+
 # -- pool, queues, events
 
 
@@ -352,6 +361,24 @@ def test_memory_is_sampled_and_dumped(view: View) -> None:
     if importlib.util.find_spec("objgraph") is None:
         with pytest.raises(ImportError, match="Requires the objgraph library"):
             run(view, "objgraph")
+
+
+def test_a_drawing_of_objects_has_a_bound(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[int, int]] = []
+
+    class Drawing:
+        """What is called of the library."""
+
+        def by_type(self, name: str) -> list[str]:
+            return [name] * 5_000
+
+        def show_backrefs(self, objects: list[str], max_depth: int, **_: object) -> None:
+            drawn.append((len(objects), max_depth))
+
+    monkeypatch.setitem(sys.modules, "objgraph", Drawing())
+    for asked in ({}, {"num": 10**9, "max_depth": 10**9}, {"num": -1, "max_depth": -1}):
+        Path(run(view, "objgraph", **asked)["filename"]).unlink()
+    assert drawn == [(200, 10), (1000, 20), (0, -1)]
 
 
 # -- beside a stock Celery worker

@@ -10,6 +10,10 @@ from fastq.worker.remote.commands.command import Command, WorkerView
 
 _UNITS: Final = ((2**40, "TB"), (2**30, "GB"), (2**20, "MB"), (2**10, "KB"), (0, "b"))
 
+#: Chosen: what is drawn by Graphviz, and looked through here, grows with both.
+_MAX_OBJECTS: Final = 1000
+_MAX_LEVELS: Final = 20
+
 #: What ``memsample`` has seen since the last ``memdump``; chosen: a sample a minute for a day and a half.
 _samples: deque[str] = deque(maxlen=2048)
 
@@ -39,10 +43,10 @@ def objgraph(view: WorkerView, num: int = 200, max_depth: int = 10, type: str = 
     import tempfile  # brings much with it
 
     with tempfile.NamedTemporaryFile(prefix="cobjg", suffix=".png", delete=False) as file:
-        objects = drawing.by_type(type)[:num]
+        objects = drawing.by_type(type)[: max(0, min(num, _MAX_OBJECTS))]
         known = set(map(id, objects))
         drawing.show_backrefs(
-            objects, max_depth=max_depth, highlight=lambda each: id(each) in known, filename=file.name
+            objects, max_depth=min(max_depth, _MAX_LEVELS), highlight=lambda each: id(each) in known, filename=file.name
         )
         return {"filename": file.name}
 

@@ -11,6 +11,9 @@ from fastq.worker.remote.commands.command import Command, WorkerView, failed, ok
 logger = logging.getLogger("fastq.worker")
 
 _SHOWN: Final = ("exchange", "routing_key", "rate_limit")
+#: Chosen: of each task, and characters of each value; a task has some 60 attributes.
+_MAX_SHOWN: Final = 100
+_MAX_TEXT: Final = 1024
 _PER_SECOND: Final = {"s": 1.0, "m": 1 / 60, "h": 1 / 3600}
 
 
@@ -18,7 +21,7 @@ def registered(
     view: WorkerView, taskinfoitems: list[str] | None = None, builtins: bool = False, **_: object
 ) -> list[str]:
     """List of registered tasks."""
-    attributes = [name for name in taskinfoitems or _SHOWN if not name.startswith("_")]
+    attributes = list(dict.fromkeys(name for name in taskinfoitems or _SHOWN if not name.startswith("_")))[:_MAX_SHOWN]
     names = sorted(view.registry)
     return [_line(view, name, attributes) for name in names if builtins or not name.startswith("celery.")]
 
@@ -26,7 +29,7 @@ def registered(
 def _line(view: WorkerView, name: str, attributes: list[str]) -> str:
     task = view.registry[name]
     values = {attribute: getattr(task, attribute, None) for attribute in attributes}
-    text = " ".join(f"{attribute}={value}" for attribute, value in values.items() if value is not None)
+    text = " ".join(f"{attribute}={value!s:.{_MAX_TEXT}}" for attribute, value in values.items() if value is not None)
     return f"{name} [{text}]" if text else name
 
 
