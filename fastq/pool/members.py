@@ -67,8 +67,11 @@ def wait_for_end(member: Member, until: float) -> bool:
     return bool(poll.poll(max(0.0, until - time.monotonic()) * 1000))
 
 
-def worth(slot: Slot) -> int:
-    """Return what would be lost with the slot: nothing, a child that is ready, or one that is at work."""
+def worth(slot: Slot) -> tuple[int, int]:
+    """Return what would be lost with the slot: nothing, a child that is ready, or one that is at work.
+
+    And among those the lowest number, so that as a rule those that stay have the numbers of slots.
+    """
     if slot.member is None or slot.member.child is None or slot.is_due:
-        return 0
-    return 2 if slot.member.child.busy else 1
+        return 0, 0
+    return 2 if slot.member.child.busy else 1, -slot.member.number

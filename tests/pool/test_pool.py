@@ -418,6 +418,17 @@ def test_an_idle_child_is_dropped_before_one_at_work() -> None:
     run_loop(body, concurrency=3)
 
 
+def test_of_idle_children_those_with_the_highest_numbers_are_dropped() -> None:
+    async def body(at: Running) -> None:
+        await until(lambda: len(at.pool.pids) == 4, "full pool")
+        at.pool.slots.reverse()  # as after replacements, which have any slot
+        at.pool.shrink(2)
+        assert sorted(slot.member.number for slot in at.pool.slots if slot.member is not None) == [0, 1]
+        await until(lambda: len(processes(at)) == 2, "end of the others")
+
+    run_loop(body, concurrency=4)
+
+
 def test_many_children_asked_for_at_once_are_no_error() -> None:
     async def body(at: Running) -> None:
         at.pool.grow(100)
