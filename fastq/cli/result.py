@@ -12,6 +12,7 @@ from fastq.cli import Globals
 from fastq.cli.errors import Failure, Misuse
 from fastq.cli.loader import is_celery
 from fastq.cli.options import misplaced_globals
+from fastq.errors import FastqError
 from fastq.printable import printable_lines
 from fastq.results import SQLITE, find_store
 from fastq.states import READY_STATES, SUCCESS
@@ -62,10 +63,13 @@ def _require_file(url: str) -> None:
 
 def _of_celery(app: Any, task_id: str, wait: float | None, task: str) -> Meta | None:
     from fastq.celery.cli import client
-    from fastq.celery.conf.settings import own_store
+    from fastq.celery.conf.settings import backend_of, own_store
 
-    if own_store(app.backend) == "rpc":
+    store = own_store(backend_of(app))
+    if store == "rpc":
         raise Misuse(_OWN_RESULTS)
+    if store == "disabled" and not task:
+        raise FastqError("the application stores no results. Give it a result_backend")
     return client.meta_of(app, task_id, task, wait)
 
 

@@ -50,6 +50,14 @@ def fail():
     raise KeyError("no such thing")
 """
 
+ODD = """
+import pathlib
+from celery import Celery
+
+app = Celery("tasks", broker="amqp://127.0.0.1:1//")
+app.conf.update({changes})
+"""
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -213,3 +221,30 @@ def test_options_before_multi_are_those_of_its_nodes(capsys: pytest.CaptureFixtu
     tool = Multi(quiet=False, no_color=True)
     assert tool.execute_from_commandline(["multi", "show", "w1", "-c", "3", "--pidfile=", "--logfile=", "-A", "x"]) == 0
     assert "-m fastq -A x worker --detach -c 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "command", "code", "text"),
+    [
+        *(
+            (f"{name}={value}", command, 78, f"setting '{name}' cannot be used")
+            for name, command in (
+                ("result_backend", ("result", "x")),
+                ("result_backend", ("call", "x")),
+                ("broker_url", ("call", "x")),
+            )
+            for value in ("5", "[5]", "b'redis://localhost'", "pathlib.Path('/tmp')")
+        ),
+        ("result_backend=5", ("worker",), 78, "setting 'result_backend' cannot be used"),
+        ("worker_log_format=5", ("worker",), 78, "setting 'worker_log_format' cannot be used"),
+        ("worker_task_log_format='nothing'", ("worker",), 78, "worker_task_log_format"),
+        ("", ("result", "x"), 1, "stores no results"),
+    ],
+)
+def test_a_setting_of_a_wrong_kind_is_named(
+    run: Run, tmp_path: Path, changes: str, command: tuple[str, ...], code: int, text: str
+) -> None:
+    (tmp_path / "odd.py").write_text(ODD.format(changes=changes), encoding="utf-8")
+    done = run("-A", "odd", *command)
+    assert done.returncode == code, done.stderr
+    assert text in done.stderr

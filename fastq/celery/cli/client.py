@@ -17,7 +17,7 @@ from kombu.exceptions import KombuError
 
 from fastq.brokers import REDIS, try_broker
 from fastq.brokers.rabbitmq.url import split_url
-from fastq.celery.conf.settings import broker_url_of
+from fastq.celery.conf.settings import backend_of, broker_url_of
 from fastq.errors import ConnectionLost, FastqError, ResultTimeout, SettingsError
 from fastq.net.urls import mask_url, split_urls
 from fastq.states import READY_STATES
@@ -49,6 +49,7 @@ def send(
 ) -> AsyncResult:
     """Send a call by name, as the application would; return where its result will be."""
     with plain_errors(app):
+        backend_of(app)
         return app.send_task(name, list(args), dict(kwargs), **options)
 
 

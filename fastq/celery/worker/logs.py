@@ -14,6 +14,7 @@ import celery
 from celery._state import get_current_task
 from celery.app import log
 
+from fastq.celery.conf.settings import blaming
 from fastq.pool.process import DUMP_SIGNAL
 from fastq.running import messages
 from fastq.worker.options import WorkerOptions, expand_path
@@ -28,13 +29,14 @@ def set_up(app: celery.Celery, options: WorkerOptions) -> bool:
     """Set logging up in the main process; return whether the application did so itself (signal ``setup_logging``)."""
     # The class that Celery opens log files with; ours follows no links of somebody else's.
     log.WatchedFileHandler = LogFile
-    handled = app.log.setup(
-        _LEVELS.get(options.loglevel, options.loglevel),
-        options.logfile or None,
-        redirect_stdouts=False,
-        colorize=options.color,
-        hostname=options.hostname,
-    )
+    with blaming("worker_log_format", "worker_task_log_format", "worker_log_datefmt", "worker_log_color"):
+        handled = app.log.setup(
+            _LEVELS.get(options.loglevel, options.loglevel),
+            options.logfile or None,
+            redirect_stdouts=False,
+            colorize=options.color,
+            hostname=options.hostname,
+        )
     return bool(handled)
 
 
