@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
 #: How long an address has for itself. Source: RFC 8305, "Connection Attempt Delay".
 DELAY_S: Final = 0.25
+#: Chosen: how long one that has said nothing comes behind the others of its name.
+SILENT_S: Final = 60.0
+_silent: dict[Any, float] = {}  # addresses, until when
 
 
 def connect_first(host: str, port: int, timeout_s: float) -> socket.socket:
     """Return a connected socket. Raises OSError: what the first address has failed with, or a time-out."""
     deadline = time.monotonic() + timeout_s
-    left = deque(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    left = _in_order(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     failures: list[OSError] = []
     attempts: dict[int, socket.socket] = {}
     poll = select.poll()
@@ -66,6 +69,14 @@ def connect_first(host: str, port: int, timeout_s: float) -> socket.socket:
     raise failures[0]
 
 
+def avoid(address: Any) -> None:
+    """Have others of its name tried before an address that has taken a connection and then said nothing in time.
+
+    ``address``: as ``getpeername`` returns it. A program that hangs still listens, and would be the first for ever.
+    """
+    _silent[address] = time.monotonic() + SILENT_S
+
+
 def tune_socket(sock: socket.socket) -> None:
     """Send small writes at once, and notice a peer that is gone within about 20 s."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -89,7 +100,7 @@ async def connect_first_on(loop: asyncio.AbstractEventLoop, host: str, port: int
 
     failures: list[OSError] = []
     attempts: set[asyncio.Task[socket.socket]] = set()
-    left = deque(await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    left = _in_order(await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     try:
         while left or attempts:
             if left:
@@ -110,6 +121,14 @@ async def connect_first_on(loop: asyncio.AbstractEventLoop, host: str, port: int
             attempt.cancel()
             attempt.add_done_callback(_close)
     raise failures[0]
+
+
+def _in_order(addresses: Sequence[Any]) -> deque[Any]:
+    """Return the addresses, behind the others those to avoid."""
+    now = time.monotonic()
+    for each in [address for address, until in _silent.items() if until <= now]:
+        _silent.pop(each, None)
+    return deque(sorted(addresses, key=lambda each: each[4] in _silent))
 
 
 def _begin(address: Any) -> socket.socket:

@@ -1,4 +1,6 @@
-"""A name with two addresses, the first of which swallows packets: whoever connects reaches the other one."""
+"""A name with two addresses, the first of which swallows packets or says nothing: whoever connects reaches the other
+one.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,14 @@ import pytest
 import uvloop
 
 from fastq.brokers import open_blocking_bus
+from fastq.brokers.rabbitmq.connection import connect_any
+from fastq.brokers.rabbitmq.url import Endpoints
+from fastq.brokers.redis.blocking import BlockingRedis
+from fastq.brokers.redis.url import parse_redis_url
+from fastq.errors import ConnectionLost
 from fastq.net import tcp
 from fastq.net.tcp import connect_first, connect_first_on
+from fastq.settings import Settings
 from tests.support.stage import Stage, open_stage
 from tests.support.worker_process import WorkerProcess
 
@@ -166,3 +174,45 @@ def test_all_that_connects_reaches_the_second_address(
         worker.kill9()
         stage.close()
         reached.close()
+
+
+@pytest.fixture
+def mute() -> Iterator[int]:
+    """A port that takes connections and says nothing: a program that hangs."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def open_blocking(url: str, settings: Settings) -> None:
+    if url.startswith("amqp"):
+        connect_any(Endpoints(url, settings), settings, "test", 1.0).close()
+        return
+    with contextlib.closing(BlockingRedis(parse_redis_url(url, settings), 1.0, "test")) as client:
+        client.open()
+
+
+@pytest.mark.parametrize("kind", ["amqp", "redis"])
+def test_an_address_that_says_nothing_is_tried_last_from_then_on(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: Any, mute: int, resolve: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(tcp, "_silent", {})
+    stage = open_stage(kind, request, tmp_path)
+    place = urlsplit(stage.url)
+    resolve(mute, place.port or 0)
+    url = place._replace(netloc=place.netloc.replace(str(place.hostname), HOST)).geturl()
+    settings = Settings({"broker_url": url, "broker_connection_timeout": 1.0})
+    try:
+        with pytest.raises(ConnectionLost):
+            open_blocking(url, settings)
+        open_blocking(url, settings)
+        (tmp_path / "resolver.py").write_text(RESOLVER)
+        (tmp_path / "tasks.py").write_text("import resolver\nfrom tests.support.tasks_for_faults import app\n")
+        environment = stage.environment(url, broker_connection_timeout=1.0, result_backend="disabled")
+        environment["FASTQ_TEST_PORTS"] = f"{mute},{place.port}"
+        worker = WorkerProcess(tmp_path, "-c", "1", app="tasks", env=environment)
+        stage.workers.append(worker)
+        worker.start()
+        stage.wait_for(stage.send(1), 20)
+    finally:
+        stage.close()

@@ -20,7 +20,7 @@ from fastq.brokers.rabbitmq.refusal import refusal
 from fastq.brokers.rabbitmq.tcp import unreachable
 from fastq.brokers.rabbitmq.url import AmqpUrl
 from fastq.errors import ConnectionLost, FastqError, RemoteProtocolError, SettingsError
-from fastq.net.tcp import connect_first_on, tune_socket
+from fastq.net.tcp import avoid, connect_first_on, tune_socket
 from fastq.net.tls import tls_context, tls_failed
 from fastq.wire.amqp import METHODS, decode_method
 from fastq.wire.frames import HEARTBEAT, PROTOCOL_HEADER
@@ -53,6 +53,7 @@ class AmqpConnection:
         self._notices = Notices(url, self._loop)
         self._handshake = Handshake(url, heartbeat_s, f"fastq {purpose} {os.getpid()}@{socket.gethostname()}")
         self._heartbeat_s: float = self._handshake.heartbeat_s
+        self._address: Any = None  # that has taken the connection
 
     async def open(self, timeout_s: float) -> None:
         """Connect and log in. Raises ConnectionLost (try again) or SettingsError (do not)."""
@@ -61,6 +62,7 @@ class AmqpConnection:
         try:
             await asyncio.wait_for(self._connect(), timeout_s)
         except asyncio.TimeoutError:
+            avoid(self._address)
             self.link.abort()
             raise unreachable(self.url, TimeoutError()) from None
         except BaseException:
@@ -74,6 +76,7 @@ class AmqpConnection:
             sock = await connect_first_on(self._loop, self.url.host, self.url.port)
         except OSError as error:
             raise unreachable(self.url, error) from None
+        self._address = sock.getpeername()
         try:
             transport, _ = await self._loop.create_connection(
                 lambda: cast("Any", self.link),

@@ -7,7 +7,7 @@ import time
 
 from fastq.brokers.rabbitmq.url import AmqpUrl
 from fastq.errors import ConnectionLost
-from fastq.net.tcp import connect_first, tune_socket
+from fastq.net.tcp import avoid, connect_first, tune_socket
 from fastq.net.tls import tls_context, tls_failed
 
 
@@ -21,11 +21,14 @@ def connect_socket(url: AmqpUrl, deadline: float) -> socket.socket:
     if url.tls is None:
         return sock
     context = tls_context(url.tls)
+    address = sock.getpeername()
     try:
         sock.settimeout(max(deadline - time.monotonic(), 0.1))
         return context.wrap_socket(sock, server_hostname=url.tls.server_name or url.host)
     except OSError as error:
         sock.close()
+        if isinstance(error, TimeoutError):
+            avoid(address)
         raise tls_failed(url, error) from None
 
 

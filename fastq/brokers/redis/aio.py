@@ -18,7 +18,7 @@ from fastq.brokers.redis.login import Command
 from fastq.brokers.redis.replies import MAX_MESSAGE_BYTES, ReplyReader, Shape, fits
 from fastq.brokers.redis.url import RedisUrl
 from fastq.errors import ConnectionLost, LocalProtocolError, RedisError, RemoteProtocolError
-from fastq.net.tcp import connect_first_on, tune_socket
+from fastq.net.tcp import avoid, connect_first_on, tune_socket
 from fastq.net.tls import tls_context
 
 #: Chosen: a server that says nothing is asked for a sign of life after so long, and given up after as long again.
@@ -63,6 +63,7 @@ class AsyncRedis:
         self._has_pinged = False
         self._heard_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._address: Any = None  # that has taken the connection
 
     # --- life
 
@@ -76,9 +77,11 @@ class AsyncRedis:
         failures: list[ConnectionLost] = []
         for url in self._urls:
             self.lost = self._loop.create_future()
+            self._address = None
             try:
                 await asyncio.wait_for(self._open(url), timeout_s)
             except asyncio.TimeoutError:
+                avoid(self._address)
                 failures.append(login.unreachable(self.url, TimeoutError()))
             except ConnectionLost as error:
                 failures.append(error)
@@ -179,6 +182,7 @@ class AsyncRedis:
             sock = await connect_first_on(self._loop, url.host, url.port)
         except OSError as error:
             raise login.unreachable(url, error) from None
+        self._address = sock.getpeername()
         try:
             await self._loop.create_connection(make, sock=sock, ssl=context, server_hostname=name)
         except OSError as error:

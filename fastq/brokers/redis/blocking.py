@@ -24,10 +24,10 @@ import hiredis
 from fastq.brokers.redis import login
 from fastq.brokers.redis.login import Command
 from fastq.brokers.redis.replies import MAX_MESSAGE_BYTES, ReplyReader, Shape, fits
+from fastq.brokers.redis.tcp import connect_socket
 from fastq.brokers.redis.url import RedisUrl
 from fastq.errors import ConnectionLost, FastqError, LocalProtocolError, RedisError, RemoteProtocolError
-from fastq.net.tcp import connect_first, tune_socket
-from fastq.net.tls import tls_context
+from fastq.net.tcp import avoid
 
 REPLY_BYTES: Final = 1 << 13  # most replies are a few bytes; for longer ones it is asked again
 RECEIVE_BYTES: Final = 1 << 16
@@ -315,11 +315,14 @@ class BlockingRedis:
         self._reader, self._is_subscribed = ReplyReader(self._max_message_bytes), False
         self._replies.clear()
         self._sock, self._pid = connect_socket(url, deadline), os.getpid()
+        address = self._sock.getpeername()
         try:
             self._set_time_outs(self._sock)
             commands = login.login_commands(url, self._name)
             login.check_login(url, commands, self._log_in(url, commands, deadline))
         except BaseException:
+            if time.monotonic() >= deadline:
+                avoid(address)
             self.close()
             raise
         self._used_at = self._heard_at = time.monotonic()
@@ -467,41 +470,6 @@ class BlockingRedis:
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)  # else another thread that polls it would not be woken
             sock.close()
-
-
-def connect_socket(url: RedisUrl, deadline: float) -> socket.socket:
-    """Return a connected socket, with TLS where the URL says so. Raises ConnectionLost or SettingsError."""
-    sock = _connect_plain(url, max(deadline - time.monotonic(), 0.001))
-    if url.tls is None or url.path:
-        return sock
-    try:
-        context = tls_context(url.tls)
-        sock.settimeout(max(deadline - time.monotonic(), 0.001))
-        return context.wrap_socket(sock, server_hostname=url.tls.server_name or url.host)
-    except OSError as error:
-        sock.close()
-        raise login.tls_failed(url, error) from None
-    except BaseException:
-        sock.close()
-        raise
-
-
-def _connect_plain(url: RedisUrl, timeout_s: float) -> socket.socket:
-    try:
-        if not url.path:
-            sock = connect_first(url.host, url.port, timeout_s)
-            tune_socket(sock)
-            return sock
-        sock = socket.socket(socket.AF_UNIX)
-        try:
-            sock.settimeout(timeout_s)
-            sock.connect(url.path)
-        except BaseException:
-            sock.close()
-            raise
-    except OSError as error:
-        raise login.unreachable(url, error) from None
-    return sock
 
 
 def _is_readable(sock: socket.socket, timeout_s: float) -> bool:
