@@ -210,9 +210,9 @@ def test_workers_come_and_go_in_order_under_load(open_stage: OpenStage, kind: tu
     stock, other = start_fleet(stage)
     sender = threading.Thread(target=send_work, args=(stage, "proj.work_early"))
     sender.start()
-    stage.ledger.wait_for_done(10, 20)
+    stage.ledger.wait_for_done(10, 40)
     assert stock.stop() == 0
-    stage.ledger.wait_for_done(25, 20)
+    stage.ledger.wait_for_done(25, 40)
     stage.start_worker("-c", "2", *ALONE, "-n", "again@%h", runner="celery")
     assert other.stop() == 0
     sender.join()
