@@ -72,6 +72,13 @@ class Connections:
         for close in old:
             with contextlib.suppress(Exception):
                 close()
+        # What was interrupted may have gone on, where Python ignores the exception, and built on what is closed now.
+        producers = getattr(vars(self._app).get("amqp"), "_producer_pool", None)
+        if producers is not None and producers.connections._closed:
+            pools.producers.clear()
+            self._app.amqp._producer_pool = None
+            if self._app._pool is not None and self._app._pool._closed:
+                self._app._pool = None
 
 
 def _close_pool(pool: Any) -> None:
