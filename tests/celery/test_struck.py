@@ -62,6 +62,14 @@ def test_the_limit_does_not_strike_where_the_end_of_a_task_is_recorded(stage: Ce
 
 
 @pytest.mark.redis
+def test_a_call_that_is_struck_before_it_has_a_request_has_an_end_too(stage: CeleryStage) -> None:
+    follows = stage.client.signature("echo", [0], immutable=True)
+    call = stage.client.send_task("struck_early", link=follows)
+    assert repr(stage.error(call)) == "Struck('early')"
+    assert stage.get(stage.client.send_task("echo", [1], link=follows)) == [1, "PROGRESS", {"number": 1}]
+
+
+@pytest.mark.redis
 def test_what_strikes_when_a_call_has_been_answered_ends_the_child_and_no_call(stage: CeleryStage) -> None:
     [pid] = stage.worker.children()
     call = stage.client.send_task("struck_late")

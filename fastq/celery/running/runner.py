@@ -119,7 +119,10 @@ class CeleryRunner:
                 free_claim(plan.task.backend, call.id, request["group"])
             struck = self._traced.run(plan.task, call, args, kwargs, request)
             if struck is not None:
-                self._record_internal(plan.task, call, request, struck.exception)
+                try:  # Celery's code looks for the exception that is being handled
+                    raise getattr(struck.exception, "exc", struck.exception)
+                except Exception as error:
+                    self._record_internal(plan.task, call, request, error)
         else:
             self._straight.run(plan, call, args, kwargs, request)
 

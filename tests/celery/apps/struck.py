@@ -10,6 +10,7 @@ from typing import Any
 
 import amqp.transport
 import redis.connection
+from celery.app import trace
 
 from fastq.celery.running.ends import Ends
 from fastq.wire.call import Call
@@ -124,6 +125,24 @@ def _finish_and_strike(self: Ends, call: Call, *arguments: Any) -> None:
 
 
 Ends.finish = _finish_and_strike  # type: ignore[method-assign]
+
+
+@app.task(name="struck_early")
+def struck_early() -> str:
+    return "not struck"
+
+
+_context = trace.Context
+
+
+def _strike_and_make(request: Any, **fields: Any) -> Any:
+    """Be struck before the tracer has a request."""
+    if request.get("task") == "struck_early":
+        raise Struck("early")
+    return _context(request, **fields)
+
+
+trace.Context = _strike_and_make
 
 
 @app.task(name="fail")
