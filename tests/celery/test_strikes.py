@@ -133,5 +133,7 @@ def end_of(stage: CeleryStage, result: Any, number: int, size: int) -> str:
         return "no end"
     if isinstance(value, BaseException):
         was_struck = isinstance(value, TypeError) and str(value) == UNSUPPORTED
+        # importlib's lock, struck between two of its lines, looks for the thread that has waited for it in vain.
+        was_struck = was_struck or (isinstance(value, KeyError) and isinstance(value.args[0], int))
         return "Struck" if was_struck else type(value).__name__
     return "SUCCESS" if value == [number, "r" * size] else f"wrong value {value!r:.100}"
