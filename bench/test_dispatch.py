@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from fastq._child import TaskOptions
+from fastq._child import TaskRules
 from fastq._core import Core
 from fastq.pool import PoolOptions
 from fastq.pool.supervisor import Pool
@@ -37,7 +37,7 @@ def broker() -> Iterator[ListBroker]:
             lambda text: hooks.events.append(("fatal", text)),
         ),
     )
-    core = Core(loop, [TaskOptions("noop")], hooks, pool)
+    core = Core(loop, [TaskRules("noop")], hooks, pool)
     loop.run_until_complete(pool.start(core))
     broker = ListBroker(loop, PREFETCH)
     core.set_store(broker)

@@ -12,7 +12,7 @@ cdef enum:
     MAX_ADVANCE = 128
 
 
-cdef class TaskOptions:
+cdef class TaskRules:
     cdef readonly str name
     cdef bytes key
     cdef readonly bint acks_late

@@ -5,7 +5,7 @@ from fastq.wire.pipe import RingReader
 
 class Keeper(Sink): ...
 
-class TaskOptions:
+class TaskRules:
     name: str
     acks_late: bool
     ignore_result: bool

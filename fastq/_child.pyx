@@ -18,7 +18,7 @@ cdef class Keeper(Sink):
         return 0
 
 
-cdef class TaskOptions:
+cdef class TaskRules:
     """What the main process knows of a task: its name and how its calls are to be treated. Limits in seconds, 0 = none."""
 
     def __init__(self, str name, *, bint acks_late=True, bint ignore_result=False, bint requeue_lost=True,
@@ -163,7 +163,7 @@ cdef class Child:
         cdef Delivery delivery = self.running()
         if delivery is None:
             return None
-        return ((<TaskOptions> delivery.options).name, delivery_id(delivery),
+        return ((<TaskRules> delivery.options).name, delivery_id(delivery),
                 (monotonic_ns() - load64s(&self.reader.shared.started_ns)) * 1e-9)
 
     cdef uint32_t outstanding(self) noexcept:

@@ -2,21 +2,21 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from fastq._child cimport Child, TaskOptions
+from fastq._child cimport Child, TaskRules
 from fastq._ledger cimport Ledger
 from fastq.link cimport BatchSource, Delivery, Source
 from fastq.wire.message cimport Message
 
 
 cdef class Core(Ledger):
-    cdef TaskOptions last_task
+    cdef TaskRules last_task
     cdef object revoked_ids                 # container of ids that must not run; None: nothing is revoked
     cdef Source outlet                      # publishes follow-ups and rpc results; None while disconnected
     cdef BatchSource store                  # keeps results; None: nowhere, or by rpc
     cdef readonly bint rpc_results
     cdef list backlog                       # messages waiting for an outlet
     cdef public Py_ssize_t max_etas         # messages that wait here for their time, as long as there is another place
-    cdef TaskOptions own_task               # of calls that the main process makes, and no message asked for
+    cdef TaskRules own_task               # of calls that the main process makes, and no message asked for
     cdef readonly object hooks              # what calls do is told them, what children do the pool
     cdef readonly object pool
     cdef public object on_idle
@@ -57,7 +57,7 @@ cdef class Core(Ledger):
     cdef bint runs_already(self, Delivery delivery) except -1
     cdef double turn_of(self, Delivery delivery, double now) except -1
     cdef bint read_foreign(self, Delivery delivery) except -1
-    cdef Child pick(self, TaskOptions task)
+    cdef Child pick(self, TaskRules task)
     cdef int hand_over(self, Child child, Delivery delivery) except -1
     cdef int dispatch(self) except -1
     cdef int started(self, Child child) except -1

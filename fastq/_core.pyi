@@ -1,7 +1,7 @@
 import asyncio
 from collections.abc import Callable, Container
 
-from fastq._child import Child, TaskOptions
+from fastq._child import Child, TaskRules
 from fastq._ledger import Ledger
 from fastq.interfaces import CallHooks, ChildHooks
 from fastq.link import BatchSource, Delivery, Source
@@ -20,7 +20,7 @@ class Core(Ledger):
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        tasks: list[TaskOptions],
+        tasks: list[TaskRules],
         hooks: CallHooks,
         pool: ChildHooks,
         *,

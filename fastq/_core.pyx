@@ -10,7 +10,7 @@ from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport int64_t
 from libc.string cimport memcmp, memcpy
 
-from fastq._child cimport MAX_ADVANCE, SENT_SLOTS, Child, TaskOptions, delivery_id, delivery_task
+from fastq._child cimport MAX_ADVANCE, SENT_SLOTS, Child, TaskRules, delivery_id, delivery_task
 from fastq._ledger cimport Ledger
 from fastq.link cimport ACK, DISPATCHED, FINISHED, RECEIVED, REJECT, REQUEUE, RETURN, SETTLED, STARTED
 from fastq.wire.head cimport FINE, NO_TASK, Head, is_utf8, read_text, scan_head
@@ -55,7 +55,7 @@ _STATES = ("SUCCESS", "FAILURE", "RETRY", "IGNORED", "REJECTED", "REJECTED", "RE
 cdef class Core(Ledger):
     """The message loop of one worker.
 
-    ``tasks`` are the TaskOptions by name. ``hooks`` (``interfaces.CallHooks``) and ``pool`` (``interfaces.ChildHooks``) are called
+    ``tasks`` are the TaskRules by name. ``hooks`` (``interfaces.CallHooks``) and ``pool`` (``interfaces.ChildHooks``) are called
     for what is rare. Limits are in seconds, 0 = none.
     """
 
@@ -74,7 +74,7 @@ cdef class Core(Ledger):
         self.soft_time_limit = soft_time_limit
         self.rpc_results = rpc_results
         self.backlog = []
-        self.own_task = TaskOptions("", requeue_lost=reliable)
+        self.own_task = TaskRules("", requeue_lost=reliable)
         self.run_ns = -1
         self.max_etas = 1000    # about a megabyte
 
@@ -181,7 +181,7 @@ cdef class Core(Ledger):
 
     cdef int lost(self, Delivery delivery, Child child, str reason) except -1:
         """The child died while it ran this call."""
-        cdef TaskOptions task = <TaskOptions> delivery.options
+        cdef TaskRules task = <TaskRules> delivery.options
         if delivery.state == SETTLED:
             return 0    # given back already, as the worker is stopping
         if child.terminated_by and delivery.source.dead and not delivery.settled:
@@ -215,7 +215,7 @@ cdef class Core(Ledger):
                                      &delivery.head)
         cdef const char *name
         cdef Py_ssize_t size
-        cdef TaskOptions task = self.last_task
+        cdef TaskRules task = self.last_task
         delivery.state = RECEIVED
         self.ledger[RECEIVED] += 1
         if delivery.source.is_own:
@@ -235,7 +235,7 @@ cdef class Core(Ledger):
         name = PyBytes_AS_STRING(delivery.props) + delivery.head.task.offset
         size = delivery.head.task.length
         if task is None or PyBytes_GET_SIZE(task.key) != size or memcmp(PyBytes_AS_STRING(task.key), name, size) != 0:
-            task = <TaskOptions> self.tasks.get(PyBytes_FromStringAndSize(name, size))
+            task = <TaskRules> self.tasks.get(PyBytes_FromStringAndSize(name, size))
             if task is None:
                 return self.fail(delivery, "unknown", delivery_task(delivery), REJECT)
             self.last_task = task
@@ -249,7 +249,7 @@ cdef class Core(Ledger):
 
     cdef int go_on(self, Delivery delivery) except -1:
         """Decide about the message of a known task that was announced to those who want to know."""
-        cdef TaskOptions task = <TaskOptions> delivery.options
+        cdef TaskRules task = <TaskRules> delivery.options
         if self.stopping:
             return self.settle(delivery, RETURN)
         if self.reliable and delivery.deliveries > self.max_deliveries:
@@ -294,7 +294,7 @@ cdef class Core(Ledger):
     cdef int admit(self, Delivery delivery) except -1:
         """Run a delivery, have it wait for its time or its turn, or end it because it must not run any more."""
         cdef double now, turn
-        cdef TaskOptions task = <TaskOptions> delivery.options
+        cdef TaskRules task = <TaskRules> delivery.options
         if delivery.head.expires and delivery.head.expires <= read_clock():
             return self.fail(delivery, "expired", delivery.head.expires, ACK)
         if self.revoked_ids is not None and self.is_revoked(delivery):
@@ -331,7 +331,7 @@ cdef class Core(Ledger):
 
     cdef double turn_of(self, Delivery delivery, double now) except -1:
         """Assign the delivery the next turn that the task's rate limit has, and return its time."""
-        cdef TaskOptions task = <TaskOptions> delivery.options
+        cdef TaskRules task = <TaskRules> delivery.options
         cdef double turn = task.next_turn if task.next_turn > now else now
         task.next_turn = turn + 1 / task.rate_limit
         delivery.is_rated = True
@@ -424,7 +424,7 @@ cdef class Core(Ledger):
 
     # --- dispatch
 
-    cdef Child pick(self, TaskOptions task):
+    cdef Child pick(self, TaskRules task):
         """The child to give the next call to: one that is awake with little to do, an idle one unless the cores are taken by
         others with short calls, or the least loaded one that may be given calls in advance."""
         cdef Child child, best = None, idle = None, awake = None
@@ -465,7 +465,7 @@ cdef class Core(Ledger):
         cdef Child child
         while self.line.first is not None and not self.on_hold:
             delivery = self.line.first
-            child = self.pick(<TaskOptions> delivery.options)
+            child = self.pick(<TaskRules> delivery.options)
             if child is None:
                 break
             self.line.leave()
@@ -481,7 +481,7 @@ cdef class Core(Ledger):
         return 0
 
     cdef int hand_over(self, Child child, Delivery delivery) except -1:
-        cdef TaskOptions task = <TaskOptions> delivery.options
+        cdef TaskRules task = <TaskRules> delivery.options
         cdef bint idle = child.outstanding() == 0
         child.write_call(delivery, self.wants_result(delivery), self.wants_outcomes, self.limit_of(delivery),
                          self.soft_limit_of(delivery))
@@ -503,7 +503,7 @@ cdef class Core(Ledger):
             return False
         ignored = False
         if delivery.options is not None:
-            ignored = (<TaskOptions> delivery.options).ignore_result
+            ignored = (<TaskRules> delivery.options).ignore_result
         if delivery.head.ignore_result >= 0:
             ignored = delivery.head.ignore_result
         return not ignored
@@ -512,12 +512,12 @@ cdef class Core(Ledger):
         # What the message says wins, 0 (no limit) included.
         if delivery.head.time_limit >= 0:
             return delivery.head.time_limit
-        return (<TaskOptions> delivery.options).time_limit or self.time_limit
+        return (<TaskRules> delivery.options).time_limit or self.time_limit
 
     cdef double soft_limit_of(self, Delivery delivery) except -1:
         if delivery.head.soft_time_limit >= 0:
             return delivery.head.soft_time_limit
-        return (<TaskOptions> delivery.options).soft_time_limit or self.soft_time_limit
+        return (<TaskRules> delivery.options).soft_time_limit or self.soft_time_limit
 
     cdef int started(self, Child child) except -1:
         """The oldest call a child holds starts now. Early acknowledgement happens here."""
@@ -530,7 +530,7 @@ cdef class Core(Ledger):
             return 0
         if self.wants_outcomes:
             self.hooks.started(delivery_id(delivery), child.pid)
-        if not (<TaskOptions> delivery.options).acks_late and not delivery.settled:
+        if not (<TaskRules> delivery.options).acks_late and not delivery.settled:
             delivery.settled = True
             delivery.source.tell(delivery, ACK)
         return 0
@@ -571,7 +571,7 @@ cdef class Core(Ledger):
     cdef int on_outcome(self, Child child, const uint8_t *p, Py_ssize_t size) except -1:
         cdef OutcomeRecord record
         cdef Delivery delivery
-        cdef TaskOptions task
+        cdef TaskRules task
         cdef const char *payload = <const char *> p + sizeof(OutcomeRecord)
         cdef bytes meta = None
         cdef str reason = None
@@ -606,7 +606,7 @@ cdef class Core(Ledger):
                 self.pool.child_drained(child)
         if delivery is None:
             return 0
-        task = <TaskOptions> delivery.options
+        task = <TaskRules> delivery.options
         child.expected_ns -= task.run_ns if task.run_ns > 0 else ADVANCE_NS
         if child.expected_ns < 0:
             child.expected_ns = 0

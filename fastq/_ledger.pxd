@@ -9,7 +9,7 @@ from fastq.link cimport Delivery
 
 cdef class Ledger(Keeper):
     """Every delivery, child and source of a worker, and how many deliveries are in which state. Decides nothing."""
-    cdef readonly dict tasks                # TaskOptions by encoded name
+    cdef readonly dict tasks                # TaskRules by encoded name
     cdef readonly list children
     cdef list sources
     cdef WaitingLine line                   # for a child

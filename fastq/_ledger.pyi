@@ -1,6 +1,6 @@
 from typing import Any
 
-from fastq._child import Child, Keeper, TaskOptions
+from fastq._child import Child, Keeper, TaskRules
 
 class Ledger(Keeper):
     children: list[Child]
@@ -11,7 +11,7 @@ class Ledger(Keeper):
     refused: dict[str, int]
     ledger: list[int]
     outcomes: list[int]
-    tasks: dict[bytes, TaskOptions]
+    tasks: dict[bytes, TaskRules]
     parked: int
     @property
     def scheduled_count(self) -> int: ...

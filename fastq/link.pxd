@@ -35,7 +35,7 @@ cdef class Delivery:
     cdef bytes props
     cdef bytes body
     cdef Head head
-    cdef object options         # the core's TaskOptions
+    cdef object options         # the core's TaskRules
     cdef public object request  # what the hooks have made of it
     cdef int deliveries         # how often the broker has handed it out, this time included
     cdef int deaths             # children that died of it here

@@ -437,7 +437,7 @@ class Life:
         reliable = bool(options.reliable)
         core = Core(
             loop,
-            self.program.task_options(options),
+            self.program.task_rules(options),
             hooks,
             self.pool,
             reliable=reliable,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import asyncio
     from concurrent.futures import Future
 
-    from fastq._child import TaskOptions
+    from fastq._child import TaskRules
     from fastq.worker.hooks import Hooks
     from fastq.worker.options import WorkerOptions
 
@@ -96,7 +96,7 @@ class Program(Protocol):
     def prepare(self, options: WorkerOptions) -> WorkerOptions:
         """Get ready for the first fork; return the options with the queues that the application may have changed."""
 
-    def task_options(self, options: WorkerOptions) -> list[TaskOptions]:
+    def task_rules(self, options: WorkerOptions) -> list[TaskRules]:
         """Return how the calls of each task are to be treated."""
 
     def child_main(self, options: ChildOptions) -> ChildMain:
@@ -217,16 +217,16 @@ class FastQProgram:
         self.app.finalize()
         return options
 
-    def task_options(self, options: WorkerOptions) -> list[TaskOptions]:
+    def task_rules(self, options: WorkerOptions) -> list[TaskRules]:
         """Return how the calls of each task are to be treated."""
         return [self._options_of(name, bool(options.reliable)) for name in self.app.tasks]
 
-    def _options_of(self, name: str, reliable: bool) -> TaskOptions:
-        from fastq._child import TaskOptions  # after the fork: children have no message loop
+    def _options_of(self, name: str, reliable: bool) -> TaskRules:
+        from fastq._child import TaskRules  # after the fork: children have no message loop
 
         task, settings = self.app.tasks[name], self.settings
         late = settings.task_acks_late if task.acks_late is None else task.acks_late
-        return TaskOptions(
+        return TaskRules(
             name,
             acks_late=reliable if late is None else late,
             requeue_lost=reliable,

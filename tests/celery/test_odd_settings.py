@@ -49,7 +49,7 @@ def settle(app: celery.Celery) -> tuple[Settings, WorkerOptions]:
     settings = program.settings
     settings.freeze()
     options = as_celery_means(WorkerOptions(), "celery").resolved(settings)
-    program.task_options(options)
+    program.task_rules(options)
     for queue in options.queues:
         list(Topology(settings).spec(queue).steps())
     list(event_steps(settings, "queue"))

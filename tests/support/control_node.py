@@ -21,7 +21,7 @@ from typing import Any
 
 import uvloop
 
-from fastq._child import TaskOptions
+from fastq._child import TaskRules
 from fastq.queues import QueueSpec, Topology
 from fastq.settings import Settings
 from fastq.wire.message import encode_task
@@ -74,7 +74,7 @@ class CoreOfRows:
 
     def __init__(self, done: list[tuple[Any, ...]]) -> None:
         self.done = done
-        self.tasks = {name.encode(): TaskOptions(name) for name in ("proj.add", "proj.nap")}
+        self.tasks = {name.encode(): TaskRules(name) for name in ("proj.add", "proj.nap")}
         self.revoked: Any = None
         self.prefetch = 8
         self.rows: dict[str, list[dict[str, Any]]] = {"active": [], "reserved": [], "scheduled": []}

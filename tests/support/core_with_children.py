@@ -15,7 +15,7 @@ from typing import Any
 
 import uvloop
 
-from fastq._child import Child, TaskOptions
+from fastq._child import Child, TaskRules
 from fastq._core import Core
 from fastq.link import BatchSource, Delivery
 from fastq.plugins import load
@@ -242,7 +242,7 @@ def run_loop(
     async def main() -> None:
         hooks = RecordingHooks(loop)
         names = [*TASKS, "publish", "state", "large"]
-        options = [TaskOptions(name, **(tasks or {}).get(name, {})) for name in names]
+        options = [TaskRules(name, **(tasks or {}).get(name, {})) for name in names]
         wanted = PoolOptions(
             concurrency,
             lambda title, reason: hooks.lost.append((title, reason)),

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from celery.utils.dispatch import Signal
 
-    from fastq._child import TaskOptions
+    from fastq._child import TaskRules
     from fastq.celery.worker.parent import CeleryHooks
     from fastq.celery.worker.threads import Recorder
     from fastq.worker.hooks import Hooks
@@ -226,12 +226,12 @@ class CeleryProgram:
             self.__dict__.pop("settings", None)
         return options.changed(queues=queues)
 
-    def task_options(self, options: WorkerOptions) -> list[TaskOptions]:
+    def task_rules(self, options: WorkerOptions) -> list[TaskRules]:
         """Return how the calls of each task are to be treated."""
         return [self._options_of(task, bool(options.reliable)) for task in self.app.tasks.values()]
 
-    def _options_of(self, task: Any, reliable: bool) -> TaskOptions:
-        from fastq._child import TaskOptions  # after the fork: children have no message loop
+    def _options_of(self, task: Any, reliable: bool) -> TaskRules:
+        from fastq._child import TaskRules  # after the fork: children have no message loop
 
         limits = {}
         for name in ("time_limit", "soft_time_limit"):
@@ -240,7 +240,7 @@ class CeleryProgram:
         if task.rate_limit and not self.app.conf.worker_disable_rate_limits:
             with blaming(f"rate_limit of task {task.name}", "task_default_rate_limit"):
                 limits["rate_limit"] = float(rate(task.rate_limit))
-        return TaskOptions(
+        return TaskRules(
             task.name,
             acks_late=bool(task.acks_late) or reliable,
             requeue_lost=reliable,

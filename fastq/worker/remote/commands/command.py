@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
-    from fastq._child import TaskOptions
+    from fastq._child import TaskRules
     from fastq.queues import QueueSpec
     from fastq.settings import Settings
     from fastq.worker.options import WorkerOptions
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class CoreView(Protocol):
     """The message loop. A row is a dict that ``describe.Row`` names the fields of."""
 
-    tasks: dict[bytes, TaskOptions]
+    tasks: dict[bytes, TaskRules]
     revoked: Container[str] | None
 
     @property
