@@ -37,6 +37,7 @@ DOCUMENTS = (
     "docs/architecture.md",
     "docs/celery.md",
     "docs/extending.md",
+    "docs/internals.md",
     "docs/operating.md",
     "docs/tasks.md",
     "docs/troubleshooting.md",
