@@ -66,7 +66,7 @@ def unknown_part(scheme: str, masked: str, problem: str, setting: str, schemes: 
     """Return the error for a URL, its secrets masked, that names no known part: what may have been meant."""
     near = _nearest(scheme or re.split(r"[^\w+.-]", masked, maxsplit=1)[0].lower(), schemes)
     hint = f"; did you mean {near}://?" if near else ""
-    known = ", ".join(name if name == "disabled" else f"{name}://" for name in schemes)
+    known = ", ".join(name if name == "disabled" else f"{name}://" for name in (*schemes, "module:NAME"))
     if not scheme or "://" not in masked:
         return SettingsError(f"{setting} {masked!r} is no URL{hint or '.'} Expected one of {known}")
     return SettingsError(f"{problem} {scheme}://{hint or '.'} Set {setting} to one of {known}")

@@ -84,9 +84,16 @@ class Globals:
         if not self.broker:
             self.require_app()
         from fastq.app import FastQ
-        from fastq.cli.loader import default_celery_app, find_any_app, import_module, is_celery
+        from fastq.cli.loader import (
+            add_working_directory,
+            default_celery_app,
+            find_any_app,
+            import_module,
+            is_celery,
+        )
 
         self._tell_celery()
+        add_working_directory()  # the application is there, or a broker of somebody's own
         if self.application is not None:
             return self.application
         own_name = sys.argv[0]

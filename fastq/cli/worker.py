@@ -89,15 +89,12 @@ def _start_method(ctx: click.Context, param: click.Parameter, value: str | None)
         raise Misuse(
             f"option --pool-start-method {value} is not carried by this version of fastq; "
             "remove it: children are forked"
-            f"option --pool-start-method {value} is not carried by this version of fastq; remove it: "
-            "children are forked"
         )
 
 
 def _pool(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if value in NOT_CARRIED:
         raise Misuse(f"option -P/--pool {value} is not carried by this version of fastq; remove it to use prefork")
-    find_pool(value)
     return value
 
 
@@ -219,6 +216,7 @@ class Start:
         """Drop privileges, load the application, open the files, and run the worker until it ends."""
         drop_privileges(self.uid, self.gid)
         program = self._load_program()
+        find_pool(self.options.pool)  # in the application's folder; before any file is made
         self._follow_settings(program)
         with Pidfile(expand_path(self.options.pidfile, self.options.hostname)):
             handler = open_handler(self.options.logfile, self.options.hostname)

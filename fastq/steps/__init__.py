@@ -59,9 +59,9 @@ class Around:
 
     def __init__(self, task: AnyTask, steps: Sequence[Step]) -> None:
         inner_first = steps[::-1]
-        self.before = _given(step.before(task) for step in steps)
-        self.on_exception = _given(step.on_exception(task) for step in inner_first)
-        self.after = {state: _given(step.after(task, state) for step in inner_first) for state in ENDS}
+        self.before = _given((step, step.before(task)) for step in steps)
+        self.on_exception = _given((step, step.on_exception(task)) for step in inner_first)
+        self.after = {state: _given((step, step.after(task, state)) for step in inner_first) for state in ENDS}
 
     def end_of(self, error: BaseException) -> BaseException:
         """Return what ends a call that has raised this: what the steps make of it, or what one of them raises."""
@@ -74,8 +74,16 @@ class Around:
         return error
 
 
-def _given(functions: Iterable[F | None]) -> tuple[F, ...]:
-    return tuple(function for function in functions if function is not None)
+def _given(answers: Iterable[tuple[Step, F | None]]) -> tuple[F, ...]:
+    """Return the functions that steps have given. Raises TypeError for what is none."""
+    given: list[F] = []
+    for step, function in answers:
+        if function is None:
+            continue
+        if not callable(function):
+            raise TypeError(f"step {type(step).__qualname__} has given {function!r:.80}; expected a function or None")
+        given.append(function)
+    return tuple(given)
 
 
 def checked(steps: Sequence[Step]) -> tuple[Step, ...]:

@@ -136,3 +136,8 @@ def test_numbers_in_any_form_are_numbers(name: str) -> None:
         if name == "broker_port" and isinstance(value, timedelta):
             continue  # kombu writes it into the URL
         settle(application(**{name: value}))
+
+
+def test_a_broker_of_ones_own_is_refused_by_its_name() -> None:
+    with pytest.raises(SettingsError, match=r"'broker_url' names a broker of your own, toys:BROKER: .*kombu"):
+        settle(application(broker="toys:BROKER://place"))

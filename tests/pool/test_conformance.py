@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import operator
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,3 +66,24 @@ def test_a_worker_says_which_pool_it_has(start_worker: Callable[..., WorkerProce
     started = start_worker("-P", "tests.toys.toy_pool:POOL", "-c", "1", source=source)
     assert "concurrency: 1 (tests.toys.toy_pool:POOL)" in started.log()
     assert started.stop() == 0
+
+
+def test_a_pool_in_the_folder_of_the_application_is_found(tmp_path: Path) -> None:
+    """By the installed command, which has no folder of the user's on its path."""
+    (tmp_path / "toypool.py").write_text(Path(toy_pool.__file__).read_text(encoding="utf-8"))
+    (tmp_path / "proj.py").write_text(f"from fastq import FastQ\napp = FastQ(broker='sqlite:///{tmp_path}/x.db')\n")
+    command = [Path(sys.executable).with_name("fastq"), "-A", "proj", "worker", "-P", "toypool:POOL", "-c", "1"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        assert any("ready." in line for line in worker.stdout)
+        worker.terminate()
+    assert worker.returncode == 0
+
+
+def test_a_pool_that_nobody_knows_is_a_setting_that_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "proj.py").write_text("from fastq import FastQ\napp = FastQ(broker='memory://')\n")
+    command = [sys.executable, "-m", "fastq", "-A", "proj", "worker", "-P", "puddle"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 78
+    assert "no pool is known by the name 'puddle'" in done.stderr

@@ -190,3 +190,13 @@ def test_a_retry_is_no_failure_to_a_step_of_a_retried_task(bench: Bench) -> None
     assert t.apply().state == "FAILURE"
     assert [each[1:3] for each in seen if each[1] == "after"] == [("after", "RETRY"), ("after", "FAILURE")]
     assert [each[2].partition("(")[0] for each in seen if each[1] == "exception"] == [Retry.__name__, "KeyError"]
+
+
+def test_a_step_that_gives_no_function_is_named_when_it_is_asked(bench: Bench) -> None:
+    class Counting(Step):
+        def before(self, task: Task[..., Any]) -> Before:
+            return 1  # type: ignore[return-value]
+
+    task = bench.app.task(name="counted")(lambda: 1)
+    with pytest.raises(TypeError, match=r"step \S+Counting has given 1; expected a function or None"):
+        Around(task, (Counting(),))

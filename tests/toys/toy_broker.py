@@ -14,6 +14,7 @@ from fastq.brokers import Broker
 from fastq.brokers.limits import check_sizes
 from fastq.brokers.pulling import PullingConsumer
 from fastq.brokers.turns import Outcome, Room, Turns, Work, due_of
+from fastq.errors import ConnectionLost
 from fastq.link import ACK, REJECT, REQUEUE, RETURN
 from fastq.settings import Settings
 from fastq.wire.message import Message
@@ -28,7 +29,11 @@ class Held:
 
 @contextmanager
 def opened(url: str) -> Iterator[list[Held]]:
-    with open(Path(url.partition("://")[2], "messages"), "a+b") as file:
+    try:
+        file = open(Path(url.partition("://")[2], "messages"), "a+b")  # noqa: SIM115
+    except OSError as error:
+        raise ConnectionLost(f"the folder of {url} cannot be used: {error.strerror}") from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         held: list[Held] = pickle.loads(file.read() or pickle.dumps([]))

@@ -20,6 +20,7 @@ from kombu import Connection, Exchange, Queue
 from kombu.exceptions import KombuError
 
 from fastq.errors import SettingsError
+from fastq.net.urls import scheme_of
 from fastq.settings import Settings, takes_none
 
 #: Result stores that the worker writes itself, by their class; every other one is written in the child.
@@ -108,6 +109,11 @@ def settings_of_app(app: celery.Celery, queues: Sequence[str] = ()) -> Settings:
         settings.load({"task_queues": list(_queues(app, queues))})
     # As if assigned: Celery has read the environment, and its own code in the children follows that.
     settings.broker_url = broker_url_of(app)
+    if ":" in (own := scheme_of(settings.broker_url)):
+        raise SettingsError(
+            f"'broker_url' names a broker of your own, {own}: that is for FastQ applications. Celery's own code sends "
+            "here too and needs one that kombu has, such as amqp:// or redis://"
+        )
     settings.result_backend = result_backend_of(app)
     return settings
 
