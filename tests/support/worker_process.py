@@ -149,7 +149,9 @@ class WorkerProcess:
             self._process.kill()
         for process in [*self._seen.values()]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+                # Asked first: of what it has once found gone, psutil kills whoever has the number now.
+                if process.is_running():
+                    process.kill()
         self._process.wait(STOP_TIMEOUT_S)
 
     @contextlib.contextmanager
