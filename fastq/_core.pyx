@@ -355,10 +355,12 @@ cdef class Core(Ledger):
     def postpone_far(self) -> None:
         """The broker keeps messages from now on: give it what is far, beyond the number that is held here anyway."""
         cdef Delivery delivery
-        for due, _, each in self.later.clear():
-            delivery = <Delivery> each
-            if len(self.later) < self.max_etas or delivery.source.postpone is None or not self.postpone(delivery):
-                self.later.put(delivery, due)
+        cdef list kept = []
+        for entry in self.later.entries():
+            delivery = <Delivery> (<tuple> entry)[2]
+            if len(kept) < self.max_etas or delivery.source.postpone is None or not self.postpone(delivery):
+                kept.append(entry)
+        self.later.heap = kept      # sorted, which is a heap
         self.on_batch()
 
     cdef bint is_revoked(self, Delivery delivery) except -1:

@@ -50,9 +50,6 @@ class Collected:
         """Have everybody who asks for a result told that there will be none, as the batch has ended with this error."""
         self.failure = format_exception_only(type(error), error)[-1].strip()[:_MAX_REASON]
 
-    def __reduce__(self) -> Any:
-        return Collected, (self.failure,)
-
 
 class RemoteTraceback(Exception):
     """The worker's traceback, shown as the cause of an exception that ``get()`` raises."""
@@ -90,8 +87,14 @@ class AsyncResult(Generic[R_co]):
 
     def __reduce__(self) -> Any:
         arguments = self.id, self._source, self._task_name, self.ignored
-        # With rpc:// nobody else can have the result.
-        return type(self), arguments, (None, {"_meta": self._meta, "_collected": self._collected})
+        # With rpc:// nobody else can have the result. The words are those of every version: others read them, too.
+        unsent = None if self._collected is None else self._collected.failure
+        return type(self), arguments, (None, {"_meta": self._meta, "_unsent": unsent})
+
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        self._meta = state[1]["_meta"]
+        unsent = state[1].get("_unsent")
+        self._collected = None if unsent is None else Collected(unsent)
 
     def __str__(self) -> str:
         return self.id

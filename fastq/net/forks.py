@@ -17,7 +17,10 @@ logger = logging.getLogger("fastq.forks")
 
 
 class Forked(Protocol):
-    """An object that is its parent's in a forked child."""
+    """An object that is its parent's in a forked child.
+
+    With methods ``before_fork`` and ``after_fork_in_parent`` it hears of a fork before it, and after it in the parent.
+    """
 
     def after_fork(self) -> None:
         """In a forked child: be as new, and leave the parent's connections alone. There are no other threads."""
@@ -35,6 +38,26 @@ def register(thing: Forked) -> None:
 
 def _forget(reference: weakref.ref[Forked]) -> None:
     _forked.pop(reference, None)
+
+
+def _before_fork() -> None:
+    for reference in reversed(list(_forked)):
+        _tell(reference(), "before_fork")
+
+
+def _after_fork_in_parent() -> None:
+    for reference in list(_forked):
+        _tell(reference(), "after_fork_in_parent")
+
+
+def _tell(thing: Forked | None, name: str) -> None:
+    method = getattr(thing, name, None)
+    if method is None:
+        return
+    try:
+        method()
+    except BaseException:  # the others have to be told all the same
+        logger.exception("%r is not ready for a fork of process %d", thing, _pid)
 
 
 def _after_fork() -> None:
@@ -72,6 +95,6 @@ def _hear_of_uwsgi(uwsgi: Any) -> None:
         postfork(after_fork)
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)
 if "uwsgi" in sys.modules:  # there in its processes only, from their start
     _hear_of_uwsgi(sys.modules["uwsgi"])

@@ -17,8 +17,6 @@ from fastq.net.urls import warn_ignored
 if TYPE_CHECKING:
     import ssl
 
-logger = logging.getLogger("fastq.amqp.url")
-
 #: Fields of TlsOptions by Celery's names, each with or without ``ssl_`` in front, and by those of RabbitMQ's own URIs.
 TLS_NAMES: Final = {
     "ca_certs": "ca_file",
@@ -58,6 +56,8 @@ class TlsOptions:
     ciphers: str | None = None
     checks_host: bool = True
     insecure: bool = False
+    #: Under which name it is logged that something is not checked.
+    log: str = field(default="fastq.amqp.url", compare=False)
 
 
 def parse_tls(where: str, options: Mapping[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
@@ -108,6 +108,7 @@ def tls_context(options: TlsOptions) -> ssl.SSLContext:
             f"TLS files {', '.join(repr(name) for name in files if name)} cannot be used: {error}. "
             "Check ca_certs, certfile and keyfile, with ssl_ in front for Redis"
         ) from None
+    logger = logging.getLogger(options.log)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.check_hostname = options.checks_host
     if options.insecure:

@@ -63,6 +63,8 @@ class Signals:
         # The zygote has set them; to set them again would write to some thirty pages of memory.
         self._handlers: dict[int, Callable[[int, object], None]] = dict.fromkeys(_LEFT_TO_MAIN, zygote.on_signal)
         zygote.child_handler = self._on_signal
+        if any(signal.getsignal(signum) is not handler for signum, handler in self._handlers.items()):
+            self.install()  # somebody's hook for forks has set others
         Signals.of_process = self
 
     def install(self) -> None:

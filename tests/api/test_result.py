@@ -282,3 +282,15 @@ def test_a_result_that_comes_after_the_loop_is_gone_hurts_nobody(task: Task[[int
     asyncio.run(give_up())
     finish(store, result, "SUCCESS", 4)
     assert result.get() == 4
+
+
+def test_a_pickled_handle_reads_what_the_version_before_has_written() -> None:
+    """A handle may lie in a cache or a session, or come from a process that is not restarted yet."""
+    app = FastQ("pickles", broker="memory://pickles", backend="memory://pickles")
+    handle = app.AsyncResult("an-id", "a.task")
+    make, arguments, (_, state) = handle.__reduce__()
+    assert state == {"_meta": None, "_unsent": None}
+    again = make(*arguments)
+    again.__setstate__((None, {"_meta": None, "_unsent": "ValueError: 3"}))
+    with pytest.raises(RuntimeError, match=r"never sent: .*ValueError: 3"):
+        again.get(timeout=1)

@@ -135,7 +135,7 @@ def _parse_one(text: str, parts: SplitResult, context: _Context) -> RedisUrl:
         host=unquote(parts.hostname or "") or context.host,
         port=parts.port or context.port,
         db=_parse_database(text, parts.path.strip("/") or query.get("db") or str(context.db)),
-        tls=TlsOptions(**options) if parts.scheme == "rediss" or context.tls else None,
+        tls=TlsOptions(log="fastq.redis.url", **options) if parts.scheme == "rediss" or context.tls else None,
         **login,
     )
 
@@ -153,7 +153,7 @@ def _parse_sentinels(parts: list[tuple[str, SplitResult]], context: _Context) ->
     if not isinstance(own, Mapping):
         raise SettingsError(f"{context.options_setting}['sentinel_kwargs'] is not a dict")
     named = {name: value for name, value in own.items() if name.startswith("ssl_")}
-    tls = TlsOptions(**parse_tls(f"{context.options_setting}['sentinel_kwargs']", named))
+    tls = TlsOptions(log="fastq.redis.url", **parse_tls(f"{context.options_setting}['sentinel_kwargs']", named))
     sentinels = tuple(
         RedisUrl(
             host=unquote(split.hostname or "") or "localhost",

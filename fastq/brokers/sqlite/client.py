@@ -128,6 +128,15 @@ class FileClient:
             if file is not None:
                 file.close()
 
+    def before_fork(self) -> None:
+        """Have nothing open: SQLite's locks do not come over a fork, and the child would believe that it had them."""
+        self._lock.acquire()
+        self.close()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self._lock.release()
+
     def after_fork(self) -> None:
         """In a forked child: open an own connection when it is needed."""
         self._lock = threading.RLock()

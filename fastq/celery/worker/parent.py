@@ -34,7 +34,7 @@ from fastq.guard import guarded
 from fastq.interfaces import CallHooks
 from fastq.link import ACK, REJECT, REQUEUE, Delivery
 from fastq.running.decode import MAX_DETAIL
-from fastq.states import PENDING, RECEIVED, REJECTED, RETRY
+from fastq.states import FAILURE, PENDING, RECEIVED, REJECTED, RETRY
 from fastq.wire.head import scan
 from fastq.wire.properties import readable_properties
 from fastq.worker.hooks import Hooks, refusal
@@ -47,7 +47,7 @@ logger = logging.getLogger("celery.worker.consumer")
 _NOT_BEGUN = frozenset({PENDING, RECEIVED, RETRY, REJECTED})
 
 
-@guarded(CallHooks)
+@guarded(CallHooks, failure=(FAILURE, None))
 class CeleryHooks(Hooks):
     """Answers the core as Celery's consumer would. ``consumer`` is set before the first call."""
 

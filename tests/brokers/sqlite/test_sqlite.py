@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from fastq import FastQ
 from fastq.brokers import open_publisher
 from fastq.brokers.sqlite import bells, database
 from fastq.brokers.sqlite.broker import SqliteConsumer, live_workers
@@ -825,3 +826,62 @@ def test_stores_and_consumers_fit_their_protocols(url: str, settings: Settings) 
     assert store.load("x") is None
     assert SqliteConsumer(url, settings).name.startswith("fastq@")
     store.close()
+
+
+OTHER = """
+import sys
+from fastq import FastQ
+app = FastQ("other", broker=sys.argv[1])
+app.send_task("t", queue="others")
+app.close()
+"""
+
+
+def test_what_a_forked_process_sends_is_kept_when_all_others_have_closed_the_file(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """SQLite's locks do not come over a fork: a child that believed in its parent's would lose what it writes."""
+    app = FastQ("forks", broker=sqlite_url)
+    app.send_task("t")
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            app.send_task("t")
+            theirs.send(b".")
+            theirs.recv(1)
+            for _ in range(10):
+                app.send_task("t")
+            code = 0
+        finally:
+            os._exit(code)
+    assert ours.recv(1) == b"."
+    app.close()
+    subprocess.run([sys.executable, "-c", OTHER, sqlite_url], check=True, cwd=ROOT, timeout=60)
+    ours.send(b".")
+    assert os.waitpid(pid, 0)[1] == 0
+    publisher = open_publisher(sqlite_url, Settings())
+    assert publisher.depth("celery") == 12
+    publisher.close()
+    ours.close()
+    theirs.close()
+
+
+def test_a_process_that_is_forked_while_a_thread_writes_is_not_locked_out(sqlite_url: str) -> None:
+    publisher = open_publisher(sqlite_url, Settings({"fastq_publish_timeout": 5.0}))
+    done = threading.Event()
+
+    def write() -> None:
+        while not done.is_set():
+            publisher.publish([message(b"1")])
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        answers = [in_child(lambda: publisher.publish([message(b"2")])) for _ in range(5)]
+    finally:
+        done.set()
+        thread.join()
+    assert answers == ["returned None"] * 5
+    publisher.close()
