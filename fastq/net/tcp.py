@@ -69,10 +69,18 @@ def connect_first(host: str, port: int, timeout_s: float) -> socket.socket:
     raise failures[0]
 
 
+def peer_of(sock: socket.socket) -> Any:
+    """Return the address at the other end; None when the connection has ended already."""
+    try:
+        return sock.getpeername()
+    except OSError:
+        return None
+
+
 def avoid(address: Any) -> None:
     """Have others of its name tried before an address that has taken a connection and then said nothing in time.
 
-    ``address``: as ``getpeername`` returns it. A program that hangs still listens, and would be the first for ever.
+    ``address``: as ``peer_of`` returns it. A program that hangs still listens, and would be the first for ever.
     """
     _silent[address] = time.monotonic() + SILENT_S
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 import uvloop
 
-from fastq.brokers import open_blocking_bus
+from fastq.brokers import open_blocking_bus, open_publisher
 from fastq.brokers.rabbitmq.connection import connect_any
 from fastq.brokers.rabbitmq.url import Endpoints
 from fastq.brokers.redis.blocking import BlockingRedis
@@ -216,3 +218,37 @@ def test_an_address_that_says_nothing_is_tried_last_from_then_on(
         stage.wait_for(stage.send(1), 20)
     finally:
         stage.close()
+
+
+@pytest.mark.parametrize("scheme", ["amqp", "redis"])
+def test_a_connection_that_is_reset_at_once_is_lost_and_nothing_else(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peer's address is not to be had then."""
+
+    def connect(*place: Any) -> socket.socket:
+        sock = connect_first(*place)
+        time.sleep(0.01)  # the reset has come
+        return sock
+
+    module = {"amqp": "rabbitmq", "redis": "redis"}[scheme]
+    monkeypatch.setattr(f"fastq.brokers.{module}.tcp.connect_first", connect)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(5.0)
+
+        def reset() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    sock, _ = server.accept()
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    sock.close()
+
+        thread = threading.Thread(target=reset)
+        thread.start()
+        publisher = open_publisher(f"{scheme}://127.0.0.1:{server.getsockname()[1]}", Settings())
+        for _ in range(5):
+            with pytest.raises(ConnectionLost):
+                publisher.depth("celery")
+        publisher.close()
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join()

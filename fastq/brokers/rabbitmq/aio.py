@@ -20,7 +20,7 @@ from fastq.brokers.rabbitmq.refusal import refusal
 from fastq.brokers.rabbitmq.tcp import unreachable
 from fastq.brokers.rabbitmq.url import AmqpUrl
 from fastq.errors import ConnectionLost, FastqError, RemoteProtocolError, SettingsError
-from fastq.net.tcp import avoid, connect_first_on, tune_socket
+from fastq.net.tcp import avoid, connect_first_on, peer_of, tune_socket
 from fastq.net.tls import tls_context, tls_failed
 from fastq.wire.amqp import METHODS, decode_method
 from fastq.wire.frames import HEARTBEAT, PROTOCOL_HEADER
@@ -76,7 +76,7 @@ class AmqpConnection:
             sock = await connect_first_on(self._loop, self.url.host, self.url.port)
         except OSError as error:
             raise unreachable(self.url, error) from None
-        self._address = sock.getpeername()
+        self._address = peer_of(sock)
         try:
             transport, _ = await self._loop.create_connection(
                 lambda: cast("Any", self.link),

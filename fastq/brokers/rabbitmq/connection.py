@@ -21,7 +21,7 @@ from fastq.brokers.rabbitmq.refusal import refusal
 from fastq.brokers.rabbitmq.tcp import connect_socket, lost
 from fastq.brokers.rabbitmq.url import AmqpUrl, Endpoints
 from fastq.errors import ConnectionLost, RemoteProtocolError, SettingsError
-from fastq.net.tcp import avoid, none_reachable
+from fastq.net.tcp import avoid, none_reachable, peer_of
 from fastq.queues import QueueSpec
 from fastq.wire.amqp import METHODS, decode_method
 from fastq.wire.frames import PROTOCOL_HEADER, FrameReader
@@ -114,7 +114,7 @@ class BlockingConnection:
             except RemoteProtocolError as error:
                 raise SettingsError(f"{self.url} does not speak AMQP 0-9-1: {error}") from None
             if event is None:
-                avoid(self.sock.getpeername())
+                avoid(peer_of(self.sock))
                 raise ConnectionLost(f"{self.url} did not finish the handshake within broker_connection_timeout")
             if reply := handshake.answer(event.method_id, event.arguments):
                 self.transmit(reply)

@@ -7,7 +7,7 @@ import time
 
 from fastq.brokers.rabbitmq.url import AmqpUrl
 from fastq.errors import ConnectionLost
-from fastq.net.tcp import avoid, connect_first, tune_socket
+from fastq.net.tcp import avoid, connect_first, peer_of, tune_socket
 from fastq.net.tls import tls_context, tls_failed
 
 
@@ -21,7 +21,7 @@ def connect_socket(url: AmqpUrl, deadline: float) -> socket.socket:
     if url.tls is None:
         return sock
     context = tls_context(url.tls)
-    address = sock.getpeername()
+    address = peer_of(sock)
     try:
         sock.settimeout(max(deadline - time.monotonic(), 0.1))
         return context.wrap_socket(sock, server_hostname=url.tls.server_name or url.host)

@@ -18,7 +18,7 @@ from fastq.brokers.redis.login import Command
 from fastq.brokers.redis.replies import MAX_MESSAGE_BYTES, ReplyReader, Shape, fits
 from fastq.brokers.redis.url import RedisUrl
 from fastq.errors import ConnectionLost, LocalProtocolError, RedisError, RemoteProtocolError
-from fastq.net.tcp import avoid, connect_first_on, tune_socket
+from fastq.net.tcp import avoid, connect_first_on, peer_of, tune_socket
 from fastq.net.tls import tls_context
 
 #: Chosen: a server that says nothing is asked for a sign of life after so long, and given up after as long again.
@@ -182,7 +182,7 @@ class AsyncRedis:
             sock = await connect_first_on(self._loop, url.host, url.port)
         except OSError as error:
             raise login.unreachable(url, error) from None
-        self._address = sock.getpeername()
+        self._address = peer_of(sock)
         try:
             await self._loop.create_connection(make, sock=sock, ssl=context, server_hostname=name)
         except OSError as error:

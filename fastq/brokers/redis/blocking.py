@@ -27,7 +27,7 @@ from fastq.brokers.redis.replies import MAX_MESSAGE_BYTES, ReplyReader, Shape, f
 from fastq.brokers.redis.tcp import connect_socket
 from fastq.brokers.redis.url import RedisUrl
 from fastq.errors import ConnectionLost, FastqError, LocalProtocolError, RedisError, RemoteProtocolError
-from fastq.net.tcp import avoid
+from fastq.net.tcp import avoid, peer_of
 
 REPLY_BYTES: Final = 1 << 13  # most replies are a few bytes; for longer ones it is asked again
 RECEIVE_BYTES: Final = 1 << 16
@@ -315,7 +315,7 @@ class BlockingRedis:
         self._reader, self._is_subscribed = ReplyReader(self._max_message_bytes), False
         self._replies.clear()
         self._sock, self._pid = connect_socket(url, deadline), os.getpid()
-        address = self._sock.getpeername()
+        address = peer_of(self._sock)
         try:
             self._set_time_outs(self._sock)
             commands = login.login_commands(url, self._name)

@@ -7,7 +7,7 @@ import time
 
 from fastq.brokers.redis import login
 from fastq.brokers.redis.url import RedisUrl
-from fastq.net.tcp import avoid, connect_first, tune_socket
+from fastq.net.tcp import avoid, connect_first, peer_of, tune_socket
 from fastq.net.tls import tls_context
 
 
@@ -16,7 +16,7 @@ def connect_socket(url: RedisUrl, deadline: float) -> socket.socket:
     sock = _connect_plain(url, max(deadline - time.monotonic(), 0.001))
     if url.tls is None or url.path:
         return sock
-    address = sock.getpeername()
+    address = peer_of(sock)
     try:
         context = tls_context(url.tls)
         sock.settimeout(max(deadline - time.monotonic(), 0.001))
