@@ -10,11 +10,12 @@ import faulthandler
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from fastq.pool import zygote
 from fastq.pool.process import STACKS_SIGNAL
@@ -32,6 +33,9 @@ _THREADS_S: Final = 1.0
 
 class ChildSetup(Protocol):
     """What surrounds the calls of a child and goes by its number, 1 or more."""
+
+    def prepare(self) -> None:
+        """Do what can be done once for all children: in the process that forks them, before the first one."""
 
     def __call__(self, number: int) -> None:
         """Begin with the number that the child is born with."""
@@ -63,7 +67,9 @@ class Signals:
         # The zygote has set them; to set them again would write to some thirty pages of memory.
         self._handlers: dict[int, Callable[[int, object], None]] = dict.fromkeys(_LEFT_TO_MAIN, zygote.on_signal)
         zygote.child_handler = self._on_signal
-        if any(signal.getsignal(signum) is not handler for signum, handler in self._handlers.items()):
+        # Not signal.getsignal: it looks for an enum's member, which raises an exception inside, for each.
+        module: Any = sys.modules["_signal"]
+        if any(module.getsignal(signum) is not handler for signum, handler in self._handlers.items()):
             self.install()  # somebody's hook for forks has set others
         Signals.of_process = self
 

@@ -52,6 +52,11 @@ class ChildProcess:
         self._options = options
         self._runner = runner
 
+    def prepare(self) -> None:
+        """Do what can be done once for all children, in the process that forks them."""
+        if self._options.setup is not None:
+            self._options.setup.prepare()
+
     def __call__(self, sock: int, shared: int, slot: int) -> int:
         """Run calls until the main process says stop or goes away; returns the exit code."""
         pipe = ChildPipe(sock, shared)

@@ -5,7 +5,7 @@ Pools that run several calls in one process need another one: it is all that a r
 
 from __future__ import annotations
 
-import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
@@ -35,7 +35,9 @@ class SoftLimit:
 
     def begin(self) -> None:
         """Get ready in this process, which runs calls from now on: in its main thread."""
-        signal.signal(LIMIT_SIGNAL, self._on_signal)
+        # Not signal.signal: it looks for an enum's member, which raises exceptions inside and so writes to many pages.
+        module: Any = sys.modules["_signal"]
+        module.signal(LIMIT_SIGNAL, self._on_signal)
         self._timer = Timer(LIMIT_SIGNAL)
 
     def run(self, call: Call, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastq.app import FastQ
 from fastq.errors import SettingsError
 from fastq.net.urls import mask_url
-from fastq.pool import ChildMain, CompanionMain
+from fastq.pool import CompanionMain
 from fastq.running.birth import ChildOptions
-from fastq.running.child import FastQChild
+from fastq.running.child import ChildProcess, FastQChild
 from fastq.settings import Settings
 from fastq.worker.options import NODE_NAME
 
@@ -99,7 +99,7 @@ class Program(Protocol):
     def task_rules(self, options: WorkerOptions) -> list[TaskRules]:
         """Return how the calls of each task are to be treated."""
 
-    def child_main(self, options: ChildOptions) -> ChildMain:
+    def child_main(self, options: ChildOptions) -> ChildProcess:
         """Return what runs in each child; all that children share is made here."""
 
     @property
@@ -235,7 +235,7 @@ class FastQProgram:
             soft_time_limit=task.soft_time_limit or 0,
         )
 
-    def child_main(self, options: ChildOptions) -> ChildMain:
+    def child_main(self, options: ChildOptions) -> ChildProcess:
         """Return what runs in each child."""
         return FastQChild(self.app, options)
 

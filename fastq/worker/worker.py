@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastq.brokers import find_broker
@@ -38,9 +37,14 @@ class Worker:
 
     def prepare_pool(self) -> Any:
         """Return what the pool needs that must be made before there is a thread or a loop, for ``run_with``."""
-        title = partial(set_title, self.program.process_title, self.options.hostname, "zygote")
+        children = self.program.child_main(self._child_options())
+
+        def begin() -> None:
+            set_title(self.program.process_title, self.options.hostname, "zygote")
+            children.prepare()
+
         prepare = load(find_pool(self.options.pool).prepare)
-        return prepare(self.program.child_main(self._child_options()), title, self.program.companion)
+        return prepare(children, begin, self.program.companion)
 
     def run_with(self, prepared: Any, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
         """Run with a pool that was prepared already; this may be another thread than the one that did it."""

@@ -87,11 +87,16 @@ class ChildLogging:
     logfile: str
     hostname: str
 
+    def prepare(self) -> None:
+        """Have records tell of the child and its task, once for all children."""
+        TaskFields.install(_running_task)
+
     def __call__(self, number: int) -> None:
         """Open the child's own log file, if its name asks for one."""
         if "%i" in self.logfile.lower():
             self.app.log.already_setup = False
             self.app.log.setup(int(os.environ["CELERY_LOG_LEVEL"]), self.logfile, hostname=self.hostname)
+            self.prepare()
         self._begin(number)
 
     def renumber(self, before: int, number: int) -> None:
@@ -101,7 +106,8 @@ class ChildLogging:
         self._begin(number)
 
     def _begin(self, number: int) -> None:
-        TaskFields(f"ForkPoolWorker-{number}", _running_task).add_to_all()
+        if TaskFields.of_process is not None:
+            TaskFields.of_process.process_name = f"ForkPoolWorker-{number}"
         if self.logfile:
             # A child that is stuck writes its stacks where the operator looks, not where standard error went.
             faulthandler.register(DUMP_SIGNAL, file=log_stream(), all_threads=True, chain=False)

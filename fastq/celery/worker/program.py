@@ -32,8 +32,9 @@ from fastq.celery.worker.bootsteps import Steps
 from fastq.celery.worker.consumer import Worker
 from fastq.celery.worker.inside import Inside, show_state
 from fastq.errors import SettingsError
-from fastq.pool import ChildMain, CompanionMain
+from fastq.pool import CompanionMain
 from fastq.running.birth import ChildOptions
+from fastq.running.child import ChildProcess
 from fastq.settings import Settings
 from fastq.worker.process.log import escape_arguments
 from fastq.worker.report import software, without_password
@@ -251,7 +252,7 @@ class CeleryProgram:
             **limits,
         )
 
-    def child_main(self, options: ChildOptions) -> ChildMain:
+    def child_main(self, options: ChildOptions) -> ChildProcess:
         """Return what runs in each child."""
         from fastq.celery.running.child import CeleryChild
 

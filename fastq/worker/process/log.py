@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import IO, Any, Final, TextIO
+from typing import IO, Any, ClassVar, Final, TextIO
 
 from fastq.pool.process import DUMP_SIGNAL
 from fastq.printable import Lines, printable, printable_lines
@@ -190,14 +190,25 @@ class TaskFields(logging.Filter):
     ``running`` returns name and id. A filter of handlers, as a record factory would take the names from ``extra``.
     """
 
-    def __init__(self, process_name: str, running: Callable[[], tuple[str, str] | None]) -> None:
+    of_process: ClassVar[TaskFields | None] = None
+
+    def __init__(self, running: Callable[[], tuple[str, str] | None]) -> None:
         super().__init__()
-        self._process_name = process_name
+        self.process_name = ""
         self._running = running
+
+    @classmethod
+    def install(cls, running: Callable[[], tuple[str, str] | None]) -> TaskFields:
+        """Have every handler that a logger has now filter by one filter of this process, and return it."""
+        fields = cls.of_process = cls.of_process or cls(running)
+        for handler in _all_handlers():
+            handler.addFilter(fields)  # no harm when it has it
+        return fields
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Add the fields that the record does not have; let it pass."""
-        record.processName = self._process_name
+        if self.process_name:
+            record.processName = self.process_name
         task = self._running()
         if task is None and record.name.startswith(TASK_LOGGERS):
             task = _NO_TASK
@@ -205,12 +216,6 @@ class TaskFields(logging.Filter):
             record.__dict__.setdefault("task_name", task[0])
             record.__dict__.setdefault("task_id", task[1])
         return True
-
-    def add_to_all(self) -> None:
-        """Put this filter into every handler that a logger has now, in the place of an earlier one."""
-        for handler in _all_handlers():
-            handler.filters[:] = [each for each in handler.filters if not isinstance(each, TaskFields)]
-            handler.addFilter(self)
 
 
 def move(before: str, path: str) -> None:
@@ -247,10 +252,15 @@ class ChildLogging:
     hostname: str = ""
     redirect_level: str = "WARNING"  # empty: the streams stay as they are
 
+    def prepare(self) -> None:
+        """Have records tell of the child and its task: once for all children, as each page that one writes costs."""
+        TaskFields.install(_running_task)
+
     def __call__(self, number: int) -> None:
         """Name the process ForkPoolWorker-<number>, open its own log file if the name asks so, redirect its streams."""
         if self.handler is not None and "%i" in self.logfile.lower():
             self._open_own_file(self.handler, number)
+            self.prepare()
         self._begin(number)
         if self.redirect_level:
             redirect_stdouts(logging.getLevelName(self.redirect_level))
@@ -269,7 +279,8 @@ class ChildLogging:
             # Handlers that task code sets up take the process name from there; the rest is what a pool's child has.
             process = sys.modules["multiprocessing"].current_process()
             process.name, process.index, process._identity = name, number - 1, (number,)
-        TaskFields(name, _running_task).add_to_all()
+        if TaskFields.of_process is not None:
+            TaskFields.of_process.process_name = name
         if self.logfile:
             # A child that is stuck writes its stacks where the operator looks, not where standard error went.
             for signum in (DUMP_SIGNAL, signal.SIGUSR1):
