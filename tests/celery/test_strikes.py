@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import random
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from celery.exceptions import BackendGetMetaError
 from celery.exceptions import TimeoutError as NoResult
 
 from fastq.pool.process import DUMP_SIGNAL
@@ -127,13 +129,21 @@ def struck_follows(stage: CeleryStage, ends: Counter[str]) -> int:
 
 def end_of(stage: CeleryStage, result: Any, number: int, size: int) -> str:
     """Return how a call has ended: SUCCESS with the right value, the error's name, or what is wrong."""
-    try:
-        value = result.get(60, propagate=False, disable_sync_subtasks=False)
-    except NoResult:
-        return "no end"
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            value = result.get(max(1.0, deadline - time.monotonic()), propagate=False, disable_sync_subtasks=False)
+            break
+        except NoResult:
+            return "no end"
+        except BackendGetMetaError:  # "database is locked", to this reader
+            if time.monotonic() > deadline:
+                raise
     if isinstance(value, BaseException):
         was_struck = isinstance(value, TypeError) and str(value) == UNSUPPORTED
         # importlib's lock, struck between two of its lines, looks for the thread that has waited for it in vain.
         was_struck = was_struck or (isinstance(value, KeyError) and isinstance(value.args[0], int))
+        # What Python makes of it in the midst of a class statement: of a module that is imported at its first use.
+        was_struck = was_struck or (isinstance(value, RuntimeError) and "__set_name__" in str(value))
         return "Struck" if was_struck else type(value).__name__
     return "SUCCESS" if value == [number, "r" * size] else f"wrong value {value!r:.100}"
