@@ -21,6 +21,7 @@ cdef class TaskRules:
     cdef readonly bint reject_failed        # late acknowledgement: a failure goes to the dead letters
     cdef readonly bint handed_over          # the hooks take its messages as they come
     cdef readonly bint handed_in_turn       # the hooks take its messages when their time and turn have come
+    cdef public int group                   # of the children that run its calls
     cdef public double time_limit           # 0 = none
     cdef public double soft_time_limit
     cdef public double rate_limit           # calls a second, 0 = no limit
@@ -46,9 +47,12 @@ cdef class Child:
     cdef bytearray bell
     cdef object bell_view
     cdef Writer out
-    cdef list sent                          # deliveries by sequence number modulo SENT_SLOTS
-    cdef uint32_t first                     # oldest call not answered
+    cdef list sent                          # deliveries by the last bits of their numbers
+    cdef uint32_t mask                      # those bits
+    cdef uint32_t first                     # oldest call not answered, where they are answered in order
     cdef uint32_t next                      # sequence number of the next call
+    cdef readonly int slots                 # calls that it runs at a time
+    cdef readonly int group                 # of calls that it takes
     cdef double expected_ns                 # run time of what it holds, by the averages
     cdef uint64_t given
     cdef readonly int slot                  # until it takes calls: the number that it was born with
@@ -64,11 +68,36 @@ cdef class Child:
     cdef bint answered                      # what it says from here on comes too late
     cdef int write_call(self, Delivery delivery, bint wants_result, bint wants_report, double time_limit,
                         double soft_time_limit) except -1
-    cdef int write_control(self, uint8_t kind, uint32_t seq) except -1
+    cdef int write_control(self, uint8_t kind, uint32_t seq, int number=*) except -1
     cdef int flush(self) except -1
-    cdef Delivery running(self)
     cdef Delivery call_of(self, uint32_t seq)
+    cdef Delivery answer(self, uint32_t seq)
+    cdef list held(self)
+    cdef list running(self)
+    cdef list take_unstarted(self, uint32_t started)
+    cdef bint has_free_place(self) noexcept
+    cdef int64_t started_at(self, uint32_t seq) noexcept
     cdef uint32_t outstanding(self) noexcept
+
+
+cdef class ManyChild(Child):
+    """A child that runs several calls at a time, which end in any order."""
+    cdef uint32_t count                     # calls not answered
+    cdef uint32_t most                      # calls that it may have
+    cdef set taken                          # numbers of calls that were taken back and are to be answered yet
+    cdef set left                           # numbers of calls that were left behind
+    cdef dict limits                        # the hard limits of calls that have one, by number
+    cdef dict cancelled                     # calls that were told to end, by number: (kind, detail, monotonic time)
+    cdef readonly bint gives_up             # a call that does not end when it is told to is left behind; else the process is killed
+    cdef readonly bint sacrificed           # it is killed for the sake of one call: the others run again, uncounted
+    cdef bint alone                         # it runs one call, which may be what has killed children
+    cdef int64_t unstarted_since_ns         # when it was first seen not to take what it was given
+    cdef readonly int stalls                # how many times its loop stood still for long
+    cdef bint is_stalled
+    cdef int64_t stall_ns                   # how long its loop may stand still; 0: there is none
+    cdef int64_t busy_since_ns              # when it was given a call while it had none
+    cdef int cancel(self, Delivery delivery, str kind, object detail, int signum) except -1
+    cdef int give_up(self, Delivery delivery) except -1
 
 
 cdef str delivery_id(Delivery delivery)

@@ -16,6 +16,7 @@ class TaskRules:
     time_limit: float
     soft_time_limit: float
     rate_limit: float
+    group: int
     run_ns: float
     runs: int
     def __init__(
@@ -31,6 +32,7 @@ class TaskRules:
         time_limit: float = 0,
         soft_time_limit: float = 0,
         rate_limit: float = 0,
+        group: int = 0,
     ) -> None: ...
 
 class Child(asyncio.BufferedProtocol):
@@ -42,7 +44,9 @@ class Child(asyncio.BufferedProtocol):
     gone: bool
     killed_for: float
     terminated_by: int
-    def __init__(self, keeper: Keeper, slot: int, pid: int, reader: RingReader) -> None: ...
+    slots: int
+    group: int
+    def __init__(self, keeper: Keeper, slot: int, pid: int, reader: RingReader, *, group: int = 0) -> None: ...
     def activate(self, slot: int) -> None: ...
     def retire(self) -> None: ...
     def stop(self) -> None: ...
@@ -51,4 +55,19 @@ class Child(asyncio.BufferedProtocol):
     @property
     def busy(self) -> int: ...
     @property
-    def running_task(self) -> tuple[str, str, float] | None: ...
+    def running_tasks(self) -> list[tuple[str, str, float]]: ...
+
+class ManyChild(Child):
+    stalls: int
+    def __init__(
+        self,
+        keeper: Keeper,
+        slot: int,
+        pid: int,
+        reader: RingReader,
+        *,
+        slots: int,
+        group: int = 0,
+        gives_up: bool = False,
+        stall_s: float = 0,
+    ) -> None: ...

@@ -8,8 +8,10 @@ from cpython.unicode cimport PyUnicode_DecodeUTF8
 
 from fastq.link cimport Delivery
 from fastq.wire.head cimport read_text
-from fastq.wire.pipe cimport RECORD_CALL, RECORD_SLOT, RECORD_STOP, CallRecord, load32, load64s, monotonic_ns, store32
+from fastq.wire.pipe cimport (
+    RECORD_CALL, RECORD_CANCEL, RECORD_SLOT, RECORD_STOP, CallRecord, load32, load64s, monotonic_ns, places_of, store32)
 
+from fastq.errors import LocalProtocolError
 from fastq.wire.pipe import SHARED_SIZE
 
 
@@ -23,8 +25,9 @@ cdef class TaskRules:
 
     def __init__(self, str name, *, bint acks_late=True, bint ignore_result=False, bint requeue_lost=True,
                  bint reject_failed=False, bint handed_over=False, bint handed_in_turn=False,
-                 double time_limit=0, double soft_time_limit=0, double rate_limit=0):
+                 double time_limit=0, double soft_time_limit=0, double rate_limit=0, int group=0):
         self.name = name
+        self.group = group
         self.key = name.encode()
         self.acks_late = acks_late
         self.ignore_result = ignore_result
@@ -53,8 +56,11 @@ cdef class TaskRules:
 cdef class Child:
     """One process of the pool: an asyncio.BufferedProtocol over its socket, which carries calls one way and doorbells the other."""
 
-    def __init__(self, Keeper keeper, int slot, int pid, RingReader reader):
+    def __init__(self, Keeper keeper, int slot, int pid, RingReader reader, *, int group=0):
         self.keeper = keeper
+        self.group = group
+        self.slots = 1
+        self.mask = SENT_SLOTS - 1
         self.slot = slot
         self.pid = pid
         self.reader = reader
@@ -146,44 +152,79 @@ cdef class Child:
 
     @property
     def calls(self) -> list[tuple[Delivery, float]]:
-        """The calls it holds, the running one first, each with the seconds since its start (-1: not started)."""
-        cdef Delivery running = self.running(), each
+        """The calls it holds, those that run first, each with the seconds since its start (-1: not started)."""
+        cdef uint32_t started = load32(&self.reader.shared.started)
+        cdef int64_t now = monotonic_ns()
+        cdef Delivery each
         cdef list held = []
-        cdef uint32_t seq
-        for seq in range(self.first, self.next):
-            each = <Delivery> self.sent[seq & (SENT_SLOTS - 1)]
-            if each is not None:
-                ran = (monotonic_ns() - load64s(&self.reader.shared.started_ns)) * 1e-9 if each is running else -1.0
-                held.append((each, ran))
+        for each in self.held():
+            held.append((each, (now - self.started_at(each.seq)) * 1e-9 if each.seq <= started else -1.0))
         return held
 
     @property
-    def running_task(self) -> tuple[str, str, float] | None:
-        """Name, id and seconds since its start of the call that runs, None when idle."""
-        cdef Delivery delivery = self.running()
-        if delivery is None:
-            return None
-        return ((<TaskRules> delivery.options).name, delivery_id(delivery),
-                (monotonic_ns() - load64s(&self.reader.shared.started_ns)) * 1e-9)
+    def running_tasks(self) -> list[tuple[str, str, float]]:
+        """Name, id and seconds since its start of each call that runs."""
+        cdef Delivery each
+        return [((<TaskRules> each.options).name, delivery_id(each), ran) for each, ran in self.calls if ran >= 0]
 
     cdef uint32_t outstanding(self) noexcept:
+        """How many calls it has not answered, those that were taken back included."""
         return self.next - self.first
 
-    cdef Delivery running(self):
-        """The call it has started and not answered, None when there is none."""
-        return self.call_of(load32(&self.reader.shared.started))
+    cdef bint has_free_place(self) noexcept:
+        """Whether a call that it is given starts at once."""
+        return self.next == self.first
+
+    cdef list held(self):
+        """The calls that it is to answer, in the order of their numbers."""
+        cdef uint32_t seq
+        cdef list found = []
+        for seq in range(self.first, self.next):
+            if self.sent[seq & self.mask] is not None:
+                found.append(self.sent[seq & self.mask])
+        return found
+
+    cdef list running(self):
+        """The calls that it has started and not answered."""
+        cdef Delivery found = self.call_of(load32(&self.reader.shared.started))
+        return [] if found is None else [found]
+
+    cdef int64_t started_at(self, uint32_t seq) noexcept:
+        """When it has started this call, which runs, on the monotonic clock."""
+        return load64s(&self.reader.shared.started_ns)
 
     cdef Delivery call_of(self, uint32_t seq):
         """The call of this number, None when it is not one that the child has."""
         if seq < self.first or seq >= self.next:
             return None
-        return <Delivery> self.sent[seq & (SENT_SLOTS - 1)]
+        return <Delivery> self.sent[seq & self.mask]
 
-    cdef int write_control(self, uint8_t kind, uint32_t seq) except -1:
+    cdef Delivery answer(self, uint32_t seq):
+        """Take out the call that the child has ended; None: it was taken back. Raises LocalProtocolError for no such call."""
+        cdef Delivery delivery
+        if seq != self.first or self.next == self.first:
+            raise LocalProtocolError(f"child {self.pid} answered call {seq}, call {self.first} was due")
+        delivery = <Delivery> self.sent[seq & self.mask]
+        self.sent[seq & self.mask] = None
+        self.first += 1
+        return delivery
+
+    cdef list take_unstarted(self, uint32_t started):
+        """Take out and return the calls behind that number, of which none can start any more."""
+        cdef uint32_t seq
+        cdef list found = []
+        for seq in range(max(started + 1, self.first), self.next):
+            if self.sent[seq & self.mask] is not None:
+                found.append(self.sent[seq & self.mask])
+                self.sent[seq & self.mask] = None
+        return found
+
+    cdef int write_control(self, uint8_t kind, uint32_t seq, int number=0) except -1:
         cdef CallRecord record
         record.size = sizeof(CallRecord)
         record.kind = kind
         record.seq = seq
+        record.deliveries = <uint32_t> number
         self.out.put(&record, sizeof(CallRecord))
         return self.flush()
 
@@ -210,7 +251,7 @@ cdef class Child:
         self.out.put(PyBytes_AS_STRING(delivery.props), record.props_size)
         self.out.put(PyBytes_AS_STRING(delivery.body), record.body_size)
         delivery.seq = self.next
-        self.sent[self.next & (SENT_SLOTS - 1)] = delivery
+        self.sent[self.next & self.mask] = delivery
         self.next += 1
         self.given += 1
         return 0
@@ -219,6 +260,113 @@ cdef class Child:
         if self.out.size and not self.gone and self.write_bytes is not None:
             self.write_bytes(self.out.take())
         return 0
+
+
+cdef class ManyChild(Child):
+    """A child that runs several calls at a time. It starts them at once and in order, and answers them in any.
+
+    ``gives_up``: a call that does not end when it is told to is left behind, and the process replaced once its others
+    have ended; else the process is killed, and the others run again. ``stall_s``: an event loop runs them, and the process
+    is killed too when that has taken no turn for so long (0: no loop).
+    """
+
+    def __init__(self, Keeper keeper, int slot, int pid, RingReader reader, *, int slots, int group=0, bint gives_up=False,
+                 double stall_s=0):
+        super().__init__(keeper, slot, pid, reader, group=group)
+        self.slots = max(2, slots)
+        self.most = slots
+        self.gives_up = gives_up
+        self.stall_ns = <int64_t> (stall_s * 1e9)
+        self.mask = <uint32_t> places_of(self.slots) - 1
+        self.sent = [None] * (self.mask + 1)
+        self.taken = set()
+        self.left = set()
+        self.limits = {}
+        self.cancelled = {}
+
+    cdef uint32_t outstanding(self) noexcept:
+        return self.count
+
+    cdef bint has_free_place(self) noexcept:
+        return self.count < self.most and not self.alone
+
+    cdef list held(self):
+        return sorted([each for each in self.sent if each is not None], key=_number)
+
+    cdef list running(self):
+        cdef uint32_t started = load32(&self.reader.shared.started)
+        cdef Delivery each
+        cdef list found = []
+        for each in self.sent:
+            if each is not None and each.seq <= started:
+                found.append(each)
+        return found
+
+    cdef int64_t started_at(self, uint32_t seq) noexcept:
+        if self.reader.starts == NULL:
+            return monotonic_ns()   # its memory was let go of
+        return load64s(self.reader.starts + (seq & self.mask))
+
+    cdef Delivery call_of(self, uint32_t seq):
+        cdef Delivery found = <Delivery> self.sent[seq & self.mask]
+        return found if found is not None and found.seq == seq else None
+
+    cdef Delivery answer(self, uint32_t seq):
+        cdef Delivery found = self.call_of(seq)
+        if found is not None:
+            self.sent[seq & self.mask] = None
+        elif seq in self.left:
+            self.left.remove(seq)
+            return None
+        elif seq in self.taken:
+            self.taken.remove(seq)
+        else:
+            raise LocalProtocolError(f"child {self.pid} answered call {seq}, which it does not have")
+        self.limits.pop(seq, None)
+        self.count -= 1
+        self.alone = False
+        return found
+
+    cdef list take_unstarted(self, uint32_t started):
+        cdef Delivery each
+        cdef list found = []
+        for each in self.held():
+            if each.seq > started:
+                self.sent[each.seq & self.mask] = None
+                self.taken.add(each.seq)
+                self.limits.pop(each.seq, None)
+                found.append(each)
+        return found
+
+    cdef int write_call(self, Delivery delivery, bint wants_result, bint wants_report, double time_limit,
+                        double soft_time_limit) except -1:
+        while self.sent[self.next & self.mask] is not None:
+            self.next += 1      # there are twice as many places as calls
+        if time_limit:
+            self.limits[self.next] = time_limit
+        if self.count == 0:
+            self.busy_since_ns = monotonic_ns()
+        self.count += 1
+        return Child.write_call(self, delivery, wants_result, wants_report, time_limit, soft_time_limit)
+
+    cdef int cancel(self, Delivery delivery, str kind, object detail, int signum) except -1:
+        """Tell the child to end one of its calls; what it says of it comes too late."""
+        self.cancelled[delivery.seq] = (kind, detail, monotonic_ns())
+        return self.write_control(RECORD_CANCEL, delivery.seq, signum)
+
+    cdef int give_up(self, Delivery delivery) except -1:
+        """Leave a call behind: the child is given no more, and the answer to this one is not waited for."""
+        self.sent[delivery.seq & self.mask] = None
+        self.limits.pop(delivery.seq, None)
+        self.cancelled.pop(delivery.seq, None)
+        self.count -= 1
+        self.left.add(delivery.seq)
+        self.retire()
+        return 0
+
+
+def _number(Delivery delivery):
+    return delivery.seq
 
 
 cdef RingReader NOBODY = None

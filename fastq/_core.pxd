@@ -2,8 +2,9 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from fastq._child cimport Child, TaskRules
+from fastq._child cimport Child, ManyChild, TaskRules
 from fastq._ledger cimport Ledger
+from fastq._waiting cimport WaitingLine
 from fastq.link cimport BatchSource, Delivery, Source
 from fastq.wire.message cimport Message
 
@@ -37,6 +38,7 @@ cdef class Core(Ledger):
     cdef public bint answers_all            # replies (rpc) to senders that gave no address, too
     cdef readonly double run_ns             # moving average over all tasks
     cdef bint looping
+    cdef list are_many                      # for each group: whether its children run several calls at a time
 
     cdef int release(self, Delivery delivery) except -1
     cdef int lost(self, Delivery delivery, Child child, str reason) except -1
@@ -58,9 +60,19 @@ cdef class Core(Ledger):
     cdef double turn_of(self, Delivery delivery, double now) except -1
     cdef bint read_foreign(self, Delivery delivery) except -1
     cdef Child pick(self, TaskRules task)
+    cdef Child pick_among_many(self, Delivery delivery)
+    cdef int dispatch_line(self, WaitingLine line) except -1
+    cdef int last_death(self) noexcept
+    cdef bint is_spared(self, Delivery delivery, ManyChild child) except -1
+    cdef int end_cancelled(self, Delivery delivery, str kind, object detail) except -1
+    cdef int check_many(self, ManyChild child) except -1
+    cdef int give_up(self, ManyChild child, Delivery delivery) except -1
+    cdef int sacrifice(self, ManyChild child, str why) except -1
+    cdef int check_turns(self, ManyChild child, int64_t now) except -1
+    cdef bint end_running(self, Child child, Delivery running, int signum) except -1
     cdef int hand_over(self, Child child, Delivery delivery) except -1
     cdef int dispatch(self) except -1
-    cdef int started(self, Child child) except -1
+    cdef int started(self, Delivery delivery, int pid) except -1
     cdef int collect(self, Child child) except -1
     cdef int on_outcome(self, Child child, const uint8_t *record, Py_ssize_t size) except -1
     cdef int on_publish(self, Child child, const uint8_t *record, Py_ssize_t size) except -1

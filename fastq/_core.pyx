@@ -10,8 +10,9 @@ from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport int64_t
 from libc.string cimport memcmp, memcpy
 
-from fastq._child cimport MAX_ADVANCE, SENT_SLOTS, Child, TaskRules, delivery_id, delivery_task
+from fastq._child cimport MAX_ADVANCE, Child, ManyChild, TaskRules, delivery_id, delivery_task
 from fastq._ledger cimport Ledger
+from fastq._waiting cimport WaitingLine
 from fastq.link cimport ACK, DISPATCHED, FINISHED, RECEIVED, REJECT, REQUEUE, RETURN, SETTLED, STARTED
 from fastq.wire.head cimport FINE, NO_TASK, Head, is_utf8, read_text, scan_head
 from fastq.wire.message cimport encode_result_properties
@@ -41,6 +42,8 @@ cdef double PACK_NS = 0.2e6
 cdef double CROWD_NS = 1e6
 cdef int CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 cdef double STUCK_NS = 10e6     # after this a running call is long: what waits behind it is taken back
+cdef double CANCEL_NS = 1e9     # a call that was told to end has as long for that
+cdef double STALL_NS = 1e9      # a loop that takes no turn for longer is worth a line
 cdef double TICK_S = 0.005      # acks and held outcomes wait at most this long
 cdef double LIMIT_TICK_S = 0.05     # precision of hard time limits
 cdef double FAR_S = 10.0        # what is due sooner is not worth a way through the broker
@@ -55,14 +58,15 @@ _STATES = ("SUCCESS", "FAILURE", "RETRY", "IGNORED", "REJECTED", "REJECTED", "RE
 cdef class Core(Ledger):
     """The message loop of one worker.
 
-    ``tasks`` are the TaskRules by name. ``hooks`` (``interfaces.CallHooks``) and ``pool`` (``interfaces.ChildHooks``) are called
+    ``tasks`` are the TaskRules by name; ``are_many`` says for each group whether its children run several calls at a time. ``hooks`` (``interfaces.CallHooks``) and ``pool`` (``interfaces.ChildHooks``) are called
     for what is rare. Limits are in seconds, 0 = none.
     """
 
     def __init__(self, object loop, list tasks, object hooks, object pool, *, bint reliable=True, int max_deliveries=20,
                  int max_child_deaths=3, uint64_t max_tasks_per_child=0, double time_limit=0, double soft_time_limit=0,
-                 bint rpc_results=False):
-        super().__init__(tasks)
+                 bint rpc_results=False, tuple are_many=(False,)):
+        super().__init__(tasks, len(are_many))
+        self.are_many = list(are_many)
         self.loop = loop
         self.hooks = hooks
         self.pool = pool
@@ -92,7 +96,10 @@ cdef class Core(Ledger):
         source.dead = True
         if source in self.sources:
             self.sources.remove(source)
-        for each in self.line.drop(source) + self.later.drop(source):
+        for line in self.lines:
+            for each in (<WaitingLine> line).drop(source):
+                self.move(each, SETTLED)
+        for each in self.later.drop(source):
             self.move(each, SETTLED)
         for each in [each for each in self.handed if (<Delivery> each).source is source]:
             self.handed.remove(each)
@@ -144,7 +151,7 @@ cdef class Core(Ledger):
     def remove_child(self, Child child, str reason) -> None:
         """A child's process has ended: decide about everything it still held."""
         cdef Delivery delivery
-        cdef uint32_t seq, started
+        cdef uint32_t started
         cdef list unstarted = []
         self.collect(child)
         child.gone = True
@@ -152,17 +159,14 @@ cdef class Core(Ledger):
         if child in self.children:
             self.children.remove(child)
         started = child.killed_seq if child.killed_for or child.terminated_by else load32(&child.reader.shared.started)
-        for seq in range(child.first, child.next):
-            delivery = <Delivery> child.sent[seq & (SENT_SLOTS - 1)]
-            child.sent[seq & (SENT_SLOTS - 1)] = None
-            if delivery is None:
-                continue
-            if seq == started:
-                self.lost(delivery, child, reason)
-            else:
+        for delivery in child.held():
+            if delivery.seq > started:
                 unstarted.append(delivery)
+            elif delivery.seq == started or child.slots > 1:
+                self.lost(delivery, child, reason)
         for delivery in reversed(unstarted):
             self.release(delivery)
+        child.sent = [None] * (child.mask + 1)
         child.first = child.next
         self.on_batch()
 
@@ -176,7 +180,7 @@ cdef class Core(Ledger):
             self.settle(delivery, RETURN)
         else:
             self.move(delivery, RECEIVED)
-            self.line.join_first(delivery)
+            self.line_of(delivery).join_first(delivery)
         return 0
 
     cdef int lost(self, Delivery delivery, Child child, str reason) except -1:
@@ -184,6 +188,8 @@ cdef class Core(Ledger):
         cdef TaskRules task = <TaskRules> delivery.options
         if delivery.state == SETTLED:
             return 0    # given back already, as the worker is stopping
+        if child.slots > 1 and self.is_spared(delivery, <ManyChild> child):
+            return 0
         if child.terminated_by and delivery.source.dead and not delivery.settled:
             # The broker gives it to somebody else, and who revoked it has told all workers.
             self.hooks.cancelled(delivery_task(delivery), delivery_id(delivery), delivery)
@@ -196,7 +202,10 @@ cdef class Core(Ledger):
         if delivery.settled or not task.requeue_lost:
             return self.fail(delivery, "lost", reason, ACK)
         delivery.deaths += 1
-        if delivery.deaths >= self.max_child_deaths:
+        if child.slots > 1 and not (<ManyChild> child).alone:
+            # It may have been any of those that ran: before the last death it runs alone.
+            delivery.deaths = min(delivery.deaths, self.last_death())
+        elif delivery.deaths >= self.max_child_deaths:
             # It has killed every child it was given to: to the dead letters, before it takes the others' time.
             return self.fail(delivery, "lost", f"{reason} ({delivery.deaths} times; not run again)", REJECT)
         if self.stopping:
@@ -205,7 +214,29 @@ cdef class Core(Ledger):
             return self.move(delivery, SETTLED)
         delivery.deliveries += 1
         self.move(delivery, RECEIVED)
-        return self.line.join_first(delivery)
+        return self.line_of(delivery).join_first(delivery)
+
+    cdef int last_death(self) noexcept:
+        """How many deaths a call may have seen and be run among others."""
+        return max(1, self.max_child_deaths - 1)
+
+    cdef bint is_spared(self, Delivery delivery, ManyChild child) except -1:
+        """Decide about a call whose child died with others, if it did not die of this one."""
+        cdef object cancelled = child.cancelled.pop(delivery.seq, None)
+        if cancelled is not None:
+            self.end_cancelled(delivery, cancelled[0], cancelled[1])
+            return True
+        if child.sacrificed and (delivery.settled or (<TaskRules> delivery.options).requeue_lost):
+            self.release(delivery)
+            return True
+        return False
+
+    cdef int end_cancelled(self, Delivery delivery, str kind, object detail) except -1:
+        """A call that was told to end has ended, or its process has."""
+        if kind == "terminated" and delivery.source.dead and not delivery.settled:
+            self.hooks.cancelled(delivery_task(delivery), delivery_id(delivery), delivery)
+            return self.move(delivery, SETTLED)
+        return self.fail(delivery, kind, detail, ACK)
 
     # --- admit
 
@@ -270,7 +301,7 @@ cdef class Core(Ledger):
         delivery.options = self.tasks.get(delivery_task(delivery).encode(), self.own_task)
         if self.stopping:
             return self.settle(delivery, RETURN)
-        return self.line.join(delivery)
+        return self.line_of(delivery).join(delivery)
 
     cdef int hand(self, Delivery delivery) except -1:
         """Give a delivery to the hooks, which say by ``judge`` what becomes of it."""
@@ -314,19 +345,17 @@ cdef class Core(Ledger):
                 return self.later.put(delivery, turn)
         if task.handed_in_turn:
             return self.hand(delivery)
-        return self.line.join(delivery)
+        return self.line_of(delivery).join(delivery)
 
     cdef bint runs_already(self, Delivery delivery) except -1:
         """Whether the run before this retry has not ended yet: what it still stores must not come last."""
         cdef Delivery other
-        cdef Child child
+        cdef const char *task_id = PyBytes_AS_STRING(delivery.props) + delivery.head.id.offset
         for each in self.children:
-            child = <Child> each
-            other = child.running()
-            if (other is not None and other is not delivery and other.head.id.length == delivery.head.id.length
-                    and memcmp(PyBytes_AS_STRING(other.props) + other.head.id.offset,
-                               PyBytes_AS_STRING(delivery.props) + delivery.head.id.offset, delivery.head.id.length) == 0):
-                return True
+            for other in (<Child> each).running():
+                if (other is not delivery and other.head.id.length == delivery.head.id.length
+                        and memcmp(PyBytes_AS_STRING(other.props) + other.head.id.offset, task_id, other.head.id.length) == 0):
+                    return True
         return False
 
     cdef double turn_of(self, Delivery delivery, double now) except -1:
@@ -426,6 +455,17 @@ cdef class Core(Ledger):
 
     # --- dispatch
 
+    cdef Child pick_among_many(self, Delivery delivery):
+        """The child of several calls at a time to give the next call to: the one that has the fewest."""
+        cdef Child best = None
+        cdef TaskRules task = <TaskRules> delivery.options
+        cdef bint alone = delivery.deaths >= self.last_death()
+        for each in self.children:
+            if ((<Child> each).group == task.group and (<Child> each).accepting and not (<Child> each).limited
+                    and (<Child> each).has_free_place() and (best is None or (<Child> each).outstanding() < best.outstanding())):
+                best = <Child> each
+        return None if best is not None and alone and best.outstanding() else best
+
     cdef Child pick(self, TaskRules task):
         """The child to give the next call to: one that is awake with little to do, an idle one unless the cores are taken by
         others with short calls, or the least loaded one that may be given calls in advance."""
@@ -436,7 +476,7 @@ cdef class Core(Ledger):
         cdef int64_t now = monotonic_ns(), begun, since_ns
         for each in self.children:
             child = <Child> each
-            if not child.accepting or child.limited:
+            if not child.accepting or child.limited or child.group != task.group:
                 continue
             load = child.outstanding()
             if load == 0:
@@ -463,14 +503,24 @@ cdef class Core(Ledger):
 
     cdef int dispatch(self) except -1:
         """Hand waiting deliveries to children for as long as one takes them."""
+        for line in self.lines:
+            self.dispatch_line(<WaitingLine> line)
+        for each in self.children:
+            (<Child> each).flush()
+        return 0
+
+    cdef int dispatch_line(self, WaitingLine line) except -1:
         cdef Delivery delivery
         cdef Child child
-        while self.line.first is not None and not self.on_hold:
-            delivery = self.line.first
-            child = self.pick(<TaskRules> delivery.options)
+        while line.first is not None and not self.on_hold:
+            delivery = line.first
+            if self.are_many[(<TaskRules> delivery.options).group]:
+                child = self.pick_among_many(delivery)
+            else:
+                child = self.pick(<TaskRules> delivery.options)
             if child is None:
                 break
-            self.line.leave()
+            line.leave()
             if delivery.head.expires and delivery.head.expires <= read_clock():
                 self.fail(delivery, "expired", delivery.head.expires, ACK)
                 continue
@@ -478,20 +528,21 @@ cdef class Core(Ledger):
                 self.fail(delivery, "revoked", None, ACK)
                 continue
             self.hand_over(child, delivery)
-        for each in self.children:
-            (<Child> each).flush()
         return 0
 
     cdef int hand_over(self, Child child, Delivery delivery) except -1:
         cdef TaskRules task = <TaskRules> delivery.options
-        cdef bint idle = child.outstanding() == 0
+        cdef bint starts = child.has_free_place()
         child.write_call(delivery, self.wants_result(delivery), self.wants_outcomes, self.limit_of(delivery),
                          self.soft_limit_of(delivery))
         child.expected_ns += task.run_ns if task.run_ns > 0 else ADVANCE_NS
         self.move(delivery, DISPATCHED)
-        if idle:
+        if child.slots > 1:
+            (<ManyChild> child).alone = delivery.deaths >= self.last_death()
+            self.started(delivery, child.pid)
+        elif starts:
             child.woken_ns = monotonic_ns()
-            self.started(child)
+            self.started(delivery, child.pid)
         if self.max_tasks_per_child and child.given >= self.max_tasks_per_child:
             child.retire()
             self.pool.child_full(child)
@@ -521,17 +572,14 @@ cdef class Core(Ledger):
             return delivery.head.soft_time_limit
         return (<TaskRules> delivery.options).soft_time_limit or self.soft_time_limit
 
-    cdef int started(self, Child child) except -1:
-        """The oldest call a child holds starts now. Early acknowledgement happens here."""
-        cdef Delivery delivery = <Delivery> child.sent[child.first & (SENT_SLOTS - 1)]
-        if delivery is None:
-            return 0
+    cdef int started(self, Delivery delivery, int pid) except -1:
+        """A child starts a call now. Early acknowledgement happens here."""
         self.move(delivery, STARTED)
         if delivery.source.is_own:
-            self.hooks.accepted(delivery, child.pid)
+            self.hooks.accepted(delivery, pid)
             return 0
         if self.wants_outcomes:
-            self.hooks.started(delivery_id(delivery), child.pid)
+            self.hooks.started(delivery_id(delivery), pid)
         if not (<TaskRules> delivery.options).acks_late and not delivery.settled:
             delivery.settled = True
             delivery.source.tell(delivery, ACK)
@@ -572,7 +620,7 @@ cdef class Core(Ledger):
 
     cdef int on_outcome(self, Child child, const uint8_t *p, Py_ssize_t size) except -1:
         cdef OutcomeRecord record
-        cdef Delivery delivery
+        cdef Delivery delivery, next_one
         cdef TaskRules task
         cdef const char *payload = <const char *> p + sizeof(OutcomeRecord)
         cdef bytes meta = None
@@ -582,8 +630,8 @@ cdef class Core(Ledger):
         memcpy(&record, p, sizeof(OutcomeRecord))
         if child.answered:
             return 0    # the calls behind one whose time was up are decided with it
-        if record.seq != child.first or child.outstanding() == 0 or record.state >= STATE_COUNT:
-            raise LocalProtocolError(f"child {child.pid} answered call {record.seq}, call {child.first} was due")
+        if record.state >= STATE_COUNT:
+            raise LocalProtocolError(f"child {child.pid} says of call {record.seq} that it ended in way {record.state}")
         if <Py_ssize_t> (sizeof(OutcomeRecord) + record.meta_size) > size:
             raise LocalProtocolError("outcome record is cut short")
         if (child.killed_for or child.terminated_by) and record.seq == child.killed_seq:
@@ -591,21 +639,21 @@ cdef class Core(Ledger):
             # it is decided when the process has ended.
             child.answered = True
             return 0
-        delivery = <Delivery> child.sent[record.seq & (SENT_SLOTS - 1)]
-        child.sent[record.seq & (SENT_SLOTS - 1)] = None
-        child.first += 1
+        delivery = child.answer(record.seq)
         if record.flags & FLAG_RECYCLE and not child.retiring:
             child.retire()
             self.pool.child_full(child)
-        if child.outstanding():
-            self.started(child)
-        else:
+        if child.slots == 1 and child.outstanding():
+            next_one = child.call_of(child.first)
+            if next_one is not None:
+                self.started(next_one, child.pid)
+        elif child.outstanding() == 0:
             child.expected_ns = 0
-            if child.limited:
-                child.limited = False
-                store32(&child.reader.shared.limit, NO_LIMIT)
             if child.retiring:
                 self.pool.child_drained(child)
+        if child.limited and (child.outstanding() == 0 or child.slots > 1 and not (<ManyChild> child).taken):
+            child.limited = False
+            store32(&child.reader.shared.limit, NO_LIMIT)
         if delivery is None:
             return 0
         task = <TaskRules> delivery.options
@@ -614,6 +662,10 @@ cdef class Core(Ledger):
             child.expected_ns = 0
         if record.state == OUTCOME_RETURNED:
             return self.release(delivery)
+        if child.slots > 1:
+            cancelled = (<ManyChild> child).cancelled.pop(record.seq, None)
+            if cancelled is not None:
+                return self.end_cancelled(delivery, cancelled[0], cancelled[1])
         task.note_run(<double> record.runtime_ns)
         self.run_ns = record.runtime_ns if self.run_ns < 0 else self.run_ns + (record.runtime_ns - self.run_ns) * 0.05
         self.done += 1
@@ -816,7 +868,10 @@ cdef class Core(Ledger):
                 delay = TICK_S
         for each in self.children:
             child = <Child> each
-            if child.outstanding() > 1 and not child.limited:
+            if child.slots > 1:
+                if delay == 0 and child.outstanding():
+                    delay = LIMIT_TICK_S
+            elif child.outstanding() > 1 and not child.limited:
                 delay = TICK_S
             elif delay == 0 and child.outstanding() and self.has_limit(child):
                 delay = LIMIT_TICK_S
@@ -838,10 +893,9 @@ cdef class Core(Ledger):
         return 0
 
     cdef bint has_limit(self, Child child) except -1:
-        cdef uint32_t seq
-        for seq in range(child.first, child.next):
-            delivery = child.sent[seq & (SENT_SLOTS - 1)]
-            if delivery is not None and self.limit_of(<Delivery> delivery):
+        cdef Delivery delivery
+        for delivery in child.held():
+            if self.limit_of(delivery):
                 return True
         return False
 
@@ -864,7 +918,10 @@ cdef class Core(Ledger):
             if child.outstanding() == 0:
                 continue
             self.collect(child)
-            running = child.running()
+            if child.slots > 1:
+                self.check_many(<ManyChild> child)
+                continue
+            running = child.call_of(load32(&child.reader.shared.started))
             if running is None:
                 continue
             ran = <double> (monotonic_ns() - load64s(&child.reader.shared.started_ns))
@@ -876,11 +933,76 @@ cdef class Core(Ledger):
                 self.hooks.hard_limit(child, delivery_task(running), delivery_id(running), limit)
         return 0
 
+    cdef int check_many(self, ManyChild child) except -1:
+        """The same for a child of several calls at a time, whose loop may stand still besides."""
+        cdef int64_t now = monotonic_ns()
+        cdef uint32_t started = load32(&child.reader.shared.started)
+        cdef Delivery delivery
+        cdef bint is_still = started + 1 < child.next and not child.limited
+        if not is_still:
+            child.unstarted_since_ns = 0
+        elif child.unstarted_since_ns == 0:
+            child.unstarted_since_ns = now
+        elif now - child.unstarted_since_ns > STUCK_NS:
+            self.take_back(child)
+        if child.stall_ns and not child.sacrificed:
+            self.check_turns(child, now)
+        for seq, limit in list(child.limits.items()):
+            delivery = child.call_of(seq)
+            if delivery is None or seq > started or seq in child.cancelled:
+                continue
+            if (now - child.started_at(seq)) * 1e-9 > limit:
+                self.hooks.overdue(child, delivery_task(delivery), delivery_id(delivery), limit)
+                child.cancel(delivery, "time-limit", limit, 0)
+                if child.gives_up:
+                    self.give_up(child, delivery)
+        for seq, (_, _, since_ns) in list(child.cancelled.items()):
+            if now - <int64_t> since_ns > CANCEL_NS and not child.sacrificed:
+                delivery = child.call_of(seq)
+                if delivery is None:
+                    del child.cancelled[seq]
+                elif child.gives_up:
+                    self.give_up(child, delivery)
+                else:
+                    self.sacrifice(child, f"task {delivery_task(delivery)}[{delivery_id(delivery)}] does not end")
+        return 0
+
+    cdef int check_turns(self, ManyChild child, int64_t now) except -1:
+        """See whether a child's event loop stands still."""
+        cdef int64_t last = max(child.busy_since_ns, load64s(&child.reader.shared.started_ns))
+        if now - last < STALL_NS:
+            child.is_stalled = False
+            return 0
+        if not child.is_stalled:
+            child.is_stalled = True
+            child.stalls += 1
+            self.hooks.stalled(child, (now - last) * 1e-9)
+        if now - last > child.stall_ns:
+            self.sacrifice(child, f"its event loop has taken no turn for {(now - last) * 1e-9:.0f} s")
+        return 0
+
+    cdef int give_up(self, ManyChild child, Delivery delivery) except -1:
+        """Leave a call behind that does not end: nothing of its process is taken any more once the others have ended."""
+        kind, detail, _ = child.cancelled[delivery.seq]
+        child.give_up(delivery)
+        self.end_cancelled(delivery, kind, detail)
+        if child.outstanding():
+            self.pool.child_full(child)
+        else:
+            self.pool.child_drained(child)
+        return 0
+
+    cdef int sacrifice(self, ManyChild child, str why) except -1:
+        """Kill a child for the sake of one call that does not end: its others run again, uncounted."""
+        child.sacrificed = True
+        child.retire()
+        self.hooks.hopeless(child, why)
+        return 0
+
     cdef int take_back(self, Child child) except -1:
         """Take the calls that a child has not started away from it. It answers each of them with RETURNED when it gets there."""
-        cdef uint32_t started = load32(&child.reader.shared.started), seq
+        cdef uint32_t started = load32(&child.reader.shared.started)
         cdef Delivery delivery
-        cdef list back = []
         if child.outstanding() == 0 or child.gone:
             return 0
         if started < child.first:
@@ -890,13 +1012,11 @@ cdef class Core(Ledger):
         # What has started since is decided by the child's answer; what is beyond that cannot start any more.
         if load32(&child.reader.shared.started) > started:
             started = load32(&child.reader.shared.started)
-        for seq in range(started + 1, child.next):
-            delivery = <Delivery> child.sent[seq & (SENT_SLOTS - 1)]
-            if delivery is not None:
-                child.sent[seq & (SENT_SLOTS - 1)] = None
-                back.append(delivery)
-        for delivery in reversed(back):
+        for delivery in reversed(child.take_unstarted(started)):
             self.release(delivery)
+        if child.slots > 1 and not (<ManyChild> child).taken:
+            child.limited = False
+            store32(&child.reader.shared.limit, NO_LIMIT)
         return 0
 
     cdef int wake_etas(self) except -1:
@@ -924,8 +1044,9 @@ cdef class Core(Ledger):
         """Start nothing more: give back what waits and what children have not started. What runs goes on."""
         cdef Delivery each
         self.stopping = True
-        for each in self.line.clear():
-            self.settle(each, RETURN)
+        for line in self.lines:
+            for each in (<WaitingLine> line).clear():
+                self.settle(each, RETURN)
         for _, _, each in self.later.clear():
             self.settle(each, RETURN)
         for child in self.children:
@@ -940,13 +1061,11 @@ cdef class Core(Ledger):
         """
         cdef Delivery delivery
         cdef Child child
-        cdef uint32_t seq
         for each in self.children:
             child = <Child> each
             self.collect(child)
-            for seq in range(child.first, child.next):
-                delivery = <Delivery> child.sent[seq & (SENT_SLOTS - 1)]
-                if delivery is not None and (forget or not delivery.settled):
+            for delivery in child.held():
+                if forget or not delivery.settled:
                     self.settle(delivery, REQUEUE)
         self.flush(True)
 
@@ -969,17 +1088,27 @@ cdef class Core(Ledger):
 
     def terminate(self, set ids, int signum) -> list[str]:
         """Have the calls with these ids that run now ended by a signal to their process; return their ids."""
-        cdef Child child
         cdef Delivery running
         cdef list found = []
         for each in list(self.children):
-            child = <Child> each
-            running = child.running()
-            if running is not None and not child.terminated_by and delivery_id(running) in ids:
-                found.append(delivery_id(running))
-                child.terminate_for(signum)
-                self.hooks.terminate(child, signum)
+            for running in (<Child> each).running():
+                if delivery_id(running) in ids and self.end_running(<Child> each, running, signum):
+                    found.append(delivery_id(running))
         return found
+
+    cdef bint end_running(self, Child child, Delivery running, int signum) except -1:
+        """Have a running call ended; False when it is being ended already."""
+        if child.slots > 1:
+            if running.seq in (<ManyChild> child).cancelled:
+                return False
+            (<ManyChild> child).cancel(running, "terminated", signum, signum)
+            self.arm()
+            return True
+        if child.terminated_by:
+            return False
+        child.terminate_for(signum)
+        self.hooks.terminate(child, signum)
+        return True
 
     @property
     def is_store_away(self) -> bool:
@@ -988,11 +1117,8 @@ cdef class Core(Ledger):
 
     def cancel_lost(self, int signum) -> None:
         """End the running calls whose connection is gone before they were acknowledged: they run again elsewhere."""
-        cdef Child child
         cdef Delivery running
         for each in list(self.children):
-            child = <Child> each
-            running = child.running()
-            if running is not None and running.source.dead and not running.settled and not child.terminated_by:
-                child.terminate_for(signum)
-                self.hooks.terminate(child, signum)
+            for running in (<Child> each).running():
+                if running.source.dead and not running.settled:
+                    self.end_running(<Child> each, running, signum)

@@ -12,7 +12,7 @@ cdef class Ledger(Keeper):
     cdef readonly dict tasks                # TaskRules by encoded name
     cdef readonly list children
     cdef list sources
-    cdef WaitingLine line                   # for a child
+    cdef list lines                         # WaitingLines for a child, one for each group of children
     cdef Later later                        # for their time
     cdef set handed                         # deliveries that the hooks have taken and not judged
     cdef public Py_ssize_t parked           # how many of those that the hooks have wait for their time
@@ -23,3 +23,5 @@ cdef class Ledger(Keeper):
 
     cdef int move(self, Delivery delivery, int state) except -1
     cdef Py_ssize_t unsettled(self) except -1
+    cdef WaitingLine line_of(self, Delivery delivery)
+    cdef Py_ssize_t in_line(self) except -1

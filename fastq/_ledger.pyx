@@ -1,7 +1,7 @@
 # cython: language_level=3
 """What is here and in which state, and how others see it. Decides nothing: that is the message loop's, which derives from it."""
 
-from fastq._child cimport delivery_id, delivery_task
+from fastq._child cimport Child, TaskRules, delivery_id, delivery_task
 from fastq.link cimport DISPATCHED, FINISHED, LEDGER_STATES, STARTED, Source
 from fastq.wire.dates cimport read_clock
 
@@ -9,11 +9,11 @@ from fastq.wire.pipe import OUTCOME_NAMES
 
 
 cdef class Ledger(Keeper):
-    def __init__(self, list tasks):
+    def __init__(self, list tasks, int groups=1):
         self.tasks = {task.name.encode(): task for task in tasks}
         self.children = []
         self.sources = []
-        self.line = WaitingLine()
+        self.lines = [WaitingLine() for _ in range(groups)]
         self.later = Later()
         self.handed = set()
         self.ledger = [0] * LEDGER_STATES
@@ -28,17 +28,36 @@ cdef class Ledger(Keeper):
 
     cdef Py_ssize_t unsettled(self) except -1:
         return <Py_ssize_t> self.ledger[DISPATCHED] + <Py_ssize_t> self.ledger[STARTED] + <Py_ssize_t> self.ledger[FINISHED] \
-            + self.line.count
+            + self.in_line()
+
+    cdef WaitingLine line_of(self, Delivery delivery):
+        """The line that a delivery waits in, for a child of its task's group."""
+        return <WaitingLine> self.lines[(<TaskRules> delivery.options).group]
+
+    cdef Py_ssize_t in_line(self) except -1:
+        cdef Py_ssize_t count = 0
+        for line in self.lines:
+            count += (<WaitingLine> line).count
+        return count
 
     @property
     def waiting(self) -> int:
         """How many deliveries wait for a child."""
-        return self.line.count
+        return self.in_line()
 
     @property
     def load(self) -> int:
-        """How many calls run or wait for a child."""
-        return self.line.count + self.ledger[DISPATCHED] + self.ledger[STARTED]
+        """How many calls run or wait for a child of the first group."""
+        cdef Py_ssize_t beside = self.outstanding_beside() if len(self.lines) > 1 else 0
+        return self.in_line() + self.ledger[DISPATCHED] + self.ledger[STARTED] - beside
+
+    def outstanding_beside(self) -> int:
+        """Return how many calls children of other groups than the first one have, or wait for such."""
+        cdef Py_ssize_t count = self.in_line() - (<WaitingLine> self.lines[0]).count
+        for child in self.children:
+            if (<Child> child).group:
+                count += (<Child> child).outstanding()
+        return count
 
     @property
     def running(self) -> int:
@@ -76,7 +95,7 @@ cdef class Ledger(Keeper):
     def reserved(self) -> list[dict[str, object]]:
         """Return what is here and waits for a child, its time not counted."""
         cdef list found = [self.describe(call, None, -1.0) for child in self.children for call, ran in child.calls if ran < 0]
-        return found + [self.describe(each, None, -1.0) for each in self.line.all()]
+        return found + [self.describe(each, None, -1.0) for line in self.lines for each in (<WaitingLine> line).all()]
 
     def scheduled(self) -> list[dict[str, object]]:
         """Return what waits for its time or for its turn under a rate limit."""
@@ -92,7 +111,7 @@ cdef class Ledger(Keeper):
     def stats(self) -> dict[str, object]:
         """Return the counters: deliveries by ledger state, outcomes, refusals by class."""
         return {
-            "received": self.received, "done": self.done, "postponed": self.postponed, "waiting": self.line.count,
+            "received": self.received, "done": self.done, "postponed": self.postponed, "waiting": self.in_line(),
             "scheduled": len(self.later) + self.parked,
             "ledger": dict(zip(("received", "dispatched", "started", "finished", "settled"), self.ledger)),
             "outcomes": dict(zip(("success", "failure", "retry", "ignored", "rejected", "requeued", "malformed", "returned",

@@ -5,6 +5,7 @@ Sends nothing and stores nothing; a retry follows at once.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -19,6 +20,16 @@ class Runnable(Protocol):
 
     name: str
     run: Callable[..., Any]
+    is_async: bool
+
+
+def _finished(value: Any) -> Any:
+    """Return a value, of a coroutine what it returns."""
+    if not inspect.iscoroutine(value):
+        return value
+    from fastq.awaiting import run_here as await_here  # an event loop, which few need here
+
+    return await_here(value)
 
 
 def run_here(
@@ -39,7 +50,7 @@ def run_here(
         try:
             state, value, einfo = _execute(task, request, around)
             for after in around.after[state]:
-                after(state, value, task_id, request.args, request.kwargs, einfo)
+                _finished(after(state, value, task_id, request.args, request.kwargs, einfo))
         finally:
             pop_request()
         if state != RETRY:
@@ -52,8 +63,9 @@ def _execute(task: Runnable, request: Request, around: Around) -> tuple[str, Any
     args, kwargs = request.args, request.kwargs
     try:
         for before in around.before:
-            before(cast("str", request.id), args, kwargs)
-        return SUCCESS, task.run(*args, **kwargs), None
+            _finished(before(cast("str", request.id), args, kwargs))
+        value = task.run(*args, **kwargs)
+        return SUCCESS, _finished(value) if task.is_async else value, None
     except Exception as raised:
         error = around.end_of(raised)
     if isinstance(error, Retry):

@@ -336,3 +336,12 @@ class CallHooks(Protocol):
 
     def terminate(self, child: Child, signum: int) -> None:
         """The call that a child runs was revoked: its process is to get the signal, and to end."""
+
+    def overdue(self, child: Child, name: str, task_id: str, limit: float) -> None:
+        """One of several calls of a child ran past its hard limit: it is told to end."""
+
+    def hopeless(self, child: Child, why: str) -> None:
+        """A child of several calls is to be killed for the sake of one of them, or because its loop stands still."""
+
+    def stalled(self, child: Child, seconds: float) -> None:
+        """The loop of a child of several calls has taken no turn for so long."""

@@ -163,6 +163,9 @@ class Settings:
     fastq_max_child_deaths: int = 3
     fastq_grace_s: float = 25.0
     fastq_child_start_timeout: float | None = 300.0  # a child that is not ready by then is killed; None: never
+    fastq_async_processes: int = 1  # for tasks that are coroutine functions; 0: they run among the others
+    fastq_async_slots: int = 1000  # coroutines at a time in each of those
+    fastq_loop_stall_s: float = 30.0  # an event loop that takes no turn for so long is killed and replaced; 0: never
     fastq_keeps_spare: bool = True  # False: a child's replacement starts when the child has ended
 
     _sources: dict[str, int]

@@ -152,6 +152,8 @@ class Task(Generic[P, R]):
 
     #: What ``autoretry_for`` and the ``retry_…`` options add up to; None: no exception is retried by itself.
     autoretry: RetryPolicy | None = None
+    #: Whether its function is a coroutine function.
+    is_async: bool = False
     #: The handlers that this task has of its own; a worker need not call the others.
     handlers: frozenset[str] = frozenset()
 
@@ -198,9 +200,18 @@ class Task(Generic[P, R]):
         """Run the function here and now, as a plain call."""
         if not self.bind:
             return self.run(*args, **kwargs)
+        if self.is_async:
+            return cast("R", self._called(args, kwargs))
         push_request(Request.local(self.name, args, kwargs, called_directly=True))
         try:
             return self.run(*args, **kwargs)
+        finally:
+            pop_request()
+
+    async def _called(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        push_request(Request.local(self.name, args, kwargs, called_directly=True))
+        try:
+            return await cast("Any", self.run)(*args, **kwargs)
         finally:
             pop_request()
 
@@ -406,10 +417,7 @@ class Task(Generic[P, R]):
         self._envelope = self._direct = None
 
     def _check_run(self, name: str) -> None:
-        if inspect.iscoroutinefunction(self.run):
-            raise TypeError(
-                f"task {name!r} is a coroutine function; workers run plain functions: use asyncio.run() inside"
-            )
+        self.is_async = inspect.iscoroutinefunction(self.run)
         if inspect.isgeneratorfunction(self.run) or inspect.isasyncgenfunction(self.run):
             raise TypeError(
                 f"task {name!r} is a generator function: calling it runs nothing of it. Return a list, or send a call "

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastq.worker")
 
 #: Celery's pools that there is no other for yet.
-NOT_CARRIED = frozenset({"threads", "solo", "gevent", "eventlet", "custom"})
+NOT_CARRIED = frozenset({"solo", "gevent", "eventlet", "custom"})
 
 
 def _concurrency(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -101,7 +101,10 @@ def _pool(ctx: click.Context, param: click.Parameter, value: str) -> str:
 #: The help's sections, by an option's parameter; what stands in none of them is general.
 _SECTIONS = {
     "Messages": ("queues", "exclude_queues", "prefetch_multiplier", "disable_prefetch", "purge", "reliable"),
-    "Child processes": ("concurrency", "autoscale", "max_tasks_per_child", "max_memory_per_child"),
+    "Child processes": (
+        *("concurrency", "pool", "processes", "async_processes", "async_slots", "autoscale"),
+        *("max_tasks_per_child", "max_memory_per_child"),
+    ),
     "Time": ("time_limit", "soft_time_limit", "grace"),
     "Monitoring": ("task_events", "statedb", "without_mingle", "without_heartbeat", "heartbeat_interval"),
     "Process": ("logfile", "pidfile", "detach", "workdir", "uid", "gid", "umask"),
@@ -146,6 +149,9 @@ class WorkerCommand(click.Command):
 @click.option("-O", "--optimization", type=click.Choice(["default", "fair"]), default="default", hidden=True)
 @click.option("-P", "--pool", default="prefork", callback=_pool, help="What runs the tasks: prefork, or module:NAME.")
 @click.option("-E", "--task-events", "--events", is_flag=True, default=None, help="Send task events, for monitors.")
+@click.option("--processes", type=click.IntRange(1), metavar="N", help="Processes of threads or coroutines.")
+@click.option("--async-processes", type=click.IntRange(0), metavar="N", help="Children for async tasks. Default: 1.")
+@click.option("--async-slots", type=click.IntRange(1), metavar="N", help="Tasks at a time in each. Default: 1000.")
 @click.option("--autoscale", callback=_autoscale, metavar="MAX,MIN", help="Grow and shrink the pool with the work.")
 @click.option("-S", "--statedb", default="", help="File that keeps what was revoked; expands as --logfile.")
 @click.option("--without-gossip", is_flag=True, hidden=True)

@@ -7,7 +7,7 @@ point of the group ``fastq.pools``, whose name is the pool's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from fastq.errors import FastqError, SettingsError
@@ -21,12 +21,48 @@ if TYPE_CHECKING:
 #: The group of entry points in which other packages name their pools.
 ENTRY_POINTS: Final = "fastq.pools"
 
-#: What runs in a child: (socket, shared memory file, number) -> exit code. No two living children are born with the
-#: same number; it is 0 or more.
-ChildMain: TypeAlias = Callable[[int, int, int], int]
 #: What runs in the companion, the one process beside the children that a program may want. SIGTERM asks it to
 #: end; it is blocked until the companion is ready for it.
 CompanionMain: TypeAlias = Callable[[], int]
+
+
+class ChildMain(Protocol):
+    """What runs in a child. ``group`` says of which of the worker's children it is one."""
+
+    def __call__(self, sock: int, shared: int, number: int, group: int = 0, /) -> int:
+        """Run calls and return the exit code. No two living children are born with the same number, 0 or more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Children that are alike: how many, and how each runs its calls.
+
+    ``calls``: "one" at a time, or several by "threads", an event "loop", "gevent" or "eventlet". ``slots``: so many.
+    """
+
+    calls: str
+    processes: int
+    slots: int = 1
+
+    @property
+    def is_many(self) -> bool:
+        """Return whether a process runs several calls at a time, if only it is let."""
+        return self.calls != "one"
+
+    @property
+    def places(self) -> int:
+        """Return for how many calls at a time the memory is made that a process shares with the main one."""
+        return max(2, self.slots) if self.is_many else 1
+
+    @property
+    def gives_up(self) -> bool:
+        """Return whether a call that does not end can be left behind: a thread; else its process has to go."""
+        return self.calls == "threads"
+
+    @property
+    def has_loop(self) -> bool:
+        """Return whether all calls of a process wait when one of them does not give way."""
+        return self.calls == "loop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +72,8 @@ class PoolOptions:
     ``on_lost(title, reason)`` is told of a death nobody asked for, ``on_fatal(error)`` when no child can be had.
     ``keeps_spare``: one more child than slots waits for its turn. ``overlaps``: a replacement may start while the child
     that it replaces still lives. A child that is not ready after ``start_timeout_s`` is killed (None: never).
+    ``groups``: the children that are wanted, those of ``concurrency`` first; ``stall_s``: how long an event loop of
+    theirs may stand still.
     """
 
     concurrency: int
@@ -44,6 +82,8 @@ class PoolOptions:
     keeps_spare: bool = False
     overlaps: bool = True
     start_timeout_s: float | None = None
+    groups: tuple[Group, ...] = ()
+    stall_s: float = 0
 
 
 class Companion(Protocol):
@@ -116,6 +156,8 @@ class Pool(ChildHooks, Protocol):
 class PoolKind:
     """One kind of pool. Targets are objects, or where they are (``module:name``).
 
+    ``calls`` says how a process runs them, as ``Group.calls``.
+
     ``prepare`` is called before any thread or event loop exists, with (child_main, on_start, companion): ChildMain,
     what to call in each process that forks others, CompanionMain or None. ``pool`` is called on the loop with (loop,
     what ``prepare`` has returned, PoolOptions) and returns a ``Pool``.
@@ -124,16 +166,19 @@ class PoolKind:
     names: tuple[str, ...]
     prepare: Target
     pool: Target
+    calls: str = "one"
 
 
 PREFORK: Final = PoolKind(
     names=("prefork", "processes"),
     prepare="fastq.pool.zygote:start_zygote",
-    pool="fastq.pool.supervisor:Pool",
+    pool="fastq.pool.groups:make_pool",
 )
+THREADS: Final = replace(PREFORK, names=("threads",), calls="threads")
+ASYNCIO: Final = replace(PREFORK, names=("asyncio",), calls="loop")
 
 #: Every kind of pool that is built in.
-POOLS: Final = (PREFORK,)
+POOLS: Final = (PREFORK, THREADS, ASYNCIO)
 _OF_NAME: Final = {name: kind for kind in POOLS for name in kind.names}
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from socket import socket
 
 from fastq._child import Child
+from fastq.pool.titles import process_name
 from fastq.wire.pipe import RingReader
 
 
@@ -22,6 +23,7 @@ class Member:
 
     number: int
     born: int
+    calls: str = "one"
     child: Child | None = None
     pid: int = 0
     is_ready: bool = False
@@ -35,7 +37,8 @@ class Member:
     @property
     def title(self) -> str:
         """Return what the log calls it."""
-        return f"Process 'ForkPoolWorker-{self.number + 1}'" + (f" pid:{self.pid}" if self.pid else "")
+        name = process_name(self.number + 1, self.calls)
+        return f"Process {name!r}" + (f" pid:{self.pid}" if self.pid else "")
 
     def set_timer(self, timer: asyncio.TimerHandle | None) -> None:
         """Watch over something else from now on, or over nothing."""

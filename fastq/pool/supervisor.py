@@ -1,4 +1,4 @@
-"""The pool as the main process sees it: slots, the child in each, and replacements ready before they are needed.
+"""Children that are alike, as the main process sees them: slots, the one in each, replacements ready in time.
 
 It decides which process runs where, never which call. Children are forked by the zygote; their end is reported by it.
 Every child starts as a spare: a slot takes the first one that is ready, so one that hangs or dies at its start holds
@@ -15,18 +15,20 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fastq._child import Child
+from fastq._child import Child, ManyChild
 from fastq._core import Core
 from fastq.errors import FastqError, PoolLost
 from fastq.guard import guarded
 from fastq.interfaces import ChildHooks
-from fastq.pool import PoolOptions
+from fastq.pool import Group, PoolOptions
 from fastq.pool.companion import Companion
 from fastq.pool.members import Member, Slot, lives, wait_for_end, worth
 from fastq.pool.process import DUMP_SIGNAL, STACKS_SIGNAL
-from fastq.pool.zygote import Exited, Failed, Zygote
+from fastq.pool.zygote import Exited, Failed, Spawned, Zygote
+from fastq.wire.pipe import RingReader
 
 logger = logging.getLogger("fastq.worker")
 
@@ -53,11 +55,18 @@ MAX_ASKED = 16
 @guarded(ChildHooks)
 @dataclass(slots=True)
 class Pool:
-    """Keeps as many slots filled as ``options.concurrency`` says (the protocol is ``fastq.pool.Pool``)."""
+    """Keeps as many slots filled as its group says (the protocol is ``fastq.pool.Pool``).
+
+    ``index`` is that of its group among the options' groups; ``shares`` the zygote with others: whoever made them all
+    hands on its reports, by ``take`` and ``lose``, and closes it.
+    """
 
     loop: asyncio.AbstractEventLoop
     zygote: Zygote
     options: PoolOptions
+    index: int = 0
+    shares: bool = False
+    group: Group = field(init=False)
     companion: Companion | None = field(init=False)
     core: Core = field(init=False)
     slots: list[Slot] = field(default_factory=list)
@@ -65,8 +74,9 @@ class Pool:
     _members: dict[int, Member] = field(default_factory=dict)  # by pid
     _requests: dict[int, Member] = field(default_factory=dict)
     _by_child: dict[Child, Member] = field(default_factory=dict)
-    _dropped: list[Member] = field(default_factory=list)  # their slot is gone, their last call still runs
-    _next_request: int = 1
+    _dropped: list[Member] = field(default_factory=list)  # their slot is gone or another's, their last calls still run
+    _next_request: int = field(init=False)
+    _step: int = field(init=False)
     _failed_starts: int = 0
     _rounds: int = 0  # pauses in a row
     _pause: asyncio.TimerHandle | None = None
@@ -79,16 +89,22 @@ class Pool:
     _empty: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.companion = Companion(self.loop, self.zygote, "beat") if self.zygote.has_companion else None
+        groups = self.options.groups or (Group("one", self.options.concurrency),)
+        self.group = groups[self.index]
+        self._step = len(groups)
+        self._next_request = 1 + self.index  # those of one group are told from those of another one
+        has_companion = self.zygote.has_companion and self.index == 0
+        self.companion = Companion(self.loop, self.zygote, "beat") if has_companion else None
 
     # --- start and stop
 
     async def start(self, core: Core) -> None:
         """Return when this message loop's calls can run: every slot has its child, or some have and others are late."""
         self.core = core
-        self.loop.add_reader(self.zygote.fd, self._on_reports)
-        self.loop.add_reader(self.zygote.pidfd, self._on_zygote_end)
-        self.slots += [Slot() for _ in range(self.options.concurrency)]
+        if not self.shares:
+            self.loop.add_reader(self.zygote.fd, self._on_reports)
+            self.loop.add_reader(self.zygote.pidfd, self.lose)
+        self.slots += [Slot() for _ in range(self.group.processes)]
         self._fill()
         await self._first.wait()
         with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
@@ -120,7 +136,9 @@ class Pool:
             self._signal(member, signal.SIGKILL)
 
     def close(self) -> None:
-        """End the zygote."""
+        """End the zygote, unless it is shared."""
+        if self.shares:
+            return
         self.loop.remove_reader(self.zygote.fd)
         self.loop.remove_reader(self.zygote.pidfd)
         self.zygote.close()
@@ -135,8 +153,8 @@ class Pool:
     # --- size
 
     def grow(self, n: int = 1) -> None:
-        """Add slots."""
-        for _ in range(n):
+        """Add slots: as many as so many more calls need."""
+        for _ in range(-(-n // self.group.slots)):
             # A child that was dropped and still runs a call goes on counting: never more calls at once than slots.
             running = self._dropped.pop() if self._dropped else None
             self.slots.append(Slot(running))
@@ -144,7 +162,7 @@ class Pool:
 
     def shrink(self, n: int = 1) -> None:
         """Remove slots, empty and idle ones first; the calls in them are finished. The last slot stays."""
-        for _ in range(min(n, len(self.slots) - 1)):
+        for _ in range(min(n // self.group.slots, len(self.slots) - 1)):
             slot = min(reversed(self.slots), key=worth)
             self.slots.remove(slot)
             if slot.member is not None and not slot.is_due:
@@ -153,8 +171,8 @@ class Pool:
 
     @property
     def size(self) -> int:
-        """Return the number of slots."""
-        return len(self.slots)
+        """Return how many calls run at a time."""
+        return len(self.slots) * self.group.slots
 
     @property
     def pids(self) -> list[int]:
@@ -176,9 +194,13 @@ class Pool:
         self._first.set()
 
     def child_full(self, child: Child) -> None:
-        """The child has been given its last call."""
+        """The child has been given its last call. While others run, its replacement may start."""
+        member = self._by_child.get(child)
         if not child.busy:
             self.child_drained(child)
+        elif child.slots > 1 and member is not None and (slot := self._slot_of(member)) is not None:
+            slot.is_due = True
+            self._fill()
 
     def child_drained(self, child: Child) -> None:
         """The child has finished its last call: a spare takes its place."""
@@ -236,6 +258,8 @@ class Pool:
         placed = list(zip(needing, ready, strict=False))
         for slot, member in placed:
             self.spares.remove(member)
+            if slot.member is not None and slot.member.child is not None and slot.member.child.busy:
+                self._dropped.append(slot.member)
             slot.member, slot.is_due = None, False
             member.number = self._number_in_slot(member)
             slot.member = member
@@ -291,15 +315,17 @@ class Pool:
 
     def _spawn(self) -> None:
         number = self._free_number()
-        member = Member(number, number)
+        member = Member(number, number, self.group.calls)
         try:
-            member.sock, member.reader = self.zygote.spawn(self._next_request, member.number)
+            member.sock, member.reader = self.zygote.spawn(
+                self._next_request, member.number, self.index, self.group.places
+            )
         except OSError as error:
             self._start_failed(member, f"could not be started: {error}")
             return
         self.spares.append(member)
         self._requests[self._next_request] = member
-        self._next_request += 1
+        self._next_request += self._step
         self._watch_start(member)
 
     def _watch_start(self, member: Member) -> None:
@@ -404,12 +430,18 @@ class Pool:
         except EOFError:
             self.loop.remove_reader(self.zygote.fd)
             return
+        self.take(reports)
+
+    def take(self, reports: Sequence[Spawned | Failed | Exited]) -> None:
+        """Deal with those of the zygote's reports that are about this pool's processes."""
         self._zygote_is_slow = False
         for report in reports:
             if self.companion is not None and self.companion.take(report):
                 continue
             if isinstance(report, Exited):
                 self._on_exit(report)
+            elif report.request not in self._requests:
+                continue
             elif isinstance(report, Failed):
                 self._on_failed(self._requests.pop(report.request), report.reason)
             else:
@@ -419,8 +451,11 @@ class Pool:
         else:
             self._fill()
 
-    def _on_zygote_end(self) -> None:
-        """Nobody can fork any more, as this process has a loop and threads: give back what runs, and stop."""
+    def lose(self) -> None:
+        """The zygote has ended.
+
+        Nobody can fork any more, as this process has a loop and threads: give back what runs, and stop.
+        """
         self.loop.remove_reader(self.zygote.pidfd)
         if not self._stopping or self._members or self._requests:
             how = self.zygote.reap()
@@ -457,8 +492,7 @@ class Pool:
             member.pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             return  # it has ended already; the report is on its way
-        child = Child(self.core, member.number, pid, member.reader)
-        member.child = child
+        child = member.child = self._make_child(member, pid, member.reader)
         self._by_child[child] = member
         self.core.add_child(child)
         # The transport is made on the next turn of the loop; nothing is sent to the child before it reports ready.
@@ -470,6 +504,21 @@ class Pool:
             child.stop()
         else:
             self._watch_start(member)
+
+    def _make_child(self, member: Member, pid: int, reader: RingReader) -> Child:
+        group = self.group
+        if not group.is_many:
+            return Child(self.core, member.number, pid, reader, group=self.index)
+        return ManyChild(
+            self.core,
+            member.number,
+            pid,
+            reader,
+            slots=group.slots,
+            group=self.index,
+            gives_up=group.gives_up,
+            stall_s=self.options.stall_s if group.has_loop else 0,
+        )
 
     async def _connect(self, child: Child, sock: socket.socket) -> None:
         if not child.gone:

@@ -29,6 +29,11 @@ def set_title(program: str, hostname: str, process: str, info: str = "") -> None
         _set(f"[{program}: {hostname}:{process}]{f' {info}' if info else ''}")
 
 
+def process_name(number: int, calls: str = "one") -> str:
+    """Return the name of the child of that number, 1 or more, among those that run calls that way: Celery's, mostly."""
+    return f"{'AsyncPoolWorker' if calls == 'loop' else 'ForkPoolWorker'}-{number}"
+
+
 def active(words: Sequence[str] = ()) -> str:
     """Return what the main process's title says of a worker that takes tasks."""
     return f"-active- ({' '.join(map(mask_one, words or sys.argv[1:]))})"

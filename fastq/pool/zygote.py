@@ -23,7 +23,7 @@ from typing import Final, NoReturn
 
 from fastq.pool import ChildMain, CompanionMain
 from fastq.pool.process import DUMP_SIGNAL, LIMIT_SIGNAL, Timer, die_with_parent, set_name
-from fastq.wire.pipe import SHARED_SIZE, RingReader
+from fastq.wire.pipe import RingReader, shared_size
 
 #: Exit code of a process that came to no other.
 EX_INTERNAL: Final = 70
@@ -31,7 +31,7 @@ EX_INTERNAL: Final = 70
 COMPANION = 0
 
 _SPAWN, _SPAWNED, _EXITED, _FAILED = 1, 2, 3, 4
-_RECORD = struct.Struct("=BIii")  # kind, request, pid or number, wait status or errno
+_RECORD = struct.Struct("=BIii")  # kind, request, pid or number, wait status or errno or group
 _FDS = struct.Struct("ii")  # what comes with a request for a child: its end of the socket, the shared memory
 
 #: How long a hook of os.register_at_fork may hold up the zygote. Chosen: hooks take locks, and the zygote has no other
@@ -99,17 +99,18 @@ class Zygote:
         """Return the descriptor to watch for reports."""
         return self._control.fileno()
 
-    def spawn(self, request: int, number: int) -> tuple[socket.socket, RingReader]:
+    def spawn(self, request: int, number: int, group: int = 0, slots: int = 1) -> tuple[socket.socket, RingReader]:
         """Ask for a child and return our ends of its socket and ring; a Spawned or a Failed with this request follows.
 
-        Raises OSError: no descriptors, no memory, or a few hundred requests that wait already.
+        ``group`` says of which children it is one, ``slots`` how many calls those run at a time. Raises OSError: no
+        descriptors, no memory, or a few hundred requests that wait already.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with theirs, open(os.memfd_create("fastq-child", os.MFD_CLOEXEC), "wb") as shared:
-                os.ftruncate(shared.fileno(), SHARED_SIZE)
-                reader = RingReader(shared.fileno())
-                record = _RECORD.pack(_SPAWN, request, number, 0)
+                os.ftruncate(shared.fileno(), shared_size(slots))
+                reader = RingReader(shared.fileno(), slots)
+                record = _RECORD.pack(_SPAWN, request, number, group)
                 socket.send_fds(self._control, [record], [theirs.fileno(), shared.fileno()])
         except BaseException:
             ours.close()
@@ -316,7 +317,7 @@ def _fork_one(
     data, ancillary, _, _ = control.recvmsg(_RECORD.size, socket.CMSG_LEN(_FDS.size), socket.MSG_CMSG_CLOEXEC)
     if not data:
         return False
-    _, request, number, _ = _RECORD.unpack(data)
+    _, request, number, group = _RECORD.unpack(data)
     sock, shared = (
         _FDS.unpack(ancillary[0][2]) if ancillary else os.pipe()
     )  # the companion begins with what comes out of the pipe
@@ -345,7 +346,7 @@ def _fork_one(
         closes = (control.detach(), main, *pids)
         if request == COMPANION:
             _end_with(lambda: _be_companion(companion, closes, zygote, sock, shared))
-        _end_with(lambda: _be_child(child_main, closes, sock, shared, number))
+        _end_with(lambda: _be_child(child_main, closes, sock, shared, number, group))
     if request == COMPANION:
         os.write(shared, b"!")
     os.close(sock)
@@ -357,13 +358,13 @@ def _fork_one(
     return True
 
 
-def _be_child(child_main: ChildMain, closes: Iterable[int], sock: int, shared: int, number: int) -> int:
+def _be_child(child_main: ChildMain, closes: Iterable[int], sock: int, shared: int, number: int, group: int) -> int:
     """Run calls; returns the exit code."""
     die_with_parent()
     os.setpgid(0, 0)  # a group, not a session: a leader of one could not call setpgrp itself
     for fd in closes:
         os.close(fd)
-    return child_main(sock, shared, number)
+    return child_main(sock, shared, number, group)
 
 
 def _be_companion(companion: CompanionMain | None, closes: Iterable[int], zygote: int, sock: int, shared: int) -> int:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Final, Protocol
 
 from fastq.pool import zygote
 from fastq.pool.process import STACKS_SIGNAL
-from fastq.wire.pipe import FLAG_RECYCLE, SHARED_SIZE, ChildPipe
+from fastq.wire.pipe import FLAG_RECYCLE, ChildPipe, shared_size
 
 #: End the call that was revoked with `terminate`, and do nothing otherwise.
 _LEFT_TO_MAIN: Final = (signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR2)
@@ -54,6 +54,8 @@ class ChildOptions:
     is_amqp: bool = False  # messages come from a broker that speaks AMQP
     program: str = "fastq"  # what the process's title begins with
     setup: ChildSetup | None = None  # logging and the like
+    calls: str = "one"  # how it runs them (``calls.WAYS``)
+    slots: int = 1  # how many at a time
 
 
 class Signals:
@@ -108,9 +110,9 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def write_stacks_to(shared: int) -> None:
+def write_stacks_to(shared: int, slots: int = 1) -> None:
     """Have the stacks of all threads written behind the shared memory when the main process asks for them."""
-    os.lseek(shared, SHARED_SIZE, os.SEEK_SET)
+    os.lseek(shared, shared_size(slots), os.SEEK_SET)
     faulthandler.register(STACKS_SIGNAL, file=shared, all_threads=True, chain=False)
 
 

@@ -1,36 +1,28 @@
 """A child: a process of the pool from its birth to its exit code. Takes calls from the main process; runs none itself.
 
-The seam between taking and running is ``serve``: it takes calls from the pipe and hands each to a ``CallRunner``, one
-at a time. A pool that runs several in one process brings another ``serve``, and a limit that finds one call among them.
+The seam between taking and running is ``serve``: it takes calls from the pipe and hands each to a ``CallRunner``. The
+one here does so one at a time; others are found by ``calls.WAYS``.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Final, Protocol
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from fastq.app import FastQ
+from fastq.plugins import load
 from fastq.pool.process import set_name
-from fastq.pool.titles import set_title
+from fastq.pool.titles import process_name, set_title
 from fastq.results import open_store
 from fastq.running.birth import ChildOptions, Signals, wait_for_threads, write_stacks_to
+from fastq.running.calls import WAYS, CallRunner
 from fastq.running.pipes import PipePublisher, PipeStore
 from fastq.running.runner import Runner
-from fastq.wire.call import Call
 from fastq.wire.pipe import ChildPipe
 
 #: Exit code of a child that was asked to end, as Celery's recycled children have.
 EX_RECYCLE: Final = 155
-
-
-class CallRunner(Protocol):
-    """What runs calls."""
-
-    def begin(self, pipe: ChildPipe) -> None:
-        """Get ready to run calls in this process and to report on that pipe."""
-
-    def run(self, call: Call) -> None:
-        """Run one call and report how it ended. Raises nothing but what ends the process."""
 
 
 def serve(pipe: ChildPipe, runner: CallRunner) -> None:
@@ -51,16 +43,18 @@ class ChildProcess:
     def __init__(self, options: ChildOptions, runner: CallRunner) -> None:
         self._options = options
         self._runner = runner
+        self._serve: Callable[[ChildPipe, CallRunner], None] = load(WAYS[options.calls].serve)
 
     def prepare(self) -> None:
         """Do what can be done once for all children, in the process that forks them."""
         if self._options.setup is not None:
             self._options.setup.prepare()
 
-    def __call__(self, sock: int, shared: int, slot: int) -> int:
+    def __call__(self, sock: int, shared: int, slot: int, group: int = 0) -> int:
         """Run calls until the main process says stop or goes away; returns the exit code."""
-        pipe = ChildPipe(sock, shared)
-        write_stacks_to(shared)
+        slots = self._options.slots
+        pipe = ChildPipe(sock, shared, slots)
+        write_stacks_to(shared, slots)
         set_name(b"fastq-child")
         self.handle_signals(pipe)
         pipe.on_slot = lambda taken: self.renumber(slot + 1, taken + 1)
@@ -89,7 +83,7 @@ class ChildProcess:
 
     def serve(self, pipe: ChildPipe) -> None:
         """Run calls until the pipe ends."""
-        serve(pipe, self._runner)
+        self._serve(pipe, self._runner)
 
     def end(self, code: int) -> None:
         """Have the application hear of the end, before its threads are waited for."""
@@ -102,7 +96,22 @@ class ChildProcess:
 
     def entitle(self, number: int) -> None:
         """Show the number where processes are listed."""
-        set_title(self._options.program, self._options.hostname, f"ForkPoolWorker-{number}")
+        set_title(self._options.program, self._options.hostname, process_name(number, self._options.calls))
+
+
+class Children:
+    """What the zygote calls where children differ: those of each group have their own."""
+
+    def __init__(self, mains: Sequence[ChildProcess]) -> None:
+        self._mains = mains
+
+    def prepare(self) -> None:
+        """Do what can be done once for all children."""
+        self._mains[0].prepare()
+
+    def __call__(self, sock: int, shared: int, number: int, group: int = 0) -> int:
+        """Run calls; returns the exit code."""
+        return self._mains[group](sock, shared, number, group)
 
 
 class FastQChild(ChildProcess):

@@ -1,10 +1,8 @@
-"""The soft time limit of a process that runs one call at a time. The hard one is the main process's affair.
-
-Pools that run several calls in one process need another one: it is all that a runner needs of how calls are run.
-"""
+"""The soft time limit of a process that runs one call at a time, by a signal (the protocol is ``calls.Limit``)."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +22,13 @@ class SoftLimit:
     ``error`` makes what is raised in a call. While ``is_spared`` says so of the interrupted frame, it is put off.
     """
 
+    guards_all = False
+
     def __init__(
-        self, error: Callable[[Call], Exception], is_spared: Callable[[FrameType | None], bool] | None = None
+        self,
+        error: Callable[[Call], Exception],
+        is_spared: Callable[[FrameType | None], bool] | None = None,
+        on_strike: Callable[[], None] | None = None,  # none is needed: whoever watches handlers of signals sees it
     ) -> None:
         self._error = error
         self._is_spared = is_spared
@@ -50,9 +53,24 @@ class SoftLimit:
             self._limited = None
             self._timer.set(0)
 
+    #: The frames that are spared tell the task from what is around it.
+    around = run
+
+    def inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function; a coroutine function is run to its end."""
+        if not inspect.iscoroutinefunction(function):
+            return function
+        from fastq.awaiting import running_here  # an event loop, which few need here
+
+        return running_here(function)
+
     def has_struck(self, call: Call) -> bool:
         """Return whether this call, the last one, was past its limit."""
         return self._struck is call
+
+    def is_cancelled(self, call: Call) -> bool:
+        """Return False: a call that is to end has its process ended."""
+        return False
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         call = self._limited

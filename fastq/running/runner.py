@@ -5,12 +5,14 @@ The only broad ``except`` of fastq is in ``Runner.run``, around user code.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import signal
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
 
 from fastq.app import FastQ
 from fastq.codecs import accepted
@@ -19,8 +21,8 @@ from fastq.codecs.meta import encode_meta
 from fastq.errors import Ignore, NotRegistered, Reject, RemoteProtocolError, Retry, SoftTimeLimitExceeded
 from fastq.request import Request, pop_request, push_request
 from fastq.running.birth import ChildOptions, MemoryLimit
+from fastq.running.calls import make_limit
 from fastq.running.decode import MAX_DETAIL, Malformed, decode_call
-from fastq.running.limit import SoftLimit
 from fastq.running.messages import TaskLog, retry_reason
 from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, SUCCESS
 from fastq.steps import After, Around, Step
@@ -49,23 +51,50 @@ _OWN = ("fastq.running.runner", "fastq.running.limit", "fastq.steps")
 class Plan:
     """What running one task takes, looked up once: its function, and what is called around it."""
 
-    __slots__ = ("after_success", "around", "before", "function", "task", "throws")
+    __slots__ = ("after_success", "around", "before", "function", "is_async", "task", "throws")
 
-    def __init__(self, task: Task[..., Any], steps: Sequence[Step]) -> None:
+    def __init__(self, task: Task[..., Any], steps: Sequence[Step], has_loop: bool) -> None:
         self.task = task
         self.throws = task.throws
         # An overridden __call__ is the user's way to wrap the run; otherwise it would only cost a frame.
         self.function: Callable[..., Any] = task.run if type(task).__call__ is Task.__call__ else task
+        self.is_async = task.is_async
+        if self.is_async and not has_loop:
+            from fastq.awaiting import running_here  # an event loop, which few need here
+
+            self.function = running_here(self.function)
         self.around = Around(task, steps)
         self.before = self.around.before
         self.after_success = self.around.after[SUCCESS]
 
 
+class End:
+    """How a call ended that has raised: the state, what handlers are told, the traceback as text."""
+
+    __slots__ = ("error", "info", "state", "text", "value")
+
+    def __init__(self, plan: Plan, error: BaseException) -> None:
+        error = plan.around.end_of(error)
+        self.error: BaseException = error
+        self.value: BaseException = error
+        self.info: ExceptionInfo | None = None
+        self.text = ""
+        if isinstance(error, Ignore):
+            self.state = IGNORED
+        elif isinstance(error, Reject):
+            self.state = REJECTED
+        else:
+            self.state = RETRY if isinstance(error, Retry) else FAILURE
+            if isinstance(error, Retry) and error.exc is not None:
+                self.value = error.exc
+            self.text = _format(error)
+            self.info = ExceptionInfo(self.value)
+
+
 class Runner:
     """Runs calls and reports their outcomes on the pipe.
 
-    What it knows of a call is in the call's request, which is the running one of its thread or coroutine. One call at a
-    time, in the main thread, is what ``SoftLimit`` and the pipe's records need.
+    What it knows of a call is in the call's request, which is the running one of its thread or coroutine.
     """
 
     def __init__(self, app: FastQ, options: ChildOptions) -> None:
@@ -76,15 +105,16 @@ class Runner:
         self._extended = app.conf.result_extended
         self._started = Started(options.hostname, options.track_started)
         steps = (*app.steps, self._started, *BUILT_IN)
-        self._plans = {name: Plan(task, steps) for name, task in app.tasks.items()}
-        self._limit = SoftLimit(lambda call: SoftTimeLimitExceeded())
+        self._plans = {name: Plan(task, steps, options.calls == "loop") for name, task in app.tasks.items()}
+        self.limit = make_limit(options.calls, lambda call: SoftTimeLimitExceeded())
+        self._guards_all: bool = self.limit.guards_all
         self._log = TaskLog(logger)
         self._logs_info = logger.isEnabledFor(logging.INFO)
 
     def begin(self, pipe: ChildPipe) -> None:
         """Get ready to run calls in this process and to report on that pipe."""
         self._pipe = self._started.outlet = pipe
-        self._limit.begin()
+        self.limit.begin()
 
     def run(self, call: Call) -> None:
         """Run one call and report how it ended. Raises nothing but what ends the process."""
@@ -104,8 +134,8 @@ class Runner:
                 if plan.before:  # an empty loop costs more than the question
                     for before in plan.before:
                         before(call.id, args, kwargs)
-                if call.soft_time_limit:
-                    value = self._limit.run(call, plan.function, args, kwargs)
+                if call.soft_time_limit or self._guards_all:
+                    value = self.limit.run(call, plan.function, args, kwargs)
                 else:
                     value = plan.function(*args, **kwargs)
                 meta = None
@@ -128,6 +158,54 @@ class Runner:
         finally:
             pop_request()
 
+    def is_async(self, call: Call) -> bool:
+        """Return whether the call is one of a coroutine function."""
+        plan = self._plans.get(call.name)
+        return plan is not None and plan.is_async
+
+    async def run_async(self, call: Call) -> None:
+        """Run a call of a coroutine function as ``run`` does others; its handlers may be coroutine functions, too."""
+        plan = self._plans[call.name]
+        try:
+            args, kwargs, embed = decode_call(call, self._accept)
+        except Malformed as error:
+            self._pipe.finish(call, OUTCOME_MALFORMED, None, error.report)
+            return
+        request = Request.from_call(call, args, kwargs, self._hostname, embed)
+        push_request(request)  # in a context that ends with the call
+        try:
+            for before in plan.before:
+                await _awaited(before, call.id, args, kwargs)
+            value = await self.limit.run_async(call, plan.function, args, kwargs)
+            meta = None
+            if call.wants_result:
+                meta = self._meta(call, request, SUCCESS, value) if request.spawned or self._extended else None
+                meta = meta or call.success_meta(encode_json(value)) or self._meta(call, request, SUCCESS, value)
+        except BaseException as error:
+            if self.limit.is_cancelled(call):
+                self._pipe.cancelled(call)
+                return
+            end = End(plan, error)
+            for after in plan.around.after[end.state]:
+                try:
+                    await _awaited(after, end.state, end.value, call.id, args, kwargs, end.info)
+                except Exception as raised:
+                    _log_failed(after, raised)
+            self._report(plan, call, request, end)
+            return
+        for after in plan.after_success:
+            try:
+                await _awaited(after, SUCCESS, value, call.id, args, kwargs, None)
+            except Exception as error:
+                _log_failed(after, error)
+        report = self._tell(call, request, value) if self._logs_info or call.wants_report else None
+        self._pipe.finish(call, OUTCOME_SUCCESS, meta, report, self._memory.flag() if self._memory.limit_kib else 0)
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        """Surround the calls of a loop with what the application has for that."""
+        yield
+
     def _tell(self, call: Call, request: Request, value: Any) -> str | None:
         """Log a success, and return what monitors are told of it."""
         text = _bounded_repr(value)
@@ -145,33 +223,37 @@ class Runner:
         if self._pipe.is_terminated:
             # Whatever the task has made of the SystemExit: the main process records that it was revoked.
             raise SystemExit(-signal.SIGTERM) from error
-        error = plan.around.end_of(error)
-        if isinstance(error, Retry):
-            self._retried(plan, call, request, error)
-        elif isinstance(error, Ignore):
-            self._after(plan, IGNORED, error, request, None)
-            self._log.ignored(call.name, call.id)
-            self._pipe.finish(call, OUTCOME_IGNORED, None, None, self._memory.flag())
-        elif isinstance(error, Reject):
-            self._rejected(plan, call, request, error)
-        else:
-            self._failed(plan, call, request, error)
+        if self.limit.is_cancelled(call):
+            self._pipe.cancelled(call)
+            return
+        end = End(plan, error)
+        for after in plan.around.after[end.state]:
+            try:
+                after(end.state, end.value, call.id, request.args, request.kwargs, end.info)
+            except Exception as raised:
+                _log_failed(after, raised)
+        self._report(plan, call, request, end)
 
-    def _retried(self, plan: Plan, call: Call, request: Request, error: Retry) -> None:
-        reason = error.exc if error.exc is not None else error
-        text = _format(error)
-        info = ExceptionInfo(reason)
-        self._after(plan, RETRY, reason, request, info)
+    def _report(self, plan: Plan, call: Call, request: Request, end: End) -> None:
+        {RETRY: self._retried, IGNORED: self._ignored, REJECTED: self._rejected, FAILURE: self._failed}[end.state](
+            plan, call, request, end
+        )
+
+    def _ignored(self, plan: Plan, call: Call, request: Request, end: End) -> None:
+        self._log.ignored(call.name, call.id)
+        self._pipe.finish(call, OUTCOME_IGNORED, None, None, self._memory.flag())
+
+    def _retried(self, plan: Plan, call: Call, request: Request, end: End) -> None:
+        error: Any = end.error
         delay = None if error.when is None else max(0.0, round(error.when - time.time(), 1))
         why = None if error.exc is None else _bounded_repr(error.exc)
-        most = plan.task.max_retries
-        self._log.retry(call.name, call.id, retry_reason(delay, why, call.retries + 1, most))
-        meta = self._meta(call, request, RETRY, reason, text) if call.wants_result else None
-        report = _report(call, exception=_bounded_repr(reason), traceback=text)
+        self._log.retry(call.name, call.id, retry_reason(delay, why, call.retries + 1, plan.task.max_retries))
+        meta = self._meta(call, request, RETRY, end.value, end.text) if call.wants_result else None
+        report = _report(call, exception=_bounded_repr(end.value), traceback=end.text)
         self._pipe.finish(call, OUTCOME_RETRY, meta, report, self._memory.flag())
 
-    def _rejected(self, plan: Plan, call: Call, request: Request, error: Reject) -> None:
-        self._after(plan, REJECTED, error, request, None)
+    def _rejected(self, plan: Plan, call: Call, request: Request, end: End) -> None:
+        error: Any = end.error
         self._log.rejected(call.name, call.id, str(error.reason))
         if error.requeue:
             self._pipe.finish(call, OUTCOME_REQUEUE, None, _report(call, requeue=True), self._memory.flag())
@@ -181,10 +263,8 @@ class Runner:
         text = "\n".join([" ".join(str(error.reason).split())[:MAX_DETAIL], _report(call, requeue=False) or ""])
         self._pipe.finish(call, OUTCOME_REJECTED, meta, text, self._memory.flag())
 
-    def _failed(self, plan: Plan, call: Call, request: Request, error: BaseException) -> None:
-        text = _format(error)
-        info = ExceptionInfo(error)
-        self._after(plan, FAILURE, error, request, info)
+    def _failed(self, plan: Plan, call: Call, request: Request, end: End) -> None:
+        error, text = end.error, end.text
         if isinstance(error, SoftTimeLimitExceeded):
             self._log.soft_limit(call.name, call.id, call.soft_time_limit)
         if plan.throws and isinstance(error, plan.throws):
@@ -201,15 +281,6 @@ class Runner:
         self._pipe.finish(call, OUTCOME_UNKNOWN, meta)
 
     # --- parts
-
-    def _after(
-        self, plan: Plan, state: str, value: BaseException, request: Request, einfo: ExceptionInfo | None
-    ) -> None:
-        for after in plan.around.after[state]:
-            try:
-                after(state, value, cast("str", request.id), request.args, request.kwargs, einfo)
-            except Exception as error:
-                _log_failed(after, error)
 
     def _meta(self, call: Call, request: Request, state: str, value: Any, text: str | None = None) -> bytes:
         extended = None
@@ -231,6 +302,13 @@ class Runner:
             extended=extended,
             parent_id=request.parent_id if self._extended else None,
         )
+
+
+async def _awaited(function: Callable[..., Any], *args: Any) -> None:
+    """Call one of a task's handlers, or await it."""
+    value = function(*args)
+    if inspect.isawaitable(value):
+        await value
 
 
 def _log_failed(after: After, error: Exception) -> None:

@@ -19,6 +19,7 @@ cdef class Call:
     cdef readonly double soft_time_limit
     cdef readonly double time_limit
     cdef readonly object json_body
-    cdef uint32_t seq
+    cdef readonly uint32_t seq
     cdef int64_t started_ns
+    cdef bint answered              # its end was reported
     cdef dict _properties

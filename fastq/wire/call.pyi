@@ -16,6 +16,7 @@ class Call:
     soft_time_limit: float
     time_limit: float
     json_body: bool
+    seq: int
     @property
     def started_s(self) -> float: ...
     def success_meta(self, value: bytes) -> bytes | None: ...

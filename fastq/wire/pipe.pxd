@@ -1,6 +1,6 @@
 """The channel between the worker's main process and one child: declarations of records and shared memory.
 
-Main process to child: CALL, SLOT and STOP records over a stream socket. Child to main process: records in a ring of shared
+Main process to child: CALL, SLOT, CANCEL and STOP records over a stream socket. Child to main process: records in a ring of shared
 memory, so that a finished call is visible at once, and survives the death of its child. All integers in host order: both ends are
 one program.
 """
@@ -25,6 +25,7 @@ cdef enum RecordKind:
     RECORD_STATE = 5
     RECORD_READY = 6
     RECORD_SLOT = 7
+    RECORD_CANCEL = 8           # end one of several calls that run; its number is in `seq`
 
 
 # How a call ended; the order is that of OUTCOME_NAMES in pipe.pyx.
@@ -96,8 +97,8 @@ cdef packed struct StateRecord:
 # One page before the ring. Each field has one writer; fields of different writers are on different cache lines.
 cdef struct Shared:
     uint64_t head               # bytes written to the ring, by the child
-    int64_t started_ns          # monotonic start of call `started`, by the child
-    uint32_t started            # sequence number of the call that runs or ran last, by the child
+    int64_t started_ns          # monotonic start of call `started`; of several at a time: their loop's last turn; by the child
+    uint32_t started            # sequence number of the call started last, by the child: all before it have started
     uint8_t pad1[44]
     uint64_t tail               # bytes read from the ring, by the main process
     uint8_t pad2[56]
@@ -107,6 +108,10 @@ cdef struct Shared:
     uint32_t rung               # a doorbell byte is on its way, by both (atomic exchange)
     uint8_t pad4[60]
 
+
+# Where a child runs several calls at a time, behind the ring: when each was started (int64_t), by its place, by the child.
+cdef Py_ssize_t places_of(Py_ssize_t slots) noexcept nogil
+cdef Py_ssize_t size_for(Py_ssize_t slots) noexcept nogil
 
 cdef int64_t monotonic_ns() noexcept nogil
 
@@ -128,8 +133,10 @@ cdef extern from *:
 cdef class RingReader:
     """The main process's end of the shared memory."""
     cdef int fd
+    cdef Py_ssize_t size
     cdef Shared *shared
     cdef uint8_t *ring
+    cdef int64_t *starts        # NULL: one call at a time
     cdef uint8_t *scratch
     cdef bytes assembling       # a record larger than half the ring, as it arrives
     cdef Py_ssize_t assembled
@@ -142,19 +149,26 @@ cdef class RingReader:
 cdef class ChildPipe:
     """The child's end: calls in, records out."""
     cdef int sock
+    cdef readonly int slots     # calls that may run at a time
     cdef Shared *shared
     cdef uint8_t *ring
+    cdef int64_t *starts        # NULL: one call at a time
     cdef uint8_t *buffer
     cdef Py_ssize_t start, end, capacity
     cdef int unrung
     cdef int64_t unrung_since
     cdef bint in_parts          # some thread has committed a part of a record
-    cdef uint32_t running, answered
+    cdef uint32_t running       # the call that runs; of several at a time: none
     cdef str last_exchange, last_routing_key
-    cdef readonly bint stopped
+    cdef readonly bint stopped  # no more calls come
+    cdef readonly bint closed   # nothing comes any more
     cdef public object on_slot  # called with the slot that this child was put into, unless it was born with that number
+    cdef public object on_cancel    # called with the number of a call that is to end, and the signal
+    cdef public object owner    # of several at a time: returns the Call for which this code runs, or None
 
-    cdef int fill(self) except -1
+    cdef int fill(self, bint waits) except -1
+    cdef uint32_t owner_seq(self) except? 0
+    cdef int take_control(self, const uint8_t *record) except -1
     cdef Call parse(self, const uint8_t *record)
     cdef Py_ssize_t room(self) noexcept
     cdef int append(self, const void *data, Py_ssize_t size) noexcept

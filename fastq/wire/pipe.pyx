@@ -33,6 +33,25 @@ OUTCOME_NAMES = ("SUCCESS", "FAILURE", "RETRY", "IGNORED", "REJECTED", "REQUEUE"
 
 SHARED_SIZE = SHARED_BYTES
 
+
+def shared_size(slots: int = 1) -> int:
+    """Return the bytes of the memory that the main process shares with a child of so many calls at a time."""
+    return size_for(slots)
+
+
+cdef Py_ssize_t places_of(Py_ssize_t slots) noexcept nogil:
+    """Numbers of calls are told apart by their last bits: places for twice as many as run, a power of two."""
+    cdef Py_ssize_t places = 256
+    while places < 2 * slots:
+        places *= 2
+    return places
+
+
+cdef Py_ssize_t size_for(Py_ssize_t slots) noexcept nogil:
+    if slots <= 1:
+        return SHARED_BYTES
+    return SHARED_BYTES + ((places_of(slots) * <Py_ssize_t> sizeof(int64_t) + PAGE_BYTES - 1) // PAGE_BYTES) * PAGE_BYTES
+
 cdef enum:
     MAX_PROPS = 131072 - 20     # what is left of the usual largest AMQP frame
     NO_LIMIT = 0xFFFFFFFF
@@ -47,37 +66,39 @@ cdef int64_t monotonic_ns() noexcept nogil:
     return <int64_t> now.tv_sec * 1000000000 + now.tv_nsec
 
 
-cdef Shared *map_shared(int fd) except NULL:
-    cdef void *place = mmap(NULL, SHARED_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+cdef Shared *map_shared(int fd, Py_ssize_t size) except NULL:
+    cdef void *place = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
     if place == MAP_FAILED:
         PyErr_SetFromErrno(OSError)
     return <Shared *> place
 
 
 cdef class RingReader:
-    """The main process's end of a child's shared memory. ``fd`` is a memory file of SHARED_SIZE bytes; it may be closed after.
+    """The main process's end of a child's shared memory. ``fd`` is a memory file of ``shared_size``; it may be closed after.
 
-    Behind that size the child writes its stacks when it is asked to.
+    Behind that size the child writes its stacks when it is asked to. ``slots``: calls that the child runs at a time.
     """
 
-    def __cinit__(self, int fd):
+    def __cinit__(self, int fd, int slots=1):
         self.fd = -1
-        self.shared = map_shared(fd)
+        self.size = size_for(slots)
+        self.shared = map_shared(fd, self.size)
         self.fd = os.dup(fd)
         self.ring = <uint8_t *> self.shared + PAGE_BYTES
+        self.starts = NULL if slots <= 1 else <int64_t *> (<uint8_t *> self.shared + SHARED_BYTES)
         self.scratch = NULL
         store32(&self.shared.limit, NO_LIMIT)
 
     def __dealloc__(self):
         if self.shared != NULL:
-            munmap(self.shared, SHARED_BYTES)
+            munmap(self.shared, self.size)
         if self.fd >= 0:
             close(self.fd)
         free(self.scratch)
 
     def stacks(self) -> str:
         """Return the stacks that the child has written, up to a bound; "" when there are none."""
-        return os.pread(self.fd, MAX_STACKS, SHARED_BYTES).decode("utf-8", "replace")
+        return os.pread(self.fd, MAX_STACKS, self.size).decode("utf-8", "replace")
 
     cdef int copy_out(self, void *target, uint64_t at, Py_ssize_t size) noexcept:
         cdef Py_ssize_t place = at & (RING_BYTES - 1)
@@ -152,32 +173,37 @@ cdef class RingReader:
 
 
 cdef class ChildPipe:
-    """The child's end. ``next`` waits for a call; ``finish``, ``publish`` and ``state`` report on the one that runs."""
+    """The child's end. ``next`` waits for a call; ``finish``, ``publish`` and ``state`` report on the one that runs.
 
-    def __cinit__(self, int sock, int shared_fd):
+    Where several run at a time (``slots``), ``take`` brings them, and ``owner`` says for which of them code runs.
+    """
+
+    def __cinit__(self, int sock, int shared_fd, int slots=1):
         self.sock = sock
+        self.slots = slots
         self.capacity = 1 << 16
         self.buffer = <uint8_t *> malloc(self.capacity)
         if self.buffer == NULL:
             raise MemoryError()
         self.start = self.end = 0
-        self.shared = map_shared(shared_fd)
+        self.shared = map_shared(shared_fd, size_for(slots))
         self.ring = <uint8_t *> self.shared + PAGE_BYTES
+        self.starts = NULL if slots <= 1 else <int64_t *> (<uint8_t *> self.shared + SHARED_BYTES)
         self.unrung = 0
         self.in_parts = False
-        self.stopped = False
+        self.stopped = self.closed = False
         self.last_exchange = ""
         self.last_routing_key = ""
 
     def __dealloc__(self):
         free(self.buffer)
         if self.shared != NULL:
-            munmap(self.shared, SHARED_BYTES)
+            munmap(self.shared, size_for(self.slots))
 
     # --- calls in
 
-    cdef int fill(self) except -1:
-        """Read what the socket has, waiting for at least one byte; sets ``stopped`` at its end."""
+    cdef int fill(self, bint waits) except -1:
+        """Read what the socket has, if so waiting for at least one byte; sets ``stopped`` at its end."""
         cdef ssize_t got
         cdef uint8_t *larger
         cdef uint32_t wanted = 0
@@ -196,12 +222,14 @@ cdef class ChildPipe:
             self.capacity = wanted
         while True:
             with nogil:
-                got = c_recv(self.sock, self.buffer + self.end, self.capacity - self.end, 0)
+                got = c_recv(self.sock, self.buffer + self.end, self.capacity - self.end, 0 if waits else MSG_DONTWAIT)
             if got > 0:
                 self.end += got
                 return 0
+            if got < 0 and errno == EAGAIN:
+                return 0
             if got == 0 or errno == ECONNRESET:    # reset: it has gone without having read our last bell
-                self.stopped = True
+                self.stopped = self.closed = True
                 return 0
             if errno != EINTR:
                 PyErr_SetFromErrno(OSError)
@@ -257,21 +285,19 @@ cdef class ChildPipe:
                 if self.stopped:
                     return None
                 self.ring_bell()
-                self.fill()
+                self.fill(True)
             memcpy(&size, self.buffer + self.start, 4)
             while self.end - self.start < size:
                 if self.stopped:
                     return None
                 self.ring_bell()
-                self.fill()
-            if self.buffer[self.start + 4] == RECORD_STOP:
-                self.stopped = True
-                return None
+                self.fill(True)
             memcpy(&seq, self.buffer + self.start + 8, 4)
-            if self.buffer[self.start + 4] == RECORD_SLOT:
+            if self.buffer[self.start + 4] != RECORD_CALL:
                 self.start += size
-                if self.on_slot is not None:
-                    self.on_slot(seq)
+                self.take_control(self.buffer + self.start - size)
+                if self.stopped:
+                    return None
                 continue
             call = self.parse(self.buffer + self.start)
             self.start += size
@@ -286,6 +312,58 @@ cdef class ChildPipe:
                 self.finish(call, OUTCOME_RETURNED)
                 continue
             return call
+
+    def take(self, bint waits=False) -> list[Call]:
+        """Return the calls that have come, all of which start now; ``waits``: for the next record at least.
+
+        Once ``stopped`` no more calls come, but calls that run may still be cancelled, until it is ``closed``.
+        """
+        cdef uint32_t size, seq
+        cdef Call call
+        cdef list found = []
+        self.ring_bell()
+        if not self.closed:
+            self.fill(waits)
+        while self.end - self.start >= 4:
+            memcpy(&size, self.buffer + self.start, 4)
+            if self.end - self.start < size:
+                break
+            if self.buffer[self.start + 4] != RECORD_CALL:
+                self.start += size
+                self.take_control(self.buffer + self.start - size)
+                continue
+            memcpy(&seq, self.buffer + self.start + 8, 4)
+            call = self.parse(self.buffer + self.start)
+            self.start += size
+            call.started_ns = monotonic_ns()
+            store64s(self.starts + (seq & (places_of(self.slots) - 1)), call.started_ns)
+            store32(&self.shared.started, seq)
+            if seq > load32(&self.shared.limit):
+                self.finish(call, OUTCOME_RETURNED)
+            else:
+                found.append(call)
+        return found
+
+    cdef int take_control(self, const uint8_t *record) except -1:
+        """Do what a record says that is no call."""
+        cdef CallRecord fixed
+        memcpy(&fixed, record, sizeof(CallRecord))
+        if fixed.kind == RECORD_STOP:
+            self.stopped = True
+        elif fixed.kind == RECORD_SLOT:
+            if self.on_slot is not None:
+                self.on_slot(fixed.seq)
+        elif fixed.kind == RECORD_CANCEL and self.on_cancel is not None:
+            self.on_cancel(fixed.seq, <int> fixed.deliveries)
+        return 0
+
+    def turn(self) -> None:
+        """Say that the loop that runs several calls takes its turns."""
+        store64s(&self.shared.started_ns, monotonic_ns())
+
+    def flush(self) -> None:
+        """Have the main process read what was reported, at once."""
+        self.ring_bell()
 
     @property
     def is_terminated(self) -> bool:
@@ -372,6 +450,14 @@ cdef class ChildPipe:
             self.ring_bell()
         return 0
 
+    cdef uint32_t owner_seq(self) except? 0:
+        """The number of the call for which this code runs, 0 for none."""
+        cdef Call call
+        if self.owner is None:
+            return self.running
+        call = self.owner()
+        return 0 if call is None else call.seq
+
     def finish(self, Call call, int state, bytes meta=None, str reason=None, int flags=0) -> None:
         """Report how a call ended. ``meta`` is the encoded result to store, None to store nothing."""
         cdef OutcomeRecord record
@@ -402,12 +488,20 @@ cdef class ChildPipe:
         if reason_size:
             memcpy(p + sizeof(OutcomeRecord) + meta_size, reason_text, reason_size)
         self.write(p, record.size)
-        self.answered = call.seq
+        call.answered = True
         self.noted(False)
+
+    def cancelled(self, Call call) -> None:
+        """Report that a call has ended which was told to: the main process records what became of it."""
+        self.finish(call, OUTCOME_IGNORED)
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when calls have come."""
+        return self.sock
 
     def has_answered(self, Call call) -> bool:
         """Whether this call's end has been reported."""
-        return self.answered == call.seq
+        return call.answered
 
     def publish(self, Message message) -> None:
         """Hand a message to the main process; it is confirmed before the running call is settled."""
@@ -428,7 +522,7 @@ cdef class ChildPipe:
         record.kind = RECORD_PUBLISH
         record.pad = 0
         record.pad2 = 0
-        record.seq = self.running
+        record.seq = self.owner_seq()
         record.exchange_size = <uint16_t> exchange_size
         record.routing_key_size = <uint16_t> routing_key_size
         record.props_size = <uint32_t> PyBytes_GET_SIZE(message.props)
@@ -452,7 +546,7 @@ cdef class ChildPipe:
         cdef bytes id_bytes = task_id.encode("utf-8", "surrogatepass"), state_bytes = state.encode()
         self.check_size(sizeof(StateRecord) + len(id_bytes) + len(state_bytes) + len(meta))
         record.kind = RECORD_STATE
-        record.seq = self.running
+        record.seq = self.owner_seq()
         record.id_size = <uint16_t> len(id_bytes)
         record.state_size = <uint8_t> len(state_bytes)
         record.meta_size = <uint32_t> len(meta)

@@ -269,6 +269,28 @@ class Hooks:
         self.pool.terminate(child, signal.SIGTERM if signum == signal.SIGINT else signum)
         self._loop.call_later(TERMINATE_S, self.pool.kill_child, child)
 
+    def overdue(self, child: Child, name: str, task_id: str, limit: float) -> None:
+        """One of several calls of a child ran past its hard limit: the message loop tells it to end."""
+        self._log.hard_limit(name, task_id, limit)
+
+    def hopeless(self, child: Child, why: str) -> None:
+        """Kill a child with all its calls: have it write its stacks first."""
+        self.pool.dump_stack(child)
+        self._loop.call_later(DUMP_S, self._kill_hopeless, child, why)
+
+    def _kill_hopeless(self, child: Child, why: str) -> None:
+        self._show_stacks(child, f"pid:{child.pid} is killed: {why}")
+        self.pool.kill_child(child)
+
+    def stalled(self, child: Child, seconds: float) -> None:
+        """Log where the loop of a child stands still: what does not await keeps all its calls waiting."""
+        self.pool.dump_stack(child)
+        text = f"the event loop of pid:{child.pid} has taken no turn for {seconds:.1f} s, and its calls wait"
+        self._loop.call_later(DUMP_S, self._show_stacks, child, text)
+
+    def _show_stacks(self, child: Child, why: str) -> None:
+        logger.warning("%s. Its stacks:\n%s", why, Lines(self.pool.stacks(child) or "none were written"))
+
     def child_lost(self, title: str, reason: str) -> None:
         """A child ended that nobody had asked to."""
         logger.error("%s exited with %r", title, reason)

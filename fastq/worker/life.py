@@ -26,7 +26,7 @@ from fastq.interfaces import Consumer
 from fastq.link import BatchSource
 from fastq.net.urls import mask_url
 from fastq.plugins import load
-from fastq.pool import Pool, PoolOptions, find_pool
+from fastq.pool import Group, Pool, PoolOptions, find_pool
 from fastq.pool.titles import active, set_title
 from fastq.queues import QueueSpec
 from fastq.results import find_store
@@ -55,12 +55,13 @@ COLD_S = 2.0
 STORE_WAIT_S = 2.0  # chosen: a worker that stops waits so long for a result store that is away
 HANDLERS_S = 10.0  # chosen: what users' code has for its last work
 LOOK_EVERY_S = 0.2
+MAX_NAMED = 100  # running tasks in a line of the log
 
 
 class Life:
     """One run of a worker. ``options`` are resolved against the program's settings; ``prepared`` is the pool's."""
 
-    def __init__(self, program: Program, options: WorkerOptions, prepared: Any) -> None:
+    def __init__(self, program: Program, options: WorkerOptions, prepared: Any, groups: tuple[Group, ...] = ()) -> None:
         self.program = program
         self.options = options
         self.settings: Settings = program.settings
@@ -72,6 +73,7 @@ class Life:
         self.pool: Pool
         self._window: Window
         self._prepared = prepared
+        self._groups = groups or (Group("one", options.concurrency or 1),)
         self._was_connected = False
         self._owns_process = False
         self._has_said_ready = False
@@ -120,7 +122,8 @@ class Life:
         self._stop.start(loop)
         self.pool = self._make_pool(loop, hooks)
         self.core = self._make_core(loop, hooks)
-        self._window = Window(options, self.core, self.pool, self.settings.worker_eta_task_limit or 0)
+        beside = sum(group.processes * group.slots for group in self._groups[1:])
+        self._window = Window(options, self.core, self.pool, self.settings.worker_eta_task_limit or 0, beside)
         uninstall = install(loop, self._actions(), self._note_signal) if handle_signals else lambda: None
         serving: asyncio.Task[None] | None = None
         self.program.tell("starting", life=self)
@@ -409,8 +412,9 @@ class Life:
             waited_s = waited_s + LOOK_EVERY_S if self.core.only_stores and self.core.is_store_away else 0.0
 
     def _running_names(self) -> str:
-        running = [child.running_task for child in self.core.children]
-        return ", ".join(f"{task[0]}[{task[1]}]" for task in running if task is not None) or "none"
+        running = [task for child in self.core.children for task in child.running_tasks]
+        shown = ", ".join(f"{name}[{task_id}]" for name, task_id, _ in running[:MAX_NAMED]) or "none"
+        return shown + (f" and {len(running) - MAX_NAMED} more" if len(running) > MAX_NAMED else "")
 
     # --- parts
 
@@ -422,12 +426,14 @@ class Life:
         options, settings = self.options, self.settings
         recycles = bool(options.max_tasks_per_child or options.max_memory_per_child)
         wanted = PoolOptions(
-            concurrency=max(1, options.autoscale[1]) if options.autoscale else options.concurrency or 1,
+            concurrency=self._groups[0].processes,
             on_lost=hooks.child_lost,
             on_fatal=self._on_fatal,
             keeps_spare=settings.fastq_keeps_spare and recycles,
             overlaps=settings.fastq_keeps_spare,
             start_timeout_s=settings.fastq_child_start_timeout or None,
+            groups=self._groups,
+            stall_s=settings.fastq_loop_stall_s,
         )
         pool: Pool = load(find_pool(options.pool).pool)(loop, self._prepared, wanted)
         return pool
@@ -435,9 +441,13 @@ class Life:
     def _make_core(self, loop: asyncio.AbstractEventLoop, hooks: Hooks) -> Core:
         options, settings = self.options, self.settings
         reliable = bool(options.reliable)
+        rules = self.program.task_rules(options)
+        if len(self._groups) > 1:
+            for task in rules:
+                task.group = int(task.name in self.program.async_names)
         core = Core(
             loop,
-            self.program.task_rules(options),
+            rules,
             hooks,
             self.pool,
             reliable=reliable,
@@ -447,6 +457,7 @@ class Life:
             time_limit=options.time_limit or 0,
             soft_time_limit=options.soft_time_limit or 0,
             rpc_results=find_store(self._backend).replies,
+            are_many=tuple(group.is_many for group in self._groups),
         )
         core.max_etas = min(core.max_etas, settings.worker_eta_task_limit or core.max_etas)
         core.answers_all = self.program.answers_all and core.rpc_results

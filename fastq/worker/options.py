@@ -55,6 +55,9 @@ class WorkerOptions:
     beat: bool = False  # send periodic tasks too, in a process beside
     schedule_filename: str = ""
     scheduler: str = ""
+    processes: int | None = None  # of threads or greenlets; prefork has as many as `concurrency`
+    async_processes: int | None = None  # for tasks that are coroutine functions; 0: they run among the others
+    async_slots: int | None = None  # coroutines at a time in each of those
     color: bool | None = field(default=None, compare=False)  # None: as the terminal and NO_COLOR say
     quiet: bool = field(default=False, compare=False)
     given_name: str = field(default="", compare=False)  # the node name as it was given; empty: the default one
@@ -106,6 +109,8 @@ class WorkerOptions:
             reliable=reliable,
             task_events=_first(self.task_events, settings.worker_send_task_events),
             statedb=self.statedb or settings.worker_state_db or "",
+            async_processes=_first(self.async_processes, settings.fastq_async_processes),
+            async_slots=_first(self.async_slots, settings.fastq_async_slots),
             grace_s=_first(self.grace_s, None if is_patient else settings.fastq_grace_s),
         )
 
@@ -118,6 +123,9 @@ _LEAST = {
     "time_limit": 0,  # 0: no limit
     "soft_time_limit": 0,
     "grace_s": 0,
+    "processes": 1,
+    "async_processes": 0,
+    "async_slots": 1,
 }
 
 

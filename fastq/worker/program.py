@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastq.app import FastQ
@@ -73,6 +74,10 @@ class Program(Protocol):
     @property
     def names(self) -> Sequence[str]:
         """Return the names of the tasks."""
+
+    @property
+    def async_names(self) -> AbstractSet[str]:
+        """Return the names of those that are coroutine functions."""
 
     def adopt(self, options: WorkerOptions, words: Sequence[str]) -> tuple[WorkerOptions, list[str]]:
         """Return the options as this kind of application means them, and the words that are none of its options."""
@@ -177,6 +182,11 @@ class FastQProgram:
     def names(self) -> Sequence[str]:
         """Return the names of the tasks."""
         return list(self.app.tasks)
+
+    @property
+    def async_names(self) -> AbstractSet[str]:
+        """Return the names of those that are coroutine functions."""
+        return {name for name, task in self.app.tasks.items() if task.is_async}
 
     def adopt(self, options: WorkerOptions, words: Sequence[str]) -> tuple[WorkerOptions, list[str]]:
         """Return the options with this kind's node name; the application has none of its own."""

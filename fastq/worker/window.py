@@ -23,6 +23,7 @@ UNBOUNDED: Final = 4096  # what "no prefetch limit" means for brokers that are a
 MOST: Final = 1024
 MAX_SCHEDULED: Final = 100_000  # reliability rules, section 6.2: beyond this the broker keeps what waits for its time
 ADAPT_EVERY_S: Final = 0.2
+FIRST_BESIDE: Final = 64
 GROW_EVERY_S: Final = 0.02  # while ETA tasks fill the window: 10,000 of them are here within half a second
 HOLD_S: Final = 1.0  # a window that ETA tasks have filled is kept open so long
 #: Work to hold in advance while tasks are short: hides the acks' way to the broker and back many times over.
@@ -30,13 +31,17 @@ WORK_NS: Final = 20e6
 
 
 class Window:
-    """The prefetch of one worker, by its options. ``max_scheduled``: so many may wait here for their time (0: many)."""
+    """The prefetch of one worker, by its options. ``max_scheduled``: so many may wait here for their time (0: many).
 
-    def __init__(self, options: WorkerOptions, core: Core, pool: Pool, max_scheduled: int) -> None:
+    ``beside``: so many calls may run in the children for coroutine functions.
+    """
+
+    def __init__(self, options: WorkerOptions, core: Core, pool: Pool, max_scheduled: int, beside: int = 0) -> None:
         self._options = options
         self._core = core
         self._pool = pool
         self._max_scheduled = max_scheduled or MAX_SCHEDULED
+        self._beside = beside
 
     @property
     def size(self) -> int:
@@ -52,6 +57,9 @@ class Window:
     def _wanted(self, base: int) -> int:
         """Return how many messages may be here now, those that wait for their time not counted."""
         core = self._core
+        if self._beside:
+            # As many as run there may be here besides, and some more to begin with: it doubles while they are taken.
+            base += min(self._beside, 2 * core.outstanding_beside() + FIRST_BESIDE)
         if not (core.reliable and self._options.adapts_prefetch and core.run_ns >= 0):
             return base
         per_child = min(MOST, WORK_NS / max(core.run_ns, 1.0))

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastq.brokers import find_broker
 from fastq.plugins import load
-from fastq.pool import find_pool
+from fastq.pool import Group, find_pool
 from fastq.pool.titles import set_title
 from fastq.running.birth import ChildOptions
+from fastq.running.child import ChildProcess, Children
+from fastq.worker.groups import groups_of
 from fastq.worker.options import WorkerOptions
 from fastq.worker.process.log import ChildLogging
 from fastq.worker.program import Program
@@ -29,6 +32,8 @@ class Worker:
     def __init__(self, program: Program, options: WorkerOptions) -> None:
         self.program = program
         self.options = options
+        self.kind = find_pool(options.pool)
+        self.groups = groups_of(options, self.kind, bool(program.async_names))
         self.life: Life | None = None
 
     def run(self, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
@@ -37,20 +42,25 @@ class Worker:
 
     def prepare_pool(self) -> Any:
         """Return what the pool needs that must be made before there is a thread or a loop, for ``run_with``."""
-        children = self.program.child_main(self._child_options())
+        options = self._child_options()
+        children = Children([self._child_main(options, group) for group in self.groups])
 
         def begin() -> None:
             set_title(self.program.process_title, self.options.hostname, "zygote")
             children.prepare()
 
-        prepare = load(find_pool(self.options.pool).prepare)
+        prepare = load(self.kind.prepare)
         return prepare(children, begin, self.program.companion)
+
+    def _child_main(self, options: ChildOptions, group: Group) -> ChildProcess:
+        # Of each child its kind and the memory that it shares with the main process go by its group.
+        return self.program.child_main(replace(options, calls=group.calls, slots=group.places))
 
     def run_with(self, prepared: Any, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
         """Run with a pool that was prepared already; this may be another thread than the one that did it."""
         from fastq.worker.life import Life
 
-        self.life = Life(self.program, self.options, prepared)
+        self.life = Life(self.program, self.options, prepared, self.groups)
         return self.life.run(on_ready, handle_signals)
 
     def stop_soon(self, how: str = "warm") -> None:

@@ -26,7 +26,7 @@ from tests.support.worker_process import WorkerProcess
 def counted(folder: Path, before: Callable[[int, int], None]) -> ChildMain:
     """Return children that first call ``before`` with how many were started so far, from 1 on, and their number."""
 
-    def main(sock: int, shared: int, number: int) -> int:
+    def main(sock: int, shared: int, number: int, group: int = 0) -> int:
         file = os.open(folder / "starts", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.write(file, b".")
         before(os.lseek(file, 0, os.SEEK_CUR), number)

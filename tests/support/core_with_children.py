@@ -52,7 +52,7 @@ TASKS: dict[str, Callable[..., Any]] = {
 }
 
 
-def child_main(sock: int, shared: int, slot: int) -> int:
+def child_main(sock: int, shared: int, slot: int, group: int = 0) -> int:
     pipe = ChildPipe(sock, shared)
     pipe.ready()
     while (call := pipe.next()) is not None:
@@ -207,6 +207,16 @@ class RecordingHooks:
     def hard_limit(self, child: Child, name: str, task_id: str, limit: float) -> None:
         self.events.append(("hard_limit", name, limit))
         self.pool.kill_child(child)
+
+    def overdue(self, child: Child, name: str, task_id: str, limit: float) -> None:
+        self.events.append(("overdue", name, limit))
+
+    def hopeless(self, child: Child, why: str) -> None:
+        self.events.append(("hopeless", why))
+        self.pool.kill_child(child)
+
+    def stalled(self, child: Child, seconds: float) -> None:
+        self.events.append(("stalled",))
 
     def terminate(self, child: Child, signum: int) -> None:
         self.events.append(("terminate", signum))

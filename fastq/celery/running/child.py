@@ -21,6 +21,7 @@ from fastq.celery.checking.hookpoints import is_genuine
 from fastq.celery.running.chords import name_claims
 from fastq.celery.running.connections import watch_handlers
 from fastq.celery.running.runner import CeleryRunner
+from fastq.pool.titles import process_name
 from fastq.running.birth import ChildOptions, Signals
 from fastq.running.child import EX_RECYCLE, ChildProcess
 from fastq.wire.pipe import ChildPipe
@@ -39,9 +40,9 @@ class CeleryChild(ChildProcess):
         runner.prepare()
         name_claims()
 
-    def __call__(self, sock: int, shared: int, slot: int) -> int:
+    def __call__(self, sock: int, shared: int, slot: int, group: int = 0) -> int:
         """Run calls until the main process says stop or goes away; returns the exit code."""
-        code = super().__call__(sock, shared, slot)
+        code = super().__call__(sock, shared, slot, group)
         if not is_genuine(Worker._do_exit):
             # A tool waits for the end of a child there; what it has put its own around ends the process.
             Worker._do_exit(_Loop(lambda: None), os.getpid(), code)
@@ -56,7 +57,7 @@ class CeleryChild(ChildProcess):
     def begin(self, pipe: ChildPipe, number: int) -> None:
         """Do what Celery's pool does in a new child, in its order."""
         app = self._app
-        _become(number)
+        _become(number, self._options.calls)
         for name in ("billiard", "multiprocessing"):
             if (module := sys.modules.get(f"{name}.util")) is not None:
                 module._run_after_forkers()
@@ -84,7 +85,7 @@ class CeleryChild(ChildProcess):
 
     def renumber(self, before: int, number: int) -> None:
         """Go by the number of the slot that this process takes its calls in."""
-        _name(process.current_process(), number)
+        _name(process.current_process(), number, self._options.calls)
         super().renumber(before, number)
 
 
@@ -94,18 +95,18 @@ def _on_soft_limit(signum: int, frame: object) -> None:
         raise SoftTimeLimitExceeded()
 
 
-def _become(number: int) -> None:
+def _become(number: int, calls: str) -> None:
     """Make billiard and multiprocessing know this process as that child of a pool: by name, index, daemon flag."""
     child: Any = ForkProcess(daemon=True)
-    _name(child, number)
+    _name(child, number, calls)
     child._parent_pid = os.getppid()
     process._process_counter = itertools.count(1)
     process._children = set()
     process._set_current_process(child)
 
 
-def _name(child: Any, number: int) -> None:
-    child.name = f"ForkPoolWorker-{number}"
+def _name(child: Any, number: int, calls: str) -> None:
+    child.name = process_name(number, calls)
     child._identity = (number,)
     child.index = number - 1  # what %i stands for
 

@@ -21,10 +21,14 @@ from kombu import pools
 
 
 class Connections:
-    """Those of one process: result stores, broker connections, producers."""
+    """Those of one process: result stores, broker connections, producers.
 
-    def __init__(self, app: celery.Celery) -> None:
+    ``are_shared``: other calls that run use them too, so that they are not closed, only given to nobody any more.
+    """
+
+    def __init__(self, app: celery.Celery, are_shared: bool) -> None:
         self._app = app
+        self._are_shared = are_shared
         #: What closes connections that nobody gets any more.
         self._old: list[Callable[[], object]] = []
 
@@ -35,7 +39,7 @@ class Connections:
 
     def exchange(self) -> None:
         """Have new connections made from now on. Safe between any two steps: it takes no lock and closes no object."""
-        for pool in list(pools.connections.values()):
+        for pool in () if self._are_shared else list(pools.connections.values()):
             for connection in pool._dirty.copy():
                 _hang_up(connection)
         for group in (pools.producers, pools.connections):
@@ -51,6 +55,8 @@ class Connections:
         task = _state.get_current_task()
         for backend in {id(each): each for each in (self._app._backend, task and task.backend) if each}.values():
             self._exchange_of(backend)
+        if self._are_shared:
+            self._old.clear()
 
     def _exchange_of(self, backend: Any) -> None:
         client = vars(backend).pop("client", None)

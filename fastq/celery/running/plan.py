@@ -12,6 +12,7 @@ from celery.app.trace import task_has_custom
 
 from fastq.celery.checking.hookpoints import touched
 from fastq.celery.running._request import faster
+from fastq.celery.running.coroutines import is_async
 
 
 class Plan:
@@ -26,6 +27,7 @@ class Plan:
         # Celery's own __call__ only guards stacks that are in order here; one of the user's is the way to wrap the run.
         self.function: Callable[..., Any] = task.run if type(task).__call__ is BaseTask.__call__ else task
         self.requests = faster(task.request_stack)
+        self.is_async = is_async(task)
         self.track_started = bool(task.track_started)
         self.repr_limit: int = task.resultrepr_maxsize
         self.before_start = task.before_start if task_has_custom(task, "before_start") else None

@@ -2,18 +2,21 @@
 
 Two ways through: a call that nobody but the task itself has a hand in runs straight (``straight.py``) and its result
 goes to the main process; every other one goes through Celery's own tracer (``traced.py``), which stores results and
-sends follow-ups from here. One call at a time: this keeps the running one's request, the limit and the pipe need it.
+sends follow-ups from here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from traceback import format_exc
 from typing import Any
 
 import celery
-from billiard.exceptions import SoftTimeLimitExceeded
+from billiard.exceptions import SoftTimeLimitExceeded, WorkerLostError
 from celery.app import trace
 from celery.app.trace import TraceInfo
 
@@ -21,6 +24,7 @@ from fastq.celery.running._request import request_fields, to_context
 from fastq.celery.running.bodies import Bodies
 from fastq.celery.running.chords import free_claim
 from fastq.celery.running.connections import Connections
+from fastq.celery.running.coroutines import enter, own_function, separate, set_own_function
 from fastq.celery.running.ends import Ends, exception_report
 from fastq.celery.running.outages import wait_out
 from fastq.celery.running.plan import Plan, ignores
@@ -30,13 +34,16 @@ from fastq.celery.running.traced import Traced, is_tracing
 from fastq.errors import RemoteProtocolError
 from fastq.printable import Lines
 from fastq.running.birth import ChildOptions
+from fastq.running.calls import make_limit
 from fastq.running.decode import Malformed
-from fastq.running.limit import SoftLimit
 from fastq.states import FAILURE
 from fastq.wire.call import Call
 from fastq.wire.pipe import OUTCOME_MALFORMED, OUTCOME_UNKNOWN, ChildPipe
 
 logger = logging.getLogger("celery.app.trace")
+
+#: Of the call that runs; where results are replies alone.
+_request: ContextVar[dict[str, Any]] = ContextVar("fastq_celery_request", default={})  # noqa: B039  nobody writes to it
 
 
 class CeleryRunner:
@@ -50,14 +57,16 @@ class CeleryRunner:
         self._worker_saves = results != "disabled"
         self._deduplicates = bool(app.conf.worker_deduplicate_successful_tasks)
         self._bodies = Bodies(app)
-        self.connections = Connections(app)
         self._plans: dict[str, Plan] = {}
-        self._limit = SoftLimit(_past_limit, is_tracing)
+        is_many = options.calls != "one"
+        self._has_loop = options.calls == "loop"
+        self._encloses = False
+        self.connections = Connections(app, is_many)
+        self.limit = make_limit(options.calls, _past_limit, is_tracing, self.connections.exchange)
         self._ends = Ends(results == "rpc://", options.max_memory_kib)
         stores = self._worker_saves and not self._ends.replies
-        self._straight = Straight(app, options.hostname, self._ends, self._limit, stores)
-        self._traced = Traced(app, options.hostname, self._ends, self._limit)
-        self._request: dict[str, Any] = {}  # of the call that runs
+        self._straight = Straight(app, options.hostname, self._ends, self.limit, stores)
+        self._traced = Traced(app, options.hostname, self._ends, self.limit)
 
     def prepare(self) -> None:
         """Look at every task, before the first fork."""
@@ -68,36 +77,49 @@ class CeleryRunner:
         """Get ready to run calls in this process and to report on that pipe."""
         self._pipe = self._ends.pipe = pipe
         if self._ends.replies:
-            divert(pipe, lambda: self._request)
+            divert(pipe, _request.get)
         if self._app.conf.get("fastq_reliable"):
             wait_out(self._app)
+        if self._has_loop:
+            separate(self._app)
+            self._plans.clear()
+            self.prepare()  # anew, as it knows the stacks
+        self._encloses = True
+        for plan in self._plans.values():
+            self._enclose(plan)
         self._straight.begin()
-        self._limit.begin()
+        self.limit.begin()
 
     def run(self, call: Call) -> None:
         """Run one call and report how it ended. Raises nothing but what ends the process."""
         if call.is_own:
-            self._request = {}
+            _request.set({})
             self._traced.apply(call)
             return
+        if self._has_loop:
+            enter(call.seq)
         plan = self._plans.get(call.name) or self._plan_of(call.name)
         if plan is None:
             self._pipe.finish(call, OUTCOME_UNKNOWN)
             return
-        try:
-            args, kwargs, embed = self._bodies.read(call)
-            request = request_fields(call, args, kwargs, embed, self._hostname, self._is_amqp)
-        except RemoteProtocolError as error:  # headers that are sound, but too large for what is rare in them
-            self._pipe.finish(call, OUTCOME_MALFORMED, None, Malformed("properties", error).report)
+        read = self._read(call)
+        if read is None:
             return
-        except Malformed as error:
-            self._pipe.finish(call, OUTCOME_MALFORMED, None, error.report)
-            return
-        self._request = request
+        args, kwargs, embed, request = read
+        if self._ends.replies:
+            _request.set(request)
         try:
             self._choose(plan, call, args, kwargs, request, embed)
         except MemoryError:
             raise
+        except SystemExit as error:
+            if not self.limit.guards_all:
+                raise
+            if self.limit.is_cancelled(call):
+                self._pipe.cancelled(call)
+            elif not self._pipe.has_answered(call):
+                # Of one call among others it is not to end the process.
+                self._internal_error(plan.task, call, request, WorkerLostError(f"the task raised {error!r}"))
         except Exception as error:
             if self._pipe.has_answered(call):
                 raise  # by a handler of a signal: there is no call any more that it could end
@@ -105,16 +127,78 @@ class CeleryRunner:
         if self.connections.has_old:
             self.connections.close_old()
 
-    def _choose(
-        self, plan: Plan, call: Call, args: Any, kwargs: Any, request: dict[str, Any], embed: dict[str, Any]
-    ) -> None:
-        """Send a call the straight way or through Celery's tracer."""
-        if (
+    def is_async(self, call: Call) -> bool:
+        """Return whether the call runs on the loop: one of a coroutine function that goes the straight way."""
+        if call.is_own:
+            return False
+        plan = self._plans.get(call.name) or self._plan_of(call.name)
+        return plan is not None and plan.is_async and not plan.is_traced
+
+    async def run_async(self, call: Call) -> None:
+        """Run a call of a coroutine function, and report how it ended; through the tracer it runs in a thread."""
+        import asyncio  # here it has been imported
+
+        enter(call.seq)
+        plan = self._plans[call.name]
+        read = self._read(call)
+        if read is None:
+            return
+        args, kwargs, embed, request = read
+        if self._ends.replies:
+            _request.set(request)
+        try:
+            if self._is_straight(plan, call, request, embed):
+                await self._straight.run_async(plan, call, args, kwargs, request)
+            else:
+                self.limit.bridged.add(call.seq)
+                await asyncio.to_thread(self._choose, plan, call, args, kwargs, request, embed)
+        except Exception as error:
+            if self._pipe.has_answered(call):
+                raise
+            self._internal_error(plan.task, call, request, error)
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        """Surround the calls of a loop with nothing: Celery has signals for that."""
+        yield
+
+    def _enclose(self, plan: Plan) -> None:
+        """Have the limit know the task's own function, which Celery's code is to call."""
+        function = own_function(plan.task)
+        if not (plan.is_async or self.limit.guards_all) or hasattr(function, "fastq_encloses"):
+            return
+        enclosed = self.limit.inside(function)
+        enclosed.fastq_encloses = function
+        set_own_function(plan.task, enclosed)
+        if plan.is_async and self._has_loop:
+            plan.function = function
+        elif plan.function is not plan.task:
+            plan.function = plan.task.run
+
+    def _read(self, call: Call) -> tuple[Any, Any, dict[str, Any], dict[str, Any]] | None:
+        """Return arguments, follow-ups and request of a call; None: it cannot be read, which is reported."""
+        try:
+            args, kwargs, embed = self._bodies.read(call)
+            return args, kwargs, embed, request_fields(call, args, kwargs, embed, self._hostname, self._is_amqp)
+        except RemoteProtocolError as error:  # headers that are sound, but too large for what is rare in them
+            self._pipe.finish(call, OUTCOME_MALFORMED, None, Malformed("properties", error).report)
+        except Malformed as error:
+            self._pipe.finish(call, OUTCOME_MALFORMED, None, error.report)
+        return None
+
+    def _is_straight(self, plan: Plan, call: Call, request: dict[str, Any], embed: dict[str, Any]) -> bool:
+        return not (
             plan.is_traced
             or _has_follow_ups(embed)
             or (plan.stores_here and not ignores(plan.task, request))
             or (self._deduplicates and call.redelivered)
-        ):
+        )
+
+    def _choose(
+        self, plan: Plan, call: Call, args: Any, kwargs: Any, request: dict[str, Any], embed: dict[str, Any]
+    ) -> None:
+        """Send a call the straight way or through Celery's tracer."""
+        if not self._is_straight(plan, call, request, embed):
             if call.redelivered and embed.get("chord"):
                 free_claim(plan.task.backend, call.id, request["group"])
             struck = self._traced.run(plan.task, call, args, kwargs, request)
@@ -143,6 +227,8 @@ class CeleryRunner:
         if task is None:
             return None
         plan = self._plans[name] = Plan(self._app, task, self._worker_saves)
+        if self._encloses:
+            self._enclose(plan)
         return plan
 
 

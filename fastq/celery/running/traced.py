@@ -14,7 +14,7 @@ from billiard.einfo import ExceptionInfo
 from celery.app import trace
 
 from fastq.celery.running.ends import REQUEUED, Ends, exception_report
-from fastq.running.limit import SoftLimit
+from fastq.running.calls import Limit
 from fastq.states import REJECTED, RETRY, SUCCESS
 from fastq.wire.call import Call
 
@@ -27,7 +27,7 @@ _CALLS_OF_TASKS: Final = ("__call__", "__protected_call__")
 class Traced:
     """Runs calls through Celery's tracer."""
 
-    def __init__(self, app: celery.Celery, hostname: str, ends: Ends, limit: SoftLimit) -> None:
+    def __init__(self, app: celery.Celery, hostname: str, ends: Ends, limit: Limit) -> None:
         self._app = app
         self._hostname = hostname
         self._ends = ends
@@ -36,8 +36,8 @@ class Traced:
     def run(self, task: Any, call: Call, args: Any, kwargs: Any, fields: dict[str, Any]) -> ExceptionInfo | None:
         """Run a call. Returns what has struck it before it had a request: it has stored and reported nothing then."""
         self._make_tracer(task)
-        if call.soft_time_limit:
-            outcome = self._limit.run(call, task.__trace__, (call.id, args, kwargs, fields), {})
+        if call.soft_time_limit or self._limit.guards_all:
+            outcome = self._limit.around(call, task.__trace__, (call.id, args, kwargs, fields), {})
         else:
             outcome = task.__trace__(call.id, args, kwargs, fields)
         value, info, _, text = outcome
@@ -65,7 +65,8 @@ class Traced:
             function, args, kwargs = pickle.loads(call.body)  # noqa: S301  the main process has written it
             if function is trace.fast_trace_task:
                 self._make_tracer(self._app.tasks[args[0]])
-            value = self._limit.run(call, function, args, kwargs) if call.soft_time_limit else function(*args, **kwargs)
+            is_guarded = call.soft_time_limit or self._limit.guards_all
+            value = self._limit.around(call, function, args, kwargs) if is_guarded else function(*args, **kwargs)
             ok = True
         except Exception:
             value, ok = ExceptionInfo(), False

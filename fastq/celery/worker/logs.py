@@ -16,6 +16,7 @@ from celery.app import log
 
 from fastq.celery.conf.settings import blaming
 from fastq.pool.process import DUMP_SIGNAL
+from fastq.pool.titles import process_name
 from fastq.running import messages
 from fastq.worker.options import WorkerOptions, expand_path
 from fastq.worker.process.log import TaskFields, log_stream, move
@@ -86,6 +87,7 @@ class ChildLogging:
     app: celery.Celery
     logfile: str
     hostname: str
+    calls: str = "one"
 
     def prepare(self) -> None:
         """Have records tell of the child and its task, once for all children."""
@@ -107,7 +109,7 @@ class ChildLogging:
 
     def _begin(self, number: int) -> None:
         if TaskFields.of_process is not None:
-            TaskFields.of_process.process_name = f"ForkPoolWorker-{number}"
+            TaskFields.of_process.process_name = process_name(number, self.calls)
         if self.logfile:
             # A child that is stuck writes its stacks where the operator looks, not where standard error went.
             faulthandler.register(DUMP_SIGNAL, file=log_stream(), all_threads=True, chain=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -82,6 +83,13 @@ class CeleryProgram:
     def names(self) -> Sequence[str]:
         """Return the names of the tasks."""
         return list(self.app.tasks)
+
+    @property
+    def async_names(self) -> AbstractSet[str]:
+        """Return the names of those that are coroutine functions."""
+        from fastq.celery.running.coroutines import is_async
+
+        return {name for name, task in self.app.tasks.items() if is_async(task)}
 
     def configuration(self, with_defaults: bool) -> dict[str, Any]:
         """Return the settings as Celery's workers show them, without secrets."""
@@ -258,7 +266,7 @@ class CeleryProgram:
 
         if not self._has_own_logging:
             logs.redirect(self.app)
-        options = replace(options, setup=logs.ChildLogging(self.app, self._logfile, self._hostname))
+        options = replace(options, setup=logs.ChildLogging(self.app, self._logfile, self._hostname, options.calls))
         return CeleryChild(self.app, options, self.results)
 
     @property

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import IO, Any, ClassVar, Final, TextIO
 
 from fastq.pool.process import DUMP_SIGNAL
+from fastq.pool.titles import process_name
 from fastq.printable import Lines, printable, printable_lines
 from fastq.request import current
 from fastq.settings import Settings
@@ -251,6 +252,7 @@ class ChildLogging:
     logfile: str = ""
     hostname: str = ""
     redirect_level: str = "WARNING"  # empty: the streams stay as they are
+    calls: str = "one"
 
     def prepare(self) -> None:
         """Have records tell of the child and its task: once for all children, as each page that one writes costs."""
@@ -272,7 +274,7 @@ class ChildLogging:
         self._begin(number)
 
     def _begin(self, number: int) -> None:
-        name = f"ForkPoolWorker-{number}"
+        name = process_name(number, self.calls)
         if self.handler is not None and isinstance(self.handler.formatter, Formatter):
             self.handler.formatter.process_name = name
         if "multiprocessing" in sys.modules:

@@ -119,7 +119,7 @@ class PoolConformance:
             await until(lambda: not psutil.pid_exists(pid) or at.pool.stacks(child) == "", "its end")
             at.core.give_back_running()
 
-        def main(sock: int, shared: int, number: int) -> int:
+        def main(sock: int, shared: int, number: int, group: int = 0) -> int:
             from fastq.running.birth import write_stacks_to
             from tests.support.core_with_children import child_main
 

@@ -1,0 +1,75 @@
+"""Coroutine functions as tasks of a Celery application, which Celery itself cannot run.
+
+Celery's stacks of running tasks go by thread. Where several calls share one, they go by call instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextvars import ContextVar
+from threading import get_ident
+from typing import Any
+
+import celery
+from celery import _state
+
+#: What Celery's stacks go by: the call that runs in this context.
+_ident: ContextVar[object] = ContextVar("fastq_celery_ident", default=None)
+#: What the function of a task with ``autoretry_for`` has raised, for Celery's code that sees to it.
+_raised: ContextVar[BaseException | None] = ContextVar("fastq_celery_raised", default=None)
+
+
+def is_async(task: Any) -> bool:
+    """Return whether the task is a coroutine function."""
+    return inspect.iscoroutinefunction(own_function(task))
+
+
+def own_function(task: Any) -> Any:
+    """Return the task's function without what Celery has put around it for ``autoretry_for``."""
+    return getattr(task, "_orig_run", None) or task.run
+
+
+def set_own_function(task: Any, function: Any) -> None:
+    """Put another function in its place."""
+    if getattr(task, "_orig_run", None) is None:
+        task.run = function
+        return
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        error = _raised.get()
+        if error is not None:
+            raise error
+        return function(*args, **kwargs)
+
+    task._orig_run = run
+
+
+def retried(task: Any, error: BaseException, args: Any, kwargs: Any) -> BaseException:
+    """Return what Celery makes of an exception that the task's own function has raised: a Retry, where it retries."""
+    if getattr(task, "_orig_run", None) is None:
+        return error
+    before = _raised.set(error)
+    try:
+        task.run(*args, **kwargs)
+    except BaseException as other:
+        return other
+    finally:
+        _raised.reset(before)
+    return error
+
+
+def enter(number: int) -> None:
+    """Have what runs in this context stand on stacks of its own: those of the call of this number."""
+    _ident.set(("call", number))
+
+
+def separate(app: celery.Celery) -> None:
+    """Have Celery's stacks go by call from now on, in this process."""
+    for stack in (_state._task_stack, *(task.request_stack for task in app.tasks.values())):
+        local = getattr(stack, "_local", None)
+        if local is not None:  # one of threads alone otherwise, which users ask for by a variable of their own
+            object.__setattr__(local, "__ident_func__", _identify)
+
+
+def _identify() -> object:
+    return _ident.get() or get_ident()

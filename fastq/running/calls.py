@@ -1,0 +1,93 @@
+"""How a process runs calls: what takes them from the pipe and what sees to their limits, for each kind of pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Final, Protocol
+
+from fastq.plugins import Target, load
+from fastq.wire.call import Call
+from fastq.wire.pipe import ChildPipe
+
+#: The call for which code runs, where several run at a time: of this thread, greenlet or coroutine.
+running_call: ContextVar[Call | None] = ContextVar("fastq_running_call", default=None)
+
+
+class Limit(Protocol):
+    """The soft limit of calls, and the end of those that are cancelled. The hard limit is the main process's affair.
+
+    It is made with (error, is_spared, on_strike): ``error`` makes what is raised in a call; ``is_spared`` says of the
+    interrupted frame whether it is put off; ``on_strike`` is called before.
+    """
+
+    #: Whether it is to run calls without a soft limit too.
+    guards_all: bool
+
+    def begin(self) -> None:
+        """Get ready in this process, which runs calls from now on."""
+
+    def run(self, call: Call, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Call the function under the call's limit."""
+
+    def around(self, call: Call, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Call what calls the task's own function, which ``inside`` has marked, under the call's limit."""
+
+    def inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the task's own function such that what ``around`` calls can call it, a coroutine function too."""
+
+    def has_struck(self, call: Call) -> bool:
+        """Return whether this call, which runs or was the last one, was past its limit."""
+
+    def is_cancelled(self, call: Call) -> bool:
+        """Return whether this call, which runs, was told to end: nobody asks for its outcome."""
+
+
+class CallRunner(Protocol):
+    """What runs calls."""
+
+    limit: Any  # a Limit, of the process's own way
+
+    def begin(self, pipe: ChildPipe) -> None:
+        """Get ready to run calls in this process and to report on that pipe."""
+
+    def run(self, call: Call) -> None:
+        """Run one call and report how it ended. Raises nothing but what ends the process."""
+
+    def is_async(self, call: Call) -> bool:
+        """Return whether the call is one for ``run_async``, where a loop runs calls."""
+
+    def run_async(self, call: Call) -> Coroutine[Any, Any, None]:
+        """Run a call of a coroutine function in the same way, on the loop that runs."""
+
+    def lifespan(self) -> AbstractAsyncContextManager[None]:
+        """Return what surrounds all calls of a loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a process runs calls: ``serve(pipe, runner)`` until the pipe ends, and what makes its ``Limit``."""
+
+    serve: Target
+    limit: Target
+
+
+#: By ``fastq.pool.Group.calls``.
+WAYS: Final = {
+    "one": Way("fastq.running.child:serve", "fastq.running.limit:SoftLimit"),
+    "threads": Way("fastq.running.threads:serve", "fastq.running.threads:ThreadLimit"),
+    "loop": Way("fastq.running.loop:serve", "fastq.running.loop:LoopLimit"),
+}
+
+
+def make_limit(
+    calls: str,
+    error: Callable[[Call], Exception],
+    is_spared: Callable[[FrameType | None], bool] | None = None,
+    on_strike: Callable[[], None] = lambda: None,
+) -> Any:
+    """Return the limit of a process that runs calls that way."""
+    return load(WAYS[calls].limit)(error, is_spared, on_strike)

@@ -1,0 +1,277 @@
+"""Runs several calls at a time on one event loop: coroutine functions as its tasks, each in a context of its own.
+
+Plain functions run in threads beside it, so that they do not stop it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from functools import wraps
+from typing import Any, Final
+
+import uvloop
+
+from fastq.pool.zygote import EX_INTERNAL
+from fastq.running.calls import CallRunner, running_call
+from fastq.running.threads import ThreadLimit, Workers
+from fastq.wire.call import Call
+from fastq.wire.pipe import ChildPipe
+
+#: How often the loop says that it turns, while calls run.
+_TURN_S: Final = 0.25
+#: How long calls that were cancelled hold up the end of the process.
+_CANCELLED_S: Final = 1.0
+
+
+class LoopLimit(ThreadLimit):
+    """The soft limit of coroutines, beside that of the functions in threads."""
+
+    def __init__(self, error: Callable[[Call], Exception], *others: Any) -> None:
+        super().__init__(error, *others)
+        self._error = error
+        self.loop: asyncio.AbstractEventLoop
+        self.tasks: dict[int, asyncio.Task[Any]] = {}  # of the coroutines that run, by their calls' numbers
+        self.bridged: set[int] = set()  # calls whose coroutine a thread waits for
+        self.cancelled: set[int] = set()
+        self._struck: set[int] = set()
+
+    async def run_async(
+        self, call: Call, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Await the coroutine function under the call's limit."""
+        if not call.soft_time_limit:
+            return await function(*args, **kwargs)
+        limited = _Limited(function(*args, **kwargs), call, self._error)
+        task = asyncio.current_task()
+        assert task is not None
+        left_s = call.started_s + call.soft_time_limit - _now_s()
+        timer = asyncio.get_running_loop().call_later(max(0.0, left_s), limited.strike, task)
+        try:
+            return await limited
+        finally:
+            timer.cancel()
+            if limited.is_struck:
+                self._struck.add(call.seq)
+
+    def around(self, call: Call, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Call what calls the task's own function, under the call's limit: a coroutine has its own."""
+        if call.seq in self.bridged:
+            return function(*args, **kwargs)
+        return super().around(call, function, args, kwargs)
+
+    def inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the task's own function; a coroutine function runs on the loop, and a thread waits for it.
+
+        Where the loop itself runs, in code of a task that awaits another one, it returns the coroutine.
+        """
+        if not inspect.iscoroutinefunction(function):
+            return super().inside(function)
+
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            call = running_call.get()
+            if asyncio._get_running_loop() is not None or call is None:
+                return function(*args, **kwargs)
+            loop = self.loop
+            waiting = asyncio.run_coroutine_threadsafe(self._run_bridged(call, function, args, kwargs), loop)
+            try:
+                return waiting.result()
+            except CancelledError:
+                if self.is_cancelled(call):
+                    raise SystemExit from None
+                raise
+
+        return run
+
+    async def _run_bridged(
+        self, call: Call, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        self.tasks.setdefault(call.seq, task)
+        return await self.run_async(call, function, args, kwargs)
+
+    def has_struck(self, call: Call) -> bool:
+        """Return whether this call, which runs, was past its limit."""
+        return call.seq in self._struck or super().has_struck(call)
+
+    def is_cancelled(self, call: Call) -> bool:
+        """Return whether this call, which runs, was told to end."""
+        return call.seq in self.cancelled or super().is_cancelled(call)
+
+    def cancel(self, seq: int) -> None:
+        """Have a call end."""
+        task = self.tasks.get(seq)
+        if task is None:
+            self.strikes.cancel(seq)
+        else:
+            self.cancelled.add(seq)
+            task.cancel()
+
+    def forget(self, call: Call) -> None:
+        """A coroutine has ended."""
+        self.tasks.pop(call.seq, None)
+        self.cancelled.discard(call.seq)
+        self._struck.discard(call.seq)
+        self.bridged.discard(call.seq)
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+_CLASSES: dict[type[Exception], type[Exception]] = {}
+
+
+def _awaited(error: Exception) -> BaseException:
+    """Return the error as one that cancels, too: what waits for others (task groups, scopes) then ends them as well."""
+    cls = type(error)
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type(cls.__name__, (cls, asyncio.CancelledError), {"__module__": cls.__module__})
+    return _CLASSES[cls](*error.args)
+
+
+class _Limited:
+    """A coroutine in which an error is raised, at its next await, once its time is up."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], call: Call, error: Callable[[Call], Exception]) -> None:
+        self._coroutine = coroutine
+        self._call = call
+        self._error = error
+        self._due = False
+        self.is_struck = False
+
+    def strike(self, task: asyncio.Task[None]) -> None:
+        """The time is up: wake the task that awaits this."""
+        self._due = True
+        task.cancel()
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return _Steps(self)
+
+    def step(self, send: Callable[[Any], Any], value: Any) -> Any:
+        """Go one step, by sending or throwing a value."""
+        if self._due and not self.is_struck and isinstance(value, asyncio.CancelledError):
+            self.is_struck = True
+            if (task := asyncio.current_task()) is not None and hasattr(task, "uncancel"):  # since Python 3.11
+                task.uncancel()
+            return self._coroutine.throw(_awaited(self._error(self._call)))
+        return send(value)
+
+
+class _Steps:
+    """The iterator behind ``_Limited``."""
+
+    def __init__(self, limited: _Limited) -> None:
+        self._limited = limited
+        self._coroutine = limited._coroutine
+
+    def __iter__(self) -> _Steps:
+        return self
+
+    def __next__(self) -> Any:
+        return self._coroutine.send(None)
+
+    def send(self, value: Any) -> Any:
+        """Go on with a value."""
+        return self._coroutine.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """Go on with an exception."""
+        value = error[0] if len(error) == 1 or error[1] is None else error[1]
+        if isinstance(value, type):
+            value = value()
+        return self._limited.step(self._coroutine.throw, value)
+
+    def close(self) -> None:
+        """End it."""
+        self._coroutine.close()
+
+
+def serve(pipe: ChildPipe, runner: CallRunner) -> None:
+    """Run calls on a loop until the pipe ends."""
+    loop = uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
+    loop.run_until_complete(_Loop(pipe, runner, loop).serve())
+
+
+class _Loop:
+    def __init__(self, pipe: ChildPipe, runner: CallRunner, loop: asyncio.AbstractEventLoop) -> None:
+        self._pipe = pipe
+        self._runner = runner
+        self._loop = loop
+        self._limit: LoopLimit = runner.limit
+        self._workers = Workers(pipe, runner)
+        self._stopped = asyncio.Event()
+        self._turns: asyncio.TimerHandle | None = None
+        self._flushes = False
+
+    async def serve(self) -> None:
+        pipe = self._pipe
+        pipe.owner = running_call.get
+        pipe.on_cancel = lambda seq, signum: self._limit.cancel(seq)
+        self._limit.loop = self._loop
+        self._runner.begin(pipe)
+        async with self._runner.lifespan():
+            self._loop.add_reader(pipe.fileno(), self._on_calls)
+            pipe.ready()
+            await self._stopped.wait()
+            await self._until_idle()
+            self._loop.remove_reader(pipe.fileno())
+        pipe.flush()
+
+    def _on_calls(self) -> None:
+        pipe, tasks = self._pipe, self._limit.tasks
+        if self._turns is None:
+            self._turn()
+        for call in pipe.take():
+            if self._runner.is_async(call):
+                tasks[call.seq] = self._loop.create_task(self._run(call))
+            else:
+                self._workers.start(call)
+        if pipe.stopped:
+            self._stopped.set()
+            if pipe.closed:
+                self._loop.remove_reader(pipe.fileno())
+
+    async def _run(self, call: Call) -> None:
+        running_call.set(call)
+        try:
+            await self._runner.run_async(call)
+        except asyncio.CancelledError:
+            if not self._pipe.has_answered(call):
+                self._pipe.cancelled(call)
+        except BaseException:
+            logging.getLogger("fastq.worker").critical("a child ends because of an internal error", exc_info=True)
+            os._exit(EX_INTERNAL)
+        self._limit.forget(call)
+        if not self._flushes:
+            self._flushes = True
+            self._loop.call_soon(self._flush)  # one bell for all that end in this turn
+
+    def _flush(self) -> None:
+        self._flushes = False
+        self._pipe.flush()
+
+    def _turn(self) -> None:
+        """Say that the loop turns, for as long as calls run."""
+        self._pipe.turn()
+        has_calls = self._limit.tasks or self._turns is None
+        self._turns = self._loop.call_later(_TURN_S, self._turn) if has_calls else None
+
+    async def _until_idle(self) -> None:
+        """Wait until all calls have ended, but those that were cancelled and do not."""
+        self._workers.stop()
+        patience = _CANCELLED_S
+        while not self._pipe.closed:
+            running = len(self._limit.tasks) + self._workers.running
+            if running <= len(self._limit.cancelled) + self._limit.strikes.cancelled:
+                if not running or patience <= 0:
+                    return
+                patience -= 0.01
+            await asyncio.sleep(0.01)

@@ -1,0 +1,100 @@
+# cython: language_level=3
+"""Threads that run calls, and exceptions that are raised in them from outside.
+
+Compiled, so that nothing comes between two steps: an exception that is raised from outside arrives before the next step
+of Python code of that thread, and must not arrive once the function has ended that it is meant for.
+"""
+
+from cpython.ref cimport PyObject
+from libc.stdint cimport uint32_t
+
+from fastq.wire.call cimport Call
+
+import threading
+
+cdef extern from "Python.h":
+    int PyThreadState_SetAsyncExc(unsigned long thread, PyObject *exception)
+
+
+cdef class Entry:
+    """A call, and where it runs."""
+    cdef Call call
+    cdef unsigned long thread
+    cdef bint is_inside     # in the function that an exception may be raised in
+    cdef object wanted      # the exception that was asked for before that
+    cdef bint is_struck
+    cdef bint is_cancelled
+
+
+cdef class Strikes:
+    """The calls that threads run, by their numbers."""
+
+    cdef dict entries
+
+    def __init__(self):
+        self.entries = {}
+
+    def __contains__(self, Call call not None) -> bool:
+        return call.seq in self.entries
+
+    @property
+    def cancelled(self) -> int:
+        """How many calls run on that were cancelled."""
+        cdef Entry each
+        return sum([each.is_cancelled for each in self.entries.values()])
+
+    def run(self, Call call not None, function) -> None:
+        """Call the function with the call, which can be struck by its number meanwhile."""
+        cdef Entry entry = Entry.__new__(Entry)
+        entry.call = call
+        entry.thread = threading.get_ident()
+        self.entries[call.seq] = entry
+        try:
+            function(call)
+        finally:
+            del self.entries[call.seq]
+
+    def guard(self, Call call not None, function, args, kwargs):
+        """Return what the function returns, in which exceptions may be raised from outside meanwhile."""
+        cdef Entry entry = self.entries.get(call.seq)
+        if entry is None or entry.is_inside:
+            return function(*args, **kwargs)
+        if entry.wanted is not None:
+            exception, entry.wanted = entry.wanted, None
+            entry.is_struck = True
+            raise exception()
+        entry.is_inside = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            entry.is_inside = False
+            if entry.is_struck:
+                PyThreadState_SetAsyncExc(entry.thread, NULL)   # one that has not arrived
+
+    def strike(self, uint32_t seq, exception) -> None:
+        """Raise an exception, given as its class, in a call; when its function begins, if it has not."""
+        cdef Entry entry = self.entries.get(seq)
+        if entry is None:
+            return
+        if not entry.is_inside:
+            entry.wanted = exception
+            return
+        entry.is_struck = True
+        PyThreadState_SetAsyncExc(entry.thread, <PyObject *> exception)
+
+    def cancel(self, uint32_t seq) -> None:
+        """Have a call end: nobody asks for its outcome."""
+        cdef Entry entry = self.entries.get(seq)
+        if entry is not None:
+            entry.is_cancelled = True
+            self.strike(seq, SystemExit)
+
+    def is_cancelled(self, Call call not None) -> bool:
+        """Return whether this call, which runs, was cancelled."""
+        cdef Entry entry = self.entries.get(call.seq)
+        return entry is not None and entry.is_cancelled
+
+    def is_struck(self, Call call not None) -> bool:
+        """Return whether an exception was raised in this call, which runs."""
+        cdef Entry entry = self.entries.get(call.seq)
+        return entry is not None and entry.is_struck
