@@ -6,8 +6,8 @@ import importlib
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, cast, overload
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, cast, overload
 
 from fastq import result as results
 from fastq.errors import SettingsError
@@ -33,6 +33,9 @@ R = TypeVar("R")
 Self_ = TypeVar("Self_", bound="Task[..., Any]")
 TaskType = TypeVar("TaskType", bound="Task[..., Any]")
 
+#: Surrounds the calls of a process; called with the application.
+Lifespan: TypeAlias = "Callable[[FastQ], AbstractContextManager[Any] | AbstractAsyncContextManager[Any]]"
+
 #: How the settings begin that say where and how to connect.
 _CONNECTING = ("broker_", "result_", "redis_")
 
@@ -50,6 +53,10 @@ class FastQ:
     setting can be given as a keyword; it wins over ``config`` (an object, a mapping, or the name of a module).
     ``steps`` are what happens around the calls of all tasks, the outermost first.
 
+    ``lifespan`` is called with the application and returns a context manager, which is entered once in each process that
+    runs calls, before the first one; what it gives is at ``app.state``. An asynchronous one is entered by the processes
+    whose event loops run coroutine functions, on that loop.
+
     A pickle or copy of it is the application itself; in a process that has not got it, a new one with its settings.
     """
 
@@ -62,6 +69,7 @@ class FastQ:
         include: Sequence[str] | None = None,
         config: object = None,
         steps: Sequence[Step] = (),
+        lifespan: Lifespan | None = None,
         **settings: Any,
     ) -> None:
         global _last_app
@@ -70,6 +78,9 @@ class FastQ:
         self.conf = Settings({**{key: value for key, value in keywords.items() if value is not None}, **settings})
         self.tasks: dict[str, Task[..., Any]] = {}
         self.steps = checked(steps)
+        self.lifespan = lifespan
+        #: What the lifespan gives, in a process that runs calls.
+        self.state: Any = None
         self.sender = Sender(self.conf, self.tasks, self)
         self._discover: list[tuple[Iterable[str] | Callable[[], Iterable[str]], str]] = []
         self._token = new_id()  # forked processes have it too: a pickle finds the application by it

@@ -62,7 +62,7 @@ class Group:
     @property
     def has_loop(self) -> bool:
         """Return whether all calls of a process wait when one of them does not give way."""
-        return self.calls == "loop"
+        return self.calls in ("loop", "gevent", "eventlet")
 
 
 @dataclass(frozen=True, slots=True)

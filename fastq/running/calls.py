@@ -79,6 +79,8 @@ class Way:
 WAYS: Final = {
     "one": Way("fastq.running.child:serve", "fastq.running.limit:SoftLimit"),
     "threads": Way("fastq.running.threads:serve", "fastq.running.threads:ThreadLimit"),
+    "gevent": Way("fastq.running.green:serve_gevent", "fastq.running.green:GreenLimit"),
+    "eventlet": Way("fastq.running.green:serve_eventlet", "fastq.running.green:GreenLimit"),
     "loop": Way("fastq.running.loop:serve", "fastq.running.loop:LoopLimit"),
 }
 

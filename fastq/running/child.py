@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Final
 
 from fastq.app import FastQ
@@ -128,3 +129,13 @@ class FastQChild(ChildProcess):
         app.publisher = PipePublisher(pipe, app.conf.fastq_max_message_bytes)
         if app.stores_results:
             app.store = PipeStore(pipe, lambda: open_store(app.conf.result_backend or "", app.conf))
+
+    def serve(self, pipe: ChildPipe) -> None:
+        """Run calls until the pipe ends, inside of the application's lifespan; a loop enters it itself."""
+        app = self._app
+        span = None if app.lifespan is None or self._options.calls == "loop" else app.lifespan(app)
+        if isinstance(span, AbstractContextManager):
+            with span as app.state:
+                super().serve(pipe)
+        else:
+            super().serve(pipe)

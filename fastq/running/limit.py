@@ -58,11 +58,7 @@ class SoftLimit:
 
     def inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function; a coroutine function is run to its end."""
-        if not inspect.iscoroutinefunction(function):
-            return function
-        from fastq.awaiting import running_here  # an event loop, which few need here
-
-        return running_here(function)
+        return plain(function)
 
     def has_struck(self, call: Call) -> bool:
         """Return whether this call, the last one, was past its limit."""
@@ -83,3 +79,12 @@ class SoftLimit:
         self._limited = None
         self._struck = call
         raise self._error(call)
+
+
+def plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function; for a coroutine function one that runs it to its end."""
+    if not inspect.iscoroutinefunction(function):
+        return function
+    from fastq.awaiting import running_here  # an event loop, which few need here
+
+    return running_here(function)

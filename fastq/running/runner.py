@@ -11,7 +11,7 @@ import signal
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from fastq.app import FastQ
@@ -98,6 +98,7 @@ class Runner:
     """
 
     def __init__(self, app: FastQ, options: ChildOptions) -> None:
+        self._app = app
         self._pipe: ChildPipe
         self._hostname = options.hostname
         self._memory = MemoryLimit(options.max_memory_kib, logging.getLogger("fastq.worker").warning)
@@ -204,7 +205,16 @@ class Runner:
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         """Surround the calls of a loop with what the application has for that."""
-        yield
+        app = self._app
+        span = None if app.lifespan is None else app.lifespan(app)
+        if span is None:
+            yield
+        elif isinstance(span, AbstractAsyncContextManager):
+            async with span as app.state:
+                yield
+        else:
+            with span as app.state:
+                yield
 
     def _tell(self, call: Call, request: Request, value: Any) -> str | None:
         """Log a success, and return what monitors are told of it."""

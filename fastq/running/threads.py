@@ -7,7 +7,6 @@ call is left behind by the main process, which replaces this one when its other 
 from __future__ import annotations
 
 import heapq
-import inspect
 import logging
 import os
 import queue
@@ -20,6 +19,7 @@ from typing import Any, Final
 
 from fastq.pool.zygote import EX_INTERNAL
 from fastq.running.calls import CallRunner, running_call
+from fastq.running.limit import plain
 from fastq.running.strikes import Strikes
 from fastq.wire.call import Call
 from fastq.wire.pipe import ChildPipe
@@ -72,10 +72,7 @@ class ThreadLimit:
 
     def inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the task's own function as what can be ended; a coroutine function is run to its end."""
-        if inspect.iscoroutinefunction(function):
-            from fastq.awaiting import running_here  # an event loop, which few need here
-
-            function = running_here(function)
+        function = plain(function)
 
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
