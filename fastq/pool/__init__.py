@@ -6,9 +6,9 @@ point of the group ``fastq.pools``, whose name is the pool's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from fastq.errors import FastqError, SettingsError
 from fastq.interfaces import ChildHooks
@@ -21,12 +21,30 @@ if TYPE_CHECKING:
 #: The group of entry points in which other packages name their pools.
 ENTRY_POINTS: Final = "fastq.pools"
 
+#: Whether this process is a spawned child that imports the application.
+is_spawning = False
+
 #: What runs in a child: (socket, shared memory file, number) -> exit code. No two living children are born with the
 #: same number; it is 0 or more.
 ChildMain: TypeAlias = Callable[[int, int, int], int]
 #: What runs in the companion, the one process beside the children that a program may want. SIGTERM asks it to
 #: end; it is blocked until the companion is ready for it.
 CompanionMain: TypeAlias = Callable[[], int]
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """What a fresh interpreter needs to make what runs in a child.
+
+    ``main`` is the ``module:name`` of a function that gives the ChildMain; it is called with ``arguments``, whose
+    values can be pickled. ``program``: the file or module that is run before, where the application is in a program
+    that starts the worker itself. ``patch``: "gevent" or "eventlet", which patches the process before all else.
+    """
+
+    main: str
+    arguments: Mapping[str, Any]
+    program: str = ""
+    patch: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +136,21 @@ class PoolKind:
 
     ``prepare`` is called before any thread or event loop exists, with (child_main, on_start, companion): ChildMain,
     what to call in each process that forks others, CompanionMain or None. ``pool`` is called on the loop with (loop,
-    what ``prepare`` has returned, PoolOptions) and returns a ``Pool``.
+    what ``prepare`` has returned, PoolOptions) and returns a ``Pool``. ``spawn`` is called instead of ``prepare`` where
+    children are to be spawned, with a ChildSpec instead of the ChildMain; None: this pool's children are never spawned.
     """
 
     names: tuple[str, ...]
     prepare: Target
     pool: Target
+    spawn: Target | None = None
 
 
 PREFORK: Final = PoolKind(
     names=("prefork", "processes"),
     prepare="fastq.pool.zygote:start_zygote",
     pool="fastq.pool.supervisor:Pool",
+    spawn="fastq.pool.starter:start_starter",
 )
 
 #: Every kind of pool that is built in.
