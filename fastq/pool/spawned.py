@@ -55,4 +55,4 @@ def _import_program(place: str) -> None:
 
     if os.sep in place:
         os.environ["MP_MAIN_FILE"] = place  # by which Celery knows whose tasks are named after __main__
-    spawn.prepare({"init_main_from_path" if os.sep in place else "init_main_from_name": place})  # type: ignore[attr-defined]
+    spawn.prepare({"init_main_from_path" if os.sep in place else "init_main_from_name": place})

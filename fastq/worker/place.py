@@ -26,7 +26,7 @@ class Origin:
     is_default: bool = False  # it is Celery's default application, which no module needs to hold
 
     def lay_over(self, app: Any, import_module: Callable[[str], object]) -> None:
-        """Lay configuration and URLs over those of a FastQ application. A Celery application hears of them by itself."""
+        """Lay configuration and URLs over those of a FastQ application; Celery hears of them by the environment."""
         if self.config:
             app.config_from_object(import_module(self.config))
         if self.broker:
@@ -71,7 +71,7 @@ def _program() -> str:
     spec = getattr(program, "__spec__", None)
     if spec is not None:
         return str(spec.name)
-    file = getattr(program, "__file__", None)
+    file: str | None = getattr(program, "__file__", None)
     if not file:
         raise SettingsError(
             "children cannot be spawned: the application was made in a program that has no file. "
