@@ -1,6 +1,6 @@
-"""What a spawned child does first, in its fresh interpreter: it becomes a child as the zygote's are, then the program's.
+"""What a spawned child does first, in its fresh interpreter: what the zygote has done for forked ones.
 
-Its own process is patched already where the pool wants it. Knows no application.
+The process is patched already where the pool wants it. Knows no application.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _be_child(birth: dict[str, Any], file: int, starter: int, sock: int, shared:
     fastq.pool.is_spawning = True
     if birth["program"]:
         _import_program(birth["program"])
-    child_main = load(birth["main"])(**pickle.loads(birth["arguments"]))
+    child_main = load(birth["main"])(**pickle.loads(birth["arguments"]))  # noqa: S301  from the process that starts this one
     fastq.pool.is_spawning = False
     code: int = child_main(sock, shared, number)
     # Other than in a forked child, what was registered is this process's own.

@@ -341,7 +341,8 @@ def _serve(
         for fd, _ in poll.poll():
             if fd in (control.fileno(), main):
                 # What is registered for forks may have started threads here: with the first forks, or at times.
-                if not is_told and (forks < LOOK_FORKS or forks % LOOK_EVERY == 0):
+                looks = not is_told and (forks < LOOK_FORKS or forks % LOOK_EVERY == 0)
+                if looks and fd != main and control.recv(1, socket.MSG_PEEK):  # else there will be no fork any more
                     is_told = tell_threads()
                 forks += 1
                 if fd == main or not _bear_one(control, main, poll, pids, bear, companion, alarm):

@@ -10,9 +10,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Final
 
 from fastq.errors import SettingsError
+
+#: They know the application that is the current one, by names that are not its own.
+_LIBRARIES: Final = ("fastq", "celery")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,8 @@ def place_of(app: object, named: str = "") -> Place:
     # Those below the module that was named go first; a program last, which is run anew for it.
     names = sorted(sys.modules, key=lambda each: (each == "__main__", not f"{each}.".startswith(f"{module}.")))
     for each in names:
+        if each.partition(".")[0] in _LIBRARIES:
+            continue
         for key, value in list(getattr(sys.modules[each], "__dict__", {}).items()):
             if value is app:
                 return Place(each, key, _program() if each == "__main__" else "")

@@ -6,6 +6,7 @@ own life are sent here.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from fastq.running.child import ChildProcess
 from fastq.worker.options import WorkerOptions
 from fastq.worker.place import Place
 from fastq.worker.process.log import escape_arguments
+
+logger = logging.getLogger("celery.worker")
 
 #: Django's checks of the project: the main process has done them.
 _SKIP_CHECKS = "CELERY_SKIP_CHECKS"
@@ -50,7 +53,7 @@ def make_child(
     if overrides:
         app.config_from_cmdline(overrides_of(overrides), namespace="worker")
     for name, value in changes.items():
-        app.conf[name] = pickle.loads(value)
+        app.conf[name] = pickle.loads(value)  # noqa: S301  from the main process
     _load(app)
     trace.setup_worker_optimizations(app, options.hostname)
     has_own_logging = logs.set_up(app, options)
@@ -84,12 +87,17 @@ def _load(app: celery.Celery) -> None:
 
 
 def changed_settings(app: celery.Celery, before: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return the settings that differ from those before, pickled; what cannot be pickled stays as the import makes it."""
+    """Return the settings that differ from those before, pickled, but for those that cannot be."""
     found = {}
     for name, value in dict(app.conf.changes).items():
         if name not in before or before[name] is not value:
             try:
                 found[name] = pickle.dumps(value)
-            except Exception:  # of somebody's own class
-                continue
+            except Exception as error:  # of somebody's own class
+                logger.warning(
+                    "the setting %s, which a receiver of a signal has changed, stays as it was in spawned "
+                    "children: it cannot be pickled (%s)",
+                    name,
+                    error,
+                )
     return found
