@@ -53,9 +53,9 @@ class FastQ:
     setting can be given as a keyword; it wins over ``config`` (an object, a mapping, or the name of a module).
     ``steps`` are what happens around the calls of all tasks, the outermost first.
 
-    ``lifespan`` is called with the application and returns a context manager, which is entered once in each process that
-    runs calls, before the first one; what it gives is at ``app.state``. An asynchronous one is entered by the processes
-    whose event loops run coroutine functions, on that loop.
+    ``lifespan`` is called with the application and returns a context manager, which is entered once in each process
+    that runs calls, before the first one; what it gives is at ``app.state``. An asynchronous one is entered by the
+    processes whose event loops run coroutine functions, on that loop.
 
     A pickle or copy of it is the application itself; in a process that has not got it, a new one with its settings.
     """

@@ -121,6 +121,7 @@ class Settings:
     # Worker.
     worker_direct: bool = False  # a queue of its own, <node name>.dq2
     worker_concurrency: int | None = None
+    worker_pool_start_method: Literal["fork", "forkserver", "spawn"] | None = None  # None: what the application needs
     worker_prefetch_multiplier: float = 4
     worker_disable_prefetch: bool = False  # Redis only: take a message only when a child is free
     worker_eta_task_limit: int | None = None  # messages that wait for their time in the worker's memory

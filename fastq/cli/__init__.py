@@ -21,6 +21,7 @@ from fastq.version import __version__
 if TYPE_CHECKING:
     from fastq.app import FastQ
     from fastq.cli.loader import Application
+    from fastq.worker.place import Origin
     from fastq.worker.program import Program
 
 COMMANDS = {
@@ -111,13 +112,16 @@ class Globals:
         sys.argv[0] = own_name
         if self.loader:
             raise Misuse("option --loader is for Celery applications; remove it")
-        if self.config:
-            app.config_from_object(import_module(self.config, f"--config {self.config}"))
-        if self.broker:
-            app.conf.broker_url = self.broker
-        if self.result_backend:
-            app.conf.result_backend = self.result_backend
+        self.origin.lay_over(app, lambda name: import_module(name, f"--config {name}"))
         return app
+
+    @property
+    def origin(self) -> Origin:
+        """Return how the application is found, for other interpreters."""
+        from fastq.worker.place import Origin
+
+        is_default = self.application is None and not self.app
+        return Origin(self.app, self.config, self.broker, self.result_backend, is_default)
 
     def _tell_celery(self) -> None:
         """Set the variables by which a Celery application is told of these options, before it is imported."""
@@ -158,10 +162,10 @@ class Globals:
         if isinstance(app, FastQ):
             from fastq.worker.program import FastQProgram
 
-            return FastQProgram(app)
+            return FastQProgram(app, self.origin)
         from fastq.celery.worker.program import CeleryProgram
 
-        return CeleryProgram(app)
+        return CeleryProgram(app, self.origin)
 
 
 class Commands(click.Group):

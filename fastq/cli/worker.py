@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastq.worker")
 
 #: Celery's pools that there is no other for yet.
-NOT_CARRIED = frozenset({"solo", "gevent", "eventlet", "custom"})
+NOT_CARRIED = frozenset({"solo", "custom"})
 
 
 def _concurrency(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -84,14 +84,6 @@ def _executable(ctx: click.Context, param: click.Parameter, value: str | None) -
         )
 
 
-def _start_method(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    if value not in (None, "fork"):
-        raise Misuse(
-            f"option --pool-start-method {value} is not carried by this version of fastq; "
-            "remove it: children are forked"
-        )
-
-
 def _pool(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if value in NOT_CARRIED:
         raise Misuse(f"option -P/--pool {value} is not carried by this version of fastq; remove it to use prefork")
@@ -103,7 +95,7 @@ _SECTIONS = {
     "Messages": ("queues", "exclude_queues", "prefetch_multiplier", "disable_prefetch", "purge", "reliable"),
     "Child processes": (
         *("concurrency", "pool", "processes", "async_processes", "async_slots", "autoscale"),
-        *("max_tasks_per_child", "max_memory_per_child"),
+        *("pool_start_method", "max_tasks_per_child", "max_memory_per_child"),
     ),
     "Time": ("time_limit", "soft_time_limit", "grace"),
     "Monitoring": ("task_events", "statedb", "without_mingle", "without_heartbeat", "heartbeat_interval"),
@@ -167,7 +159,11 @@ class WorkerCommand(click.Command):
 @click.option("-s", "--schedule-filename", "--schedule", default="", help="Celery: file of the schedule.")
 @click.option("--scheduler", default="", help="Celery: class of the scheduler.")
 @click.option("--disable-prefetch", is_flag=True, default=None, help="Redis: take a message when a child is free.")
-@click.option("--pool-start-method", callback=_start_method, expose_value=False, hidden=True)
+@click.option(
+    "--pool-start-method",
+    type=click.Choice(["fork", "forkserver", "spawn"]),
+    help="How children start. Default: forked, but spawned where the application's import starts threads.",
+)
 @click.option("--executable", callback=_executable, expose_value=False, hidden=True)
 @click.argument("overrides", nargs=-1, metavar="[-- SETTING=VALUE ...]")
 @misplaced_globals
@@ -217,6 +213,7 @@ class Start:
     overrides: tuple[str, ...] = ()
     umask: str = ""
     daemon: Daemon | None = None
+    _imported: list[threading.Thread] | None = None  # threads that the application's import has started
 
     def run(self) -> int:
         """Drop privileges, load the application, open the files, and run the worker until it ends."""
@@ -259,7 +256,7 @@ class Start:
         try:
             # Elsewhere a program has started the worker, in a thread of its own, and signals are that program's.
             is_main = threading.current_thread() is threading.main_thread()
-            return Worker(program, options).run(handle_signals=is_main)
+            return Worker(program, options, self._imported).run(handle_signals=is_main)
         except FastqError as error:
             if options.logfile:
                 # Standard error, where it is said as well, may be nowhere by now.
@@ -290,6 +287,8 @@ class Start:
         for name in self.options.include:
             import_module(name, f"-I {name}")
         load_tasks(lambda: program.load(self.options, overrides))
+        if self.settings.application is None:  # else it is a program's own business how its children start
+            self._imported = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
         return program
 
 

@@ -6,9 +6,9 @@ point of the group ``fastq.pools``, whose name is the pool's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from fastq.errors import FastqError, SettingsError
 from fastq.interfaces import ChildHooks
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 #: The group of entry points in which other packages name their pools.
 ENTRY_POINTS: Final = "fastq.pools"
+
+#: Whether this process is a spawned child that imports the application.
+is_spawning = False
 
 #: What runs in the companion, the one process beside the children that a program may want. SIGTERM asks it to
 #: end; it is blocked until the companion is ready for it.
@@ -55,6 +58,11 @@ class Group:
         return max(2, self.slots) if self.is_many else 1
 
     @property
+    def patch(self) -> str:
+        """Return the library that patches a process before all else, "" for none."""
+        return self.calls if self.calls in ("gevent", "eventlet") else ""
+
+    @property
     def gives_up(self) -> bool:
         """Return whether a call that does not end can be left behind: a thread; else its process has to go."""
         return self.calls == "threads"
@@ -63,6 +71,21 @@ class Group:
     def has_loop(self) -> bool:
         """Return whether all calls of a process wait when one of them does not give way."""
         return self.calls in ("loop", "gevent", "eventlet")
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """What a fresh interpreter needs to make what runs in a child.
+
+    ``main`` is the ``module:name`` of a function that gives the ChildMain; it is called with ``arguments``, whose
+    values can be pickled. ``program``: the file or module that is run before, where the application is in a program
+    that starts the worker itself. ``patch``: "gevent" or "eventlet", which patches the process before all else.
+    """
+
+    main: str
+    arguments: Mapping[str, Any]
+    program: str = ""
+    patch: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,25 +183,32 @@ class PoolKind:
 
     ``prepare`` is called before any thread or event loop exists, with (child_main, on_start, companion): ChildMain,
     what to call in each process that forks others, CompanionMain or None. ``pool`` is called on the loop with (loop,
-    what ``prepare`` has returned, PoolOptions) and returns a ``Pool``.
+    what ``prepare`` has returned, PoolOptions) and returns a ``Pool``. ``spawn`` is called instead of ``prepare`` where
+    children are to be spawned, with ChildSpecs, one for each group, instead of the ChildMain. Where one of the two is
+    None, this pool's children are never forked, or never spawned.
     """
 
     names: tuple[str, ...]
-    prepare: Target
+    prepare: Target | None
     pool: Target
     calls: str = "one"
+    spawn: Target | None = None
 
 
 PREFORK: Final = PoolKind(
     names=("prefork", "processes"),
     prepare="fastq.pool.zygote:start_zygote",
     pool="fastq.pool.groups:make_pool",
+    spawn="fastq.pool.starter:start_starter",
 )
 THREADS: Final = replace(PREFORK, names=("threads",), calls="threads")
 ASYNCIO: Final = replace(PREFORK, names=("asyncio",), calls="loop")
+# Patched before the application is imported, so that its processes cannot be forked from one that has it.
+GEVENT: Final = replace(PREFORK, names=("gevent",), calls="gevent", prepare=None)
+EVENTLET: Final = replace(PREFORK, names=("eventlet",), calls="eventlet", prepare=None)
 
 #: Every kind of pool that is built in.
-POOLS: Final = (PREFORK, THREADS, ASYNCIO)
+POOLS: Final = (PREFORK, THREADS, ASYNCIO, GEVENT, EVENTLET)
 _OF_NAME: Final = {name: kind for kind in POOLS for name in kind.names}
 
 

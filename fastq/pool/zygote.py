@@ -1,6 +1,7 @@
 """The process that forks children: single-threaded, the application imported, no event loop, no broker socket.
 
-The worker's main process starts it before any loop or thread exists. Requests and reports are datagrams.
+The worker's main process starts it before any loop or thread exists. Requests and reports are datagrams. What is said
+of it holds for the starter (``starter.py``) as well, but for the way in which a child comes to be.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeAlias
 
 from fastq.pool import ChildMain, CompanionMain
 from fastq.pool.process import DUMP_SIGNAL, LIMIT_SIGNAL, Timer, die_with_parent, set_name
@@ -30,9 +31,14 @@ EX_INTERNAL: Final = 70
 #: The request that a Spawned or a Failed about the companion names.
 COMPANION = 0
 
-_SPAWN, _SPAWNED, _EXITED, _FAILED = 1, 2, 3, 4
-_RECORD = struct.Struct("=BIii")  # kind, request, pid or number, wait status or errno or group
+_SPAWN, _SPAWNED, _EXITED, _FAILED, _BORN = 1, 2, 3, 4, 5
+_RECORD = struct.Struct("=BIii")  # kind, request, pid or number, wait status or errno; in a request the group
+#: What follows the first record, _BORN: names of threads, as much as fits.
+_NAMES_SIZE: Final = 4096
 _FDS = struct.Struct("ii")  # what comes with a request for a child: its end of the socket, the shared memory
+
+#: What a child leaves to the main process: a signal that systemd, say, sends to all processes.
+LEFT_TO_MAIN: Final = (signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR2)
 
 #: How long a hook of os.register_at_fork may hold up the zygote. Chosen: hooks take locks, and the zygote has no other
 #: thread to hold one.
@@ -40,8 +46,25 @@ HOOK_S = 5.0
 #: Threads are looked for with the first so many forks, then with every so many-th: to look costs several system calls,
 #: and what starts threads at forks does so at once, or when it is first used.
 LOOK_FORKS, LOOK_EVERY = 4, 64
+#: How long its first word is waited for. Chosen: it comes within a few milliseconds, unless a hook for forks hangs.
+BIRTH_S = 2.0
 #: How long it may take to end. Chosen: it has nothing to do but to leave.
 END_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A child that is wanted: the numbers of its descriptors, its own number, and its group."""
+
+    sock: int
+    shared: int
+    number: int
+    group: int
+
+
+#: Makes a child: (order, the timer for hooks, what returns the descriptors that are not the child's) -> pid. Raises
+#: OSError.
+Bear: TypeAlias = Callable[[Order, Timer, Callable[[], Iterable[int]]], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +107,15 @@ class Zygote:
     """The main process's handle: ask for children, hear of their end.
 
     ``fd`` is readable when there is a report, ``pidfd`` when the zygote has ended. Its end cannot be seen from ``fd``
-    alone: a child that hangs at its fork has the other side open too.
+    alone: a child that hangs at its fork has the other side open too. ``threads`` names those that Python code has
+    started in it at its birth: hooks of os.register_at_fork.
     """
 
-    def __init__(self, pid: int, control: socket.socket, has_companion: bool = False) -> None:
+    def __init__(
+        self, pid: int, control: socket.socket, has_companion: bool = False, threads: Sequence[str] = ()
+    ) -> None:
         self.pid = pid
+        self.threads = threads
         self.pidfd = os.pidfd_open(pid)
         self.has_companion = has_companion
         self._control = control
@@ -141,7 +168,7 @@ class Zygote:
                 found.append(Spawned(request, pid))
             elif kind == _FAILED:
                 found.append(Failed(request, os.strerror(status)))
-            else:
+            elif kind == _EXITED:
                 found.append(Exited(pid, status))
 
     def reap(self) -> str:
@@ -169,33 +196,75 @@ def start_zygote(
 
     ``on_start`` is called in the zygote before it forks anything.
     """
+
+    def bear(order: Order, alarm: Timer, closes: Callable[[], Iterable[int]]) -> int:
+        return fork(lambda: _be_child(child_main, closes(), order), alarm)
+
+    tell_threads()
+    gc.collect()
+    # Frozen objects are not looked at by the collector, so their pages stay shared with the children.
+    gc.freeze()
+    try:
+        return start_parent(bear, on_start, companion)
+    finally:
+        gc.unfreeze()
+
+
+def start_parent(
+    bear: Bear,
+    on_start: Callable[[], None],
+    companion: CompanionMain | None,
+    name: bytes = b"fastq-zygote",
+    may_have_threads: bool = False,
+) -> Zygote:
+    """Fork the process whose children ``bear`` makes, and return when it lives."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # The kernel's signal for a parent's death comes with the end of the thread that forked: another one than the main
     # thread may end long before the process.
     main = os.pidfd_open(os.getpid())
     dies_with_thread = threading.current_thread() is threading.main_thread()
-    tell_threads()
     sys.stdout.flush()
     sys.stderr.flush()
-    gc.collect()
-    # Frozen objects are not looked at by the collector, so their pages stay shared with the children.
-    gc.freeze()
     pid = os.fork()
     if pid == 0:
-        code = 70
+        code = EX_INTERNAL
         try:
             ours.close()
             if dies_with_thread:
                 die_with_parent()
+            _tell_birth(theirs)
             on_start()
-            code = _serve(theirs, main, child_main, companion)
+            set_name(name)
+            code = _serve(theirs, main, bear, companion, may_have_threads)
         finally:
             os._exit(code)
-    gc.unfreeze()
     os.close(main)
     theirs.close()
+    threads = _hear_birth(ours)
     ours.setblocking(False)
-    return Zygote(pid, ours, companion is not None)
+    return Zygote(pid, ours, companion is not None, threads)
+
+
+def other_threads() -> dict[int, str]:
+    """Return the threads that Python code has started beside this one, by their number to the system."""
+    me = threading.current_thread()
+    return {thread.native_id or 0: thread.name for thread in threading.enumerate() if thread is not me}
+
+
+def _tell_birth(control: socket.socket) -> None:
+    """Tell that this process lives, and which threads have been started in it already."""
+    names = list(other_threads().values())
+    control.send(_RECORD.pack(_BORN, 0, len(names), 0) + "\n".join(names).encode()[:_NAMES_SIZE])
+
+
+def _hear_birth(control: socket.socket) -> Sequence[str]:
+    """Return the names of the threads in the new process; none when it does not answer: others look after that."""
+    control.settimeout(BIRTH_S)
+    try:
+        data = control.recv(_RECORD.size + _NAMES_SIZE)
+    except OSError:
+        return ()
+    return data[_RECORD.size :].decode(errors="replace").splitlines()
 
 
 #: What a child has done with the signals that ``on_signal`` handles: it is told them.
@@ -228,13 +297,13 @@ def tell_threads() -> bool:
     count = len(os.listdir("/proc/self/task")) - 1
     if count <= 0:
         return False
-    ours = {thread.native_id: thread.name for thread in threading.enumerate()}
-    ours.pop(threading.get_native_id(), None)
+    ours = other_threads()
     # Those of libraries in C mostly see to forks themselves.
     logging.getLogger("fastq.worker").log(
         logging.WARNING if ours else logging.INFO,
         "the process has %d more thread%s (%s) while it forks: children do not have them, and a lock that one of them "
-        "holds at that moment is never free in a child. Start them in each child, or when they are first used",
+        "holds at that moment is never free in a child. Start them in each child, or when they are first used; or have "
+        "children spawned (--pool-start-method spawn)",
         count,
         "s"[: count > 1],
         ", ".join(map(repr, ours.values())) or "of libraries in C",
@@ -242,35 +311,42 @@ def tell_threads() -> bool:
     return True
 
 
-def _serve(control: socket.socket, main: int, child_main: ChildMain, companion: CompanionMain | None) -> int:
-    """Fork on request and report ends until the main process goes."""
-    set_name(b"fastq-zygote")
-    _read_nothing()
-    # Children have it too from their first moment on: a start that hangs can be looked into.
+def handle_signals() -> None:
+    """Set the handlers of a process of the pool. Children have them from their first moment on."""
+    # A start that hangs can be looked into.
     for signum in (DUMP_SIGNAL, signal.SIGUSR1):
         faulthandler.register(signum, file=sys.__stderr__ or 2, all_threads=True, chain=False)
-    for signum in (signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR2):
+    for signum in LEFT_TO_MAIN:
         signal.signal(signum, on_signal)
     # Programs that tasks start inherit that: they live through the Ctrl-C of a warm stop, and as a child's group is not
     # the terminal's, they would stand still for ever where they read from or write to it.
     for signum in (signal.SIGINT, signal.SIGTTIN, signal.SIGTTOU):
         signal.signal(signum, signal.SIG_IGN)
+
+
+def _serve(
+    control: socket.socket, main: int, bear: Bear, companion: CompanionMain | None, may_have_threads: bool
+) -> int:
+    """Make children on request and report ends until the main process goes."""
+    _read_nothing()
+    handle_signals()
     # All that can be done once is: each page that is written between two forks is copied for the next child.
     signal.signal(LIMIT_SIGNAL, _end_hook)
     alarm = Timer(LIMIT_SIGNAL)
     poll = select.poll()
     poll.register(control.fileno(), select.POLLIN)
     poll.register(main, select.POLLIN)
-    forks, is_told = 0, False
+    forks, is_told = 0, may_have_threads
     pids: dict[int, int] = {}  # pidfd -> pid
     while True:
         for fd, _ in poll.poll():
             if fd in (control.fileno(), main):
                 # What is registered for forks may have started threads here: with the first forks, or at times.
-                if not is_told and (forks < LOOK_FORKS or forks % LOOK_EVERY == 0):
+                looks = not is_told and (forks < LOOK_FORKS or forks % LOOK_EVERY == 0)
+                if looks and fd != main and control.recv(1, socket.MSG_PEEK):  # else there will be no fork any more
                     is_told = tell_threads()
                 forks += 1
-                if fd == main or not _fork_one(control, main, poll, pids, child_main, companion, alarm):
+                if fd == main or not _bear_one(control, main, poll, pids, bear, companion, alarm):
                     for pid in pids.values():
                         _kill_group(pid)
                     return 0
@@ -303,12 +379,12 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _fork_one(
+def _bear_one(
     control: socket.socket,
     main: int,
     poll: select.poll,
     pids: dict[int, int],
-    child_main: ChildMain,
+    bear: Bear,
     companion: CompanionMain | None,
     alarm: Timer,
 ) -> bool:
@@ -321,32 +397,23 @@ def _fork_one(
     sock, shared = (
         _FDS.unpack(ancillary[0][2]) if ancillary else os.pipe()
     )  # the companion begins with what comes out of the pipe
+
+    def closes() -> Iterable[int]:
+        return control.detach(), main, *pids
+
     failure = pid = 0
-    zygote = os.getpid()
-    if request == COMPANION:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    alarm.set(HOOK_S, HOOK_S)
     try:
-        pid = os.fork()
-        if pid:
-            alarm.set(0)
+        if request == COMPANION:
+            pid = _fork_companion(companion, closes, sock, shared, alarm)
+        else:
+            pid = bear(Order(sock, shared, number, group), alarm, closes)
     except OSError as error:
         failure = error.errno or errno.EAGAIN
-    except HookHangs:  # between two hooks: nobody knows whether the fork was done, and a child without sockets ends
-        failure = errno.ETIMEDOUT
-    if request == COMPANION and (failure or pid):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     if failure:
-        alarm.set(0)
         os.close(sock)
         os.close(shared)
         control.send(_RECORD.pack(_FAILED, request, 0, failure))
         return True
-    if pid == 0:
-        closes = (control.detach(), main, *pids)
-        if request == COMPANION:
-            _end_with(lambda: _be_companion(companion, closes, zygote, sock, shared))
-        _end_with(lambda: _be_child(child_main, closes, sock, shared, number, group))
     if request == COMPANION:
         os.write(shared, b"!")
     os.close(sock)
@@ -358,13 +425,45 @@ def _fork_one(
     return True
 
 
-def _be_child(child_main: ChildMain, closes: Iterable[int], sock: int, shared: int, number: int, group: int) -> int:
+def fork(work: Callable[[], int], alarm: Timer) -> int:
+    """Fork a process that ends with the code that ``work`` returns; return its pid.
+
+    Raises OSError: no memory, no processes left, or ETIMEDOUT where a hook hangs.
+    """
+    alarm.set(HOOK_S, HOOK_S)
+    try:
+        pid = os.fork()
+        if pid:
+            alarm.set(0)
+    except OSError:
+        alarm.set(0)
+        raise
+    except HookHangs as hangs:  # between two hooks: nobody knows whether the fork was done; a child has no sockets then
+        alarm.set(0)
+        raise OSError(errno.ETIMEDOUT, str(hangs)) from None
+    if pid == 0:
+        end_with(work)
+    return pid
+
+
+def _be_child(child_main: ChildMain, closes: Iterable[int], order: Order) -> int:
     """Run calls; returns the exit code."""
     die_with_parent()
     os.setpgid(0, 0)  # a group, not a session: a leader of one could not call setpgrp itself
     for fd in closes:
         os.close(fd)
-    return child_main(sock, shared, number, group)
+    return child_main(order.sock, order.shared, order.number, order.group)
+
+
+def _fork_companion(
+    companion: CompanionMain | None, closes: Callable[[], Iterable[int]], sock: int, shared: int, alarm: Timer
+) -> int:
+    zygote = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        return fork(lambda: _be_companion(companion, closes(), zygote, sock, shared), alarm)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _be_companion(companion: CompanionMain | None, closes: Iterable[int], zygote: int, sock: int, shared: int) -> int:
@@ -376,7 +475,7 @@ def _be_companion(companion: CompanionMain | None, closes: Iterable[int], zygote
     return companion() if is_told and companion is not None else EX_INTERNAL
 
 
-def _end_with(work: Callable[[], int]) -> NoReturn:
+def end_with(work: Callable[[], int]) -> NoReturn:
     """End the process with the exit code that the work returns; one that fails is an internal error."""
     code = EX_INTERNAL
     try:

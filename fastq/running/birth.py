@@ -21,8 +21,6 @@ from fastq.pool import zygote
 from fastq.pool.process import STACKS_SIGNAL
 from fastq.wire.pipe import FLAG_RECYCLE, ChildPipe, shared_size
 
-#: End the call that was revoked with `terminate`, and do nothing otherwise.
-_LEFT_TO_MAIN: Final = (signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR2)
 #: Programs that tasks start inherit that: they live through the Ctrl-C of a warm stop, and as a child's group is not
 #: the terminal's, they would stand still for ever where they read from or write to it.
 _IGNORED: Final = (signal.SIGINT, signal.SIGTTIN, signal.SIGTTOU)
@@ -67,7 +65,7 @@ class Signals:
         self._pipe = pipe
         self._pid = os.getpid()
         # The zygote has set them; to set them again would write to some thirty pages of memory.
-        self._handlers: dict[int, Callable[[int, object], None]] = dict.fromkeys(_LEFT_TO_MAIN, zygote.on_signal)
+        self._handlers: dict[int, Callable[[int, object], None]] = dict.fromkeys(zygote.LEFT_TO_MAIN, zygote.on_signal)
         zygote.child_handler = self._on_signal
         # Not signal.getsignal: it looks for an enum's member, which raises an exception inside, for each.
         module: Any = sys.modules["_signal"]

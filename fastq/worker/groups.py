@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastq.pool import POOLS, Group, PoolKind
+from fastq.pool import ASYNCIO, POOLS, Group, PoolKind
 from fastq.worker.options import WorkerOptions
 
 
@@ -14,6 +14,6 @@ def groups_of(options: WorkerOptions, kind: PoolKind, has_async: bool) -> tuple[
     else:
         first = Group(kind.calls, options.processes or 1, options.concurrency or 1)
     # A pool of somebody else's has processes of one kind.
-    if not (has_async and options.async_processes and kind in POOLS and kind.calls in ("one", "threads")):
+    if not (has_async and options.async_processes and kind in POOLS and kind is not ASYNCIO):
         return (first,)
     return first, Group("loop", options.async_processes, options.async_slots or 1)

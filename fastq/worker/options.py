@@ -27,6 +27,7 @@ class WorkerOptions:
 
     concurrency: int | None = None
     pool: str = "prefork"  # or module:NAME, or an entry point of fastq.pools
+    pool_start_method: str | None = None  # fork, forkserver (the same) or spawn; None: what the application needs
     queues: tuple[str, ...] = ()
     exclude_queues: tuple[str, ...] = ()
     hostname: str = ""
@@ -99,6 +100,7 @@ class WorkerOptions:
             raise SettingsError(f"--concurrency is {concurrency}; it must be 1 or more")
         return self.changed(
             concurrency=concurrency,
+            pool_start_method=_first(self.pool_start_method, settings.worker_pool_start_method),
             queues=chosen_queues(self.queues, self.exclude_queues, settings, self.hostname),
             prefetch_multiplier=_first(self.prefetch_multiplier, settings.worker_prefetch_multiplier),
             adapts_prefetch=self.prefetch_multiplier is None and "worker_prefetch_multiplier" not in settings.changes(),

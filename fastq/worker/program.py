@@ -8,16 +8,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastq.app import FastQ
 from fastq.errors import SettingsError
 from fastq.net.urls import mask_url
-from fastq.pool import CompanionMain
+from fastq.pool import ChildSpec, CompanionMain
 from fastq.running.birth import ChildOptions
 from fastq.running.child import ChildProcess, FastQChild
 from fastq.settings import Settings
 from fastq.worker.options import NODE_NAME
+from fastq.worker.place import Origin, place_of
 
 if TYPE_CHECKING:
     import asyncio
@@ -107,6 +109,12 @@ class Program(Protocol):
     def child_main(self, options: ChildOptions) -> ChildProcess:
         """Return what runs in each child; all that children share is made here."""
 
+    def child_spec(self, options: WorkerOptions, child: ChildOptions) -> ChildSpec:
+        """Return how a spawned child makes what ``child_main`` returns.
+
+        Raises SettingsError where another interpreter cannot import the application.
+        """
+
     @property
     def companion(self) -> CompanionMain | None:
         """Return what runs in a process of its own beside the children, as long as the worker does; None: nothing."""
@@ -122,6 +130,9 @@ class Program(Protocol):
         """
 
 
+_UNKNOWN = Origin()
+
+
 class FastQProgram:
     """A FastQ application. It has no hooks of its own into the main process."""
 
@@ -130,8 +141,9 @@ class FastQProgram:
     answers_all = False
     companion = None
 
-    def __init__(self, app: FastQ) -> None:
+    def __init__(self, app: FastQ, origin: Origin = _UNKNOWN) -> None:
         self.app = app
+        self._origin = origin
 
     @property
     def settings(self) -> Settings:
@@ -248,6 +260,12 @@ class FastQProgram:
     def child_main(self, options: ChildOptions) -> ChildProcess:
         """Return what runs in each child."""
         return FastQChild(self.app, options)
+
+    def child_spec(self, options: WorkerOptions, child: ChildOptions) -> ChildSpec:
+        """Return how a spawned child makes what ``child_main`` returns."""
+        place = place_of(self.app, self._origin.named)
+        arguments = {"place": place, "origin": self._origin, "options": options, "child": replace(child, setup=None)}
+        return ChildSpec("fastq.worker.spawned:make_child", arguments, place.program)
 
     def hooks(self, loop: asyncio.AbstractEventLoop) -> Hooks:
         """Return the plain hooks."""

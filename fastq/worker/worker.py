@@ -7,33 +7,45 @@ process with a loop or a thread ever forks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import fastq.pool
 from fastq.brokers import find_broker
+from fastq.errors import SettingsError
 from fastq.plugins import load
-from fastq.pool import Group, find_pool
+from fastq.pool import ChildSpec, Group, PoolKind, find_pool
 from fastq.pool.titles import set_title
 from fastq.running.birth import ChildOptions
-from fastq.running.child import ChildProcess, Children
+from fastq.running.child import Children
 from fastq.worker.groups import groups_of
 from fastq.worker.options import WorkerOptions
-from fastq.worker.process.log import ChildLogging
+from fastq.worker.process.log import child_logging
 from fastq.worker.program import Program
 
 if TYPE_CHECKING:
     from fastq.worker.life import Life
 
+logger = logging.getLogger("fastq.worker")
+
 
 class Worker:
-    """One worker process and its pool. ``options`` are resolved against the program's settings."""
+    """One worker process and its pool. ``options`` are resolved against the program's settings.
 
-    def __init__(self, program: Program, options: WorkerOptions) -> None:
+    ``imported`` are the threads that the application's import has started: where nobody has said how children start,
+    they decide. None: children are forked.
+    """
+
+    def __init__(
+        self, program: Program, options: WorkerOptions, imported: Sequence[threading.Thread] | None = None
+    ) -> None:
         self.program = program
         self.options = options
         self.kind = find_pool(options.pool)
         self.groups = groups_of(options, self.kind, bool(program.async_names))
+        self._imported = imported
         self.life: Life | None = None
 
     def run(self, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
@@ -42,19 +54,74 @@ class Worker:
 
     def prepare_pool(self) -> Any:
         """Return what the pool needs that must be made before there is a thread or a loop, for ``run_with``."""
-        options = self._child_options()
-        children = Children([self._child_main(options, group) for group in self.groups])
+        if fastq.pool.is_spawning:
+            raise SettingsError(
+                "a spawned child has run this program anew, which starts a worker: put that under "
+                'if __name__ == "__main__":, or have children forked (--pool-start-method fork)'
+            )
+        kind, method = self.kind, self.options.pool_start_method
+        if method == "spawn" or kind.prepare is None:
+            return self._spawning(kind, self._specs())
+        if method is not None or kind.spawn is None or self._imported is None:
+            return self._forking(kind)
+        started = [thread.name for thread in self._imported if thread.is_alive()]
+        if started and (specs := self._specs_or_none()) is not None:
+            return self._spawning_for(kind, specs, started, "its import has started")
+        prepared = self._forking(kind)
+        if prepared.threads and (specs := self._specs_or_none()) is not None:
+            prepared.close()
+            return self._spawning_for(kind, specs, prepared.threads, "hooks of os.register_at_fork start")
+        return prepared
+
+    def _forking(self, kind: PoolKind) -> Any:
+        """Have children forked by a process that has the application."""
+        assert kind.prepare is not None
+        children = Children([self.program.child_main(self._child_options(group)) for group in self.groups])
 
         def begin() -> None:
             set_title(self.program.process_title, self.options.hostname, "zygote")
             children.prepare()
 
-        prepare = load(self.kind.prepare)
-        return prepare(children, begin, self.program.companion)
+        return load(kind.prepare)(children, begin, self.program.companion)
 
-    def _child_main(self, options: ChildOptions, group: Group) -> ChildProcess:
-        # Of each child its kind and the memory that it shares with the main process go by its group.
-        return self.program.child_main(replace(options, calls=group.calls, slots=group.places))
+    def _spawning(self, kind: PoolKind, specs: Sequence[ChildSpec]) -> Any:
+        """Have each child begin as an interpreter of its own."""
+        if kind.spawn is None:
+            raise SettingsError(
+                f"the pool {self.options.pool!r} does not spawn its children; leave out --pool-start-method "
+                "(worker_pool_start_method), or use -P prefork"
+            )
+
+        def begin() -> None:
+            set_title(self.program.process_title, self.options.hostname, "starter")
+
+        return load(kind.spawn)(specs, begin, self.program.companion)
+
+    def _spawning_for(self, kind: PoolKind, specs: Sequence[ChildSpec], threads: Sequence[str], how: str) -> Any:
+        """Have children spawned, and say so: nobody has asked for it."""
+        logger.warning(
+            "children of this application are spawned, each as a fresh Python, as %s %s %s: a lock that such a thread "
+            "holds at a fork is never free in a forked child. --pool-start-method fork has them forked nevertheless, "
+            "spawn says nothing of it",
+            how,
+            "a thread" if len(threads) == 1 else f"{len(threads)} threads",
+            f"({', '.join(map(repr, threads))})",
+        )
+        return self._spawning(kind, specs)
+
+    def _specs(self) -> list[ChildSpec]:
+        """Return how the children of each group are made."""
+        return [
+            replace(self.program.child_spec(self.options, self._child_options(group)), patch=group.patch)
+            for group in self.groups
+        ]
+
+    def _specs_or_none(self) -> list[ChildSpec] | None:
+        """Return how children could be spawned; None where another interpreter cannot import the application."""
+        try:
+            return self._specs()
+        except SettingsError:
+            return None
 
     def run_with(self, prepared: Any, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
         """Run with a pool that was prepared already; this may be another thread than the one that did it."""
@@ -68,17 +135,15 @@ class Worker:
         if self.life is not None:
             self.life.stop_soon(how)
 
-    def _child_options(self) -> ChildOptions:
+    def _child_options(self, group: Group) -> ChildOptions:
         options, settings = self.options, self.program.settings
-        handler = next((each for each in logging.getLogger().handlers if isinstance(each, logging.StreamHandler)), None)
-        redirects = handler is not None and settings.worker_redirect_stdouts
-        level = settings.worker_redirect_stdouts_level if redirects else ""
-        setup = ChildLogging(handler, options.logfile, options.hostname, level)
         return ChildOptions(
             options.hostname,
             options.max_memory_per_child or 0,
             settings.task_track_started,
             find_broker(str(settings.broker_url)).speaks_amqp,
             self.program.process_title,
-            setup,
+            child_logging(options, settings, group.calls),
+            group.calls,
+            group.places,
         )

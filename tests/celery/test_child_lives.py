@@ -19,10 +19,11 @@ our_kinds = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.valu
 
 @every_kind
 def test_recycled_children_have_the_numbers_of_their_slots(open_stage: Any, kind: Any) -> None:
-    runner, *servers, application = kind
-    stage = open_stage(runner, *servers)
+    runner, application, words = kind[0], kind[3], kind[4:]
+    stage = open_stage(*kind[:3])
     worker = stage.start_worker(
         *("-c", "2", "--max-tasks-per-child", "1", "-n", "w@h", "-f", "%n%I.log"),
+        *words,
         app=APPS[application],
         await_ready=False,
     )
@@ -46,9 +47,9 @@ def test_recycled_children_have_the_numbers_of_their_slots(open_stage: Any, kind
 
 @our_kinds
 def test_threads_have_a_second_to_flush_when_their_child_is_replaced(open_stage: Any, kind: Any) -> None:
-    runner, *servers, application = kind
-    stage = open_stage(runner, *servers)
-    stage.start_worker("-c", "1", "--max-tasks-per-child", "1", app=APPS[application])
+    application, words = kind[3], kind[4:]
+    stage = open_stage(*kind[:3])
+    stage.start_worker("-c", "1", "--max-tasks-per-child", "1", *words, app=APPS[application])
     pids = [stage.get(stage.client.send_task("leave_thread", (f"turn {turn}",))) for turn in range(2)]
     assert pids[0] != pids[1]
     for turn in range(2):
@@ -57,12 +58,12 @@ def test_threads_have_a_second_to_flush_when_their_child_is_replaced(open_stage:
 
 @our_kinds
 def test_descriptor_0_is_at_its_end_though_the_worker_s_is_an_open_pipe(open_stage: Any, kind: Any) -> None:
-    runner, *servers, application = kind
-    stage = open_stage(runner, *servers)
+    application, words = kind[3], kind[4:]
+    stage = open_stage(*kind[:3])
     reading, writing = os.pipe()
     try:
         os.write(writing, b"not for tasks\n")
-        stage.start_worker("-c", "1", app=APPS[application], stdin=reading)
+        stage.start_worker("-c", "1", *words, app=APPS[application], stdin=reading)
         assert stage.get(stage.client.send_task("read_descriptor")) == ""
         assert stage.get(stage.client.send_task("read_stdin")) == ["", "/dev/null"]
     finally:
@@ -72,9 +73,9 @@ def test_descriptor_0_is_at_its_end_though_the_worker_s_is_an_open_pipe(open_sta
 
 @our_kinds
 def test_what_a_task_has_started_dies_at_a_cold_stop(open_stage: Any, kind: Any) -> None:
-    runner, *servers, application = kind
-    stage = open_stage(runner, *servers)
-    worker = stage.start_worker("-c", "1", app=APPS[application])
+    application, words = kind[3], kind[4:]
+    stage = open_stage(*kind[:3])
+    worker = stage.start_worker("-c", "1", *words, app=APPS[application])
     stage.client.send_task("start_and_hold", ("cold",))
     program = stage.wait_for_notes("started", mark="cold")[0]["program"]
     assert not has_ended(program)
@@ -85,11 +86,11 @@ def test_what_a_task_has_started_dies_at_a_cold_stop(open_stage: Any, kind: Any)
 
 @every_kind
 def test_ctrl_c_on_a_terminal_lets_a_task_and_its_program_end(open_stage: Any, kind: Any) -> None:
-    runner, *servers, application = kind
-    stage = open_stage(runner, *servers)
+    runner, application, words = kind[0], kind[3], kind[4:]
+    stage = open_stage(*kind[:3])
     ours, theirs = pty.openpty()
     try:
-        worker = stage.start_worker("-c", "1", app=APPS[application], stdin=theirs)
+        worker = stage.start_worker("-c", "1", *words, app=APPS[application], stdin=theirs)
         gate = stage.gate()
         call = stage.client.send_task("program_until", (str(gate),))
         stage.until(gate.with_name(f"{gate.name}.begun").exists, "the program runs")

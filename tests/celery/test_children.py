@@ -16,26 +16,31 @@ from tests.celery.stage import CeleryStage, Servers, opened
 
 APPS = {"celery": "tests.celery.apps.children", "fastq": "tests.celery.apps.children_fastq"}
 LIMIT_KIB = 250 << 10
+SPAWN = ("--pool-start-method", "spawn")
+#: Runner, broker, result store, application, and options of the worker's.
 KINDS = [
     *[
         pytest.param((*param.values[0], "celery"), id=param.id, marks=param.marks)
         for param in stages(("redis", "redis"))
     ],
     pytest.param(("fastq", "redis", "redis", "fastq"), id="fastq_application", marks=pytest.mark.redis),
+    pytest.param(("fastq", "redis", "redis", "celery", *SPAWN), id="spawned", marks=pytest.mark.redis),
+    pytest.param(("fastq", "redis", "redis", "fastq", *SPAWN), id="fastq_application-spawned", marks=pytest.mark.redis),
 ]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
-    runner, _, _, application = request.param
-    return runner, application
+def kind(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """Runner, application, and options of the worker's."""
+    runner, _, _, *more = request.param
+    return runner, *more
 
 
 @pytest.fixture(scope="module")
-def stage(kind: tuple[str, str], servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CeleryStage]:
-    runner, application = kind
+def stage(kind: tuple[str, ...], servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CeleryStage]:
+    runner, application, *words = kind
     with opened(servers, tmp_path_factory, runner, "redis", "redis") as stage:  # type: ignore[arg-type]
-        stage.start_worker("-c", "1", "--max-memory-per-child", str(LIMIT_KIB), app=APPS[application])
+        stage.start_worker(*words, "-c", "1", "--max-memory-per-child", str(LIMIT_KIB), app=APPS[application])
         yield stage
 
 
@@ -54,8 +59,8 @@ def has_ended(pid: int) -> bool:
         return True
 
 
-def test_a_child_has_a_number_and_a_group(stage: CeleryStage, kind: tuple[str, str]) -> None:
-    runner, application = kind
+def test_a_child_has_a_number_and_a_group(stage: CeleryStage, kind: tuple[str, ...]) -> None:
+    runner, application, *_ = kind
     found = ask(stage, "identity")
     assert (found["name"], found["index"], found["identity"]) == ("ForkPoolWorker-1", 0, [1])
     assert found["daemon"] is (application == "celery")
@@ -76,7 +81,7 @@ def test_there_is_nothing_to_read(stage: CeleryStage) -> None:
     assert ask(stage, "read_stdin") == ["", "/dev/null"]
 
 
-def test_programs_get_no_descriptor_of_the_worker(stage: CeleryStage, kind: tuple[str, str]) -> None:
+def test_programs_get_no_descriptor_of_the_worker(stage: CeleryStage, kind: tuple[str, ...]) -> None:
     if kind[0] == "fastq":  # Celery's children pass on their pipes
         assert ask(stage, "passed_on") == []
 
@@ -92,7 +97,7 @@ def test_the_soft_limit_comes_to_a_task_that_uses_the_alarm(stage: CeleryStage) 
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT"])
-def test_a_terminated_call_cleans_up_and_is_no_error(stage: CeleryStage, kind: tuple[str, str], name: str) -> None:
+def test_a_terminated_call_cleans_up_and_is_no_error(stage: CeleryStage, kind: tuple[str, ...], name: str) -> None:
     if kind[0] == "celery" and name == "INT":
         pytest.skip("Celery's children ignore it, and so the call runs on")
     call = send(stage, "hold_and_clean_up", name)
@@ -109,7 +114,7 @@ def test_a_terminated_call_cleans_up_and_is_no_error(stage: CeleryStage, kind: t
     assert "ERROR/MainProcess" not in stage.worker.log()
 
 
-def test_a_call_that_swallows_the_end_is_over_all_the_same(stage: CeleryStage, kind: tuple[str, str]) -> None:
+def test_a_call_that_swallows_the_end_is_over_all_the_same(stage: CeleryStage, kind: tuple[str, ...]) -> None:
     if kind[0] == "celery":
         pytest.skip("Celery takes the value")
     call = send(stage, "swallow", "swallowed")
@@ -120,7 +125,7 @@ def test_a_call_that_swallows_the_end_is_over_all_the_same(stage: CeleryStage, k
     assert time.monotonic() - began < 4
 
 
-def test_usr1_is_the_soft_limit_of_celery_s_tasks(stage: CeleryStage, kind: tuple[str, str]) -> None:
+def test_usr1_is_the_soft_limit_of_celery_s_tasks(stage: CeleryStage, kind: tuple[str, ...]) -> None:
     if kind[1] == "fastq":
         pytest.skip("there it asks for stacks")
     call = send(stage, "hold_and_clean_up", "usr1")
@@ -131,7 +136,7 @@ def test_usr1_is_the_soft_limit_of_celery_s_tasks(stage: CeleryStage, kind: tupl
     ask(stage, "identity")
 
 
-def test_what_a_killed_child_has_started_dies_with_it(stage: CeleryStage, kind: tuple[str, str]) -> None:
+def test_what_a_killed_child_has_started_dies_with_it(stage: CeleryStage, kind: tuple[str, ...]) -> None:
     if kind[0] == "celery":
         pytest.skip("Celery leaves it running")
     call = send(stage, "start_and_hold", "limit", time_limit=1)
@@ -143,7 +148,7 @@ def test_what_a_killed_child_has_started_dies_with_it(stage: CeleryStage, kind: 
 
 
 def test_a_child_beyond_its_memory_says_so_and_the_next_one_has_its_number(
-    stage: CeleryStage, kind: tuple[str, str]
+    stage: CeleryStage, kind: tuple[str, ...]
 ) -> None:
     first = ask(stage, "identity")
     assert ask(stage, "allocate", 300) == first["pid"]
@@ -162,13 +167,13 @@ def test_threads_have_a_second_to_flush_at_a_warm_stop(stage: CeleryStage) -> No
     assert stage.notes("flushed", mark="stop")
 
 
-def test_records_reach_the_user_s_own_handlers_with_task_and_process(stage: CeleryStage, kind: tuple[str, str]) -> None:
+def test_records_reach_the_user_s_own_handlers_with_task_and_process(stage: CeleryStage, kind: tuple[str, ...]) -> None:
     if kind[0] == "celery":
         pytest.skip("Celery adds the task when its own formatter writes the record")
     stage.worker.kill9()  # the one of the other tests
     settings = {"worker_hijack_root_logger": False}
     own = {"OWN_HANDLERS": "1"}  # they get the ready line, too
-    stage.start_worker("-c", "1", app=APPS[kind[1]], settings=settings, env=own, await_ready=False)
+    stage.start_worker(*kind[2:], "-c", "1", app=APPS[kind[1]], settings=settings, env=own, await_ready=False)
     logger = "celery.task" if kind[1] == "celery" else "fastq.task.mine"
     call = send(stage, "log", logger)
     stage.get(call)

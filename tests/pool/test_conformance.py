@@ -13,7 +13,9 @@ import pytest
 
 from fastq import FastQ
 from fastq.errors import SettingsError
-from fastq.pool import PREFORK, find_pool
+from fastq.pool import PREFORK, ChildMain, ChildSpec, PoolKind, find_pool
+from fastq.pool.starter import start_starter
+from fastq.pool.zygote import Zygote
 from fastq.testing import worker
 from tests.support.conformance.pools import PoolConformance
 from tests.support.worker_process import WorkerProcess
@@ -22,6 +24,16 @@ from tests.toys import toy_pool
 
 class TestPrefork(PoolConformance):
     kind = PREFORK
+
+
+def spawned(main: ChildMain) -> Zygote:
+    return start_starter(
+        [ChildSpec("tests.support.core_with_children:main_of", {"place": f"{main.__module__}:{main.__name__}"})]
+    )
+
+
+class TestSpawned(PoolConformance):
+    kind = PoolKind(("spawned",), spawned, PREFORK.pool)
 
 
 class TestToyPool(PoolConformance):

@@ -81,7 +81,7 @@ app = FastQ("threads", broker="sqlite:///threads.db")
 def test_threads_at_the_fork_are_named_once(tmp_path: Path, count: int) -> None:
     start = "threading.Thread(target=time.sleep, args=(600,), daemon=True, name='exporter-%d').start()\n"
     source = THREADS.format(start="".join(start % number for number in range(count)))
-    worker = WorkerProcess(tmp_path, "-c", "2", source=source).start()
+    worker = WorkerProcess(tmp_path, "-c", "2", "--pool-start-method", "fork", source=source).start()
     try:
         worker.signal(signal.SIGTTIN)
         until(lambda: len(worker.children()) == 3, 10, "one child more")

@@ -21,6 +21,7 @@ from fastq.link import BatchSource, Delivery
 from fastq.plugins import load
 from fastq.pool import PREFORK, ChildMain, PoolKind, PoolOptions
 from fastq.pool.supervisor import Pool
+from fastq.running.birth import write_stacks_to
 from fastq.wire.ids import new_id
 from fastq.wire.message import Message, encode_task
 from fastq.wire.pipe import ChildPipe
@@ -69,6 +70,18 @@ def child_main(sock: int, shared: int, slot: int, group: int = 0) -> int:
             value = TASKS[call.name](*args, **kwargs)
         pipe.finish(call, 0, json.dumps(value).encode() if call.wants_result else None)
     return 155
+
+
+def child_with_stacks(sock: int, shared: int, slot: int) -> int:
+    """Run calls in a process that says where it is when it is asked."""
+    write_stacks_to(shared)
+    return child_main(sock, shared, slot)
+
+
+def main_of(place: str) -> ChildMain:
+    """Return what a spawned child runs, by its ``module:name``."""
+    found: ChildMain = load(place)
+    return found
 
 
 class ListBroker(BatchSource):
@@ -246,6 +259,7 @@ def run_loop(
     **core_options: Any,
 ) -> None:
     """Start a pool and a loop, run the test's coroutine, and take everything down."""
+    assert kind.prepare is not None
     prepared = load(kind.prepare)(main_of_child)
     loop = uvloop.new_event_loop()
 

@@ -32,11 +32,13 @@ from fastq.celery.worker.beat import Beat
 from fastq.celery.worker.bootsteps import Steps
 from fastq.celery.worker.consumer import Worker
 from fastq.celery.worker.inside import Inside, show_state
+from fastq.celery.worker.spawned import changed_settings
 from fastq.errors import SettingsError
-from fastq.pool import CompanionMain
+from fastq.pool import ChildSpec, CompanionMain
 from fastq.running.birth import ChildOptions
 from fastq.running.child import ChildProcess
 from fastq.settings import Settings
+from fastq.worker.place import Origin, place_of
 from fastq.worker.process.log import escape_arguments
 from fastq.worker.report import software, without_password
 
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("celery.worker")
 
+_UNKNOWN = Origin()
+
 
 class CeleryProgram:
     """A Celery application. Its settings are read when they are asked for first: ``load`` may still change them."""
@@ -63,8 +67,11 @@ class CeleryProgram:
     process_title = "celeryd"
     answers_all = True
 
-    def __init__(self, app: celery.Celery) -> None:
+    def __init__(self, app: celery.Celery, origin: Origin = _UNKNOWN) -> None:
         self.app = app
+        self._origin = origin
+        self._overrides: Sequence[str] = ()
+        self._loaded: Mapping[str, Any] = {}  # the settings before receivers of signals may have changed them
         self._options: WorkerOptions
         self._asked: Sequence[str] = ()
         self._hostname = ""
@@ -173,6 +180,8 @@ class CeleryProgram:
         self.app.loader.init_worker()
         self.app.finalize()
         register_serializers(self.app)
+        self._overrides = overrides
+        self._loaded = dict(self.app.conf.changes)
 
     def complete(self, options: WorkerOptions) -> WorkerOptions:
         """Return the options with ``worker_logfile`` and ``worker_pidfile`` where the command line names none."""
@@ -264,10 +273,29 @@ class CeleryProgram:
         """Return what runs in each child."""
         from fastq.celery.running.child import CeleryChild
 
-        if not self._has_own_logging:
-            logs.redirect(self.app)
+        self._redirect()
         options = replace(options, setup=logs.ChildLogging(self.app, self._logfile, self._hostname, options.calls))
         return CeleryChild(self.app, options, self.results)
+
+    def child_spec(self, options: WorkerOptions, child: ChildOptions) -> ChildSpec:
+        """Return how a spawned child makes what ``child_main`` returns."""
+        place = None if self._origin.is_default else place_of(self.app, self._origin.named)
+        self._redirect()
+        arguments = {
+            "place": place,
+            "overrides": list(self._overrides),
+            "changes": changed_settings(self.app, self._loaded),
+            "options": options.changed(user={}),
+            "child": replace(child, setup=None),
+            "results": self.results,
+        }
+        program = "" if place is None else place.program
+        return ChildSpec("fastq.celery.worker.spawned:make_child", arguments, program)
+
+    def _redirect(self) -> None:
+        """Turn what is printed from now on into records, unless the application sees to its logging."""
+        if not self._has_own_logging:
+            logs.redirect(self.app)
 
     @property
     def companion(self) -> CompanionMain | None:

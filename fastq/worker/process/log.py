@@ -23,7 +23,7 @@ from fastq.pool.titles import process_name
 from fastq.printable import Lines, printable, printable_lines
 from fastq.request import current
 from fastq.settings import Settings
-from fastq.worker.options import expand_path
+from fastq.worker.options import WorkerOptions, expand_path
 from fastq.worker.process.exitcodes import CannotCreate
 
 #: Those at which people see what goes well, and the others.
@@ -295,6 +295,14 @@ class ChildLogging:
         if handler in root.handlers:
             root.removeHandler(handler)
             root.addHandler(own)
+
+
+def child_logging(options: WorkerOptions, settings: Settings, calls: str = "one") -> ChildLogging:
+    """Return what a child does to the logging that stands now."""
+    handler = next((each for each in logging.getLogger().handlers if isinstance(each, logging.StreamHandler)), None)
+    redirects = handler is not None and settings.worker_redirect_stdouts
+    level = settings.worker_redirect_stdouts_level if redirects else ""
+    return ChildLogging(handler, options.logfile, options.hostname, level, calls)
 
 
 def redirect_stdouts(level: int = logging.WARNING) -> None:

@@ -12,7 +12,7 @@ import psutil
 
 from fastq.link import ACK
 from fastq.pool import PoolKind
-from tests.support.core_with_children import Running, run_loop
+from tests.support.core_with_children import Running, child_with_stacks, run_loop
 
 
 async def until(condition: Any, what: str, timeout_s: float = 20) -> None:
@@ -119,19 +119,13 @@ class PoolConformance:
             await until(lambda: not psutil.pid_exists(pid) or at.pool.stacks(child) == "", "its end")
             at.core.give_back_running()
 
-        def main(sock: int, shared: int, number: int, group: int = 0) -> int:
-            from fastq.running.birth import write_stacks_to
-            from tests.support.core_with_children import child_main
-
-            write_stacks_to(shared)
-            return child_main(sock, shared, number)
-
-        self.run_loop(body, main_of_child=main)
+        self.run_loop(body, main_of_child=child_with_stacks)
 
     def test_it_grows_and_shrinks_to_one_and_running_calls_end_well(self) -> None:
         async def body(at: Running) -> None:
             at.pool.grow(2)
             assert at.pool.size == 3
+            await until(lambda: len(at.pool.pids) == 3, "three processes")
             tags = [at.broker.put("sleep", 0.5) for _ in range(3)]
             await until(lambda: at.core.running == 3, "three calls at a time")
             at.pool.shrink(5)
