@@ -95,10 +95,14 @@ class Straight:
             except BaseException as error:
                 if self._limit.is_cancelled(call):
                     raise
-                try:  # Celery's code looks for the exception that is being handled
-                    raise retried(plan.task, error, args, kwargs)
-                except BaseException as error:
+                other = retried(plan.task, error, args, kwargs)
+                if other is error:
                     end = self._raised(plan.task, call, fields, request, error)
+                else:
+                    try:  # Celery's code looks for the exception that is being handled
+                        raise other
+                    except BaseException as retry:
+                        end = self._raised(plan.task, call, fields, request, retry)
             else:
                 end = value, SUCCESS, meta, None, False
                 end = self._succeeded(plan, call, request, value, meta)

@@ -167,6 +167,9 @@ class CeleryHooks(Hooks):
         """A call ran past its hard limit: have the child write its stacks, then kill it. Celery's code logs it."""
         self.kill_with_stacks(child, name, task_id)
 
+    def overdue(self, child: Child, name: str, task_id: str, limit: float) -> None:
+        """One of several calls of a child ran past its hard limit: Celery's code logs it."""
+
     def cancelled(self, name: str, task_id: str, delivery: Delivery) -> None:
         """Say so, and have Celery's code record a retry, as a worker of Celery's does."""
         super().cancelled(name, task_id, delivery)
