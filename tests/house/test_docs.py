@@ -39,10 +39,11 @@ DOCUMENTS = (
     "docs/extending.md",
     "docs/internals.md",
     "docs/operating.md",
+    "docs/pools.md",
     "docs/tasks.md",
     "docs/troubleshooting.md",
 )
-WITH_STORIES = ("README.md", "docs/tasks.md")
+WITH_STORIES = ("README.md", "docs/tasks.md", "docs/pools.md")
 OF_CELERY = "docs/celery.md"
 
 HEADING = re.compile(r"^#{1,3} (.+)$")

@@ -30,7 +30,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     3: ("bus", "brokers", "results", "pool"),
     2: ("_core", "_ledger", "_waiting", "codecs", "interfaces", "_child", "tap", "link"),
     1: ("wire", "net"),
-    0: ("version", "errors", "states", "settings", "printable", "plugins", "queues", "guard", "modules"),
+    0: ("version", "errors", "states", "settings", "printable", "plugins", "queues", "guard", "modules", "awaiting"),
 }
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
 FRIENDS = {
