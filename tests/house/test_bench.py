@@ -127,6 +127,8 @@ def test_every_metric_is_listed_and_its_baselines_take_part() -> None:
         names = {entrant.name for entrant in metric.entrants}
         assert {entrant for entrant, _ in metric.baselines} <= names
         assert {figure for _, figure in metric.baselines} <= UNITS.keys()
+    assert {name for name, _ in report.PICTURE} <= {metric.name for metric in METRICS}
+    assert {figure for _, figure in report.PICTURE} <= UNITS.keys()
 
 
 def test_a_family_of_metrics_is_chosen_by_its_name() -> None:
