@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -74,6 +75,18 @@ def test_completions_of_several_processes_are_summed(tmp_path: Path) -> None:
     workers = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "counter")], cwd=ROOT) for _ in range(3)]
     assert [worker.wait(30) for worker in workers] == [0, 0, 0]
     assert counter.total() == 3000
+
+
+def test_threads_of_one_process_lose_no_completion(tmp_path: Path) -> None:
+    counter = Counter(tmp_path / "counter")
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda _: [counter.add() for _ in range(20_000)], range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert counter.total() == 160_000
 
 
 def test_the_summary_of_strace_is_read_with_and_without_an_errors_column() -> None:
