@@ -24,9 +24,10 @@ SENT_AT_ONCE = 100
 def make_broker() -> AsyncBroker:
     if not URL.startswith("redis:"):
         return AioPikaBroker(URL, qos=PREFETCH)
+    # redis-py's timeout of 5 s would end a worker that waits or is stopped for longer, and lose the task it was given.
     if os.environ.get("BENCH_TASKIQ_STREAM") == "1":
-        return RedisStreamBroker(URL, xread_count=PREFETCH, consumer_id="0")
-    return ListQueueBroker(URL)
+        return RedisStreamBroker(URL, xread_count=PREFETCH, consumer_id="0", socket_timeout=None)
+    return ListQueueBroker(URL, socket_timeout=None)
 
 
 broker = make_broker()
