@@ -1,4 +1,4 @@
-"""`python -m bench`: compare fastq with Celery, dramatiq, huey and the floor on this machine, in interleaved runs."""
+"""`python -m bench`: compare fastq with other task queues and the floor on this machine, in interleaved runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured (default 3)")
     parser.add_argument("--tasks", type=int, default=5000, help="tasks of one run (default 5000)")
     parser.add_argument("--fast-tasks", type=int, help="tasks of one run of fastq and the floor (default 4 × --tasks)")
-    parser.add_argument("--only", metavar="NAMES", help=f"metrics, separated by commas: {names}")
+    parser.add_argument("--only", metavar="NAMES", help=f"metrics, separated by commas; io: all io-…: {names}")
     parser.add_argument("--systems", metavar="NAMES", help="entrants, separated by commas, such as fastq,celery,floor")
     parser.add_argument("--broker", choices=("amqp", "sqlite", "redis"), help="only what is measured on this broker")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single run")
@@ -37,11 +37,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def chosen(options: argparse.Namespace) -> list[Metric]:
-    """Return the metrics that the command line asks for."""
-    only = set(options.only.split(",")) if options.only else {metric.name for metric in METRICS}
-    if unknown := only - {metric.name for metric in METRICS}:
+    """Return the metrics that the command line asks for, by a metric's name or by a family's, such as io."""
+    families: dict[str, set[str]] = {}
+    for metric in METRICS:
+        families.setdefault(metric.name.partition("-")[0], set()).add(metric.name)
+    known = {**families, **{metric.name: {metric.name} for metric in METRICS}}  # `drain` is drain alone
+    only = options.only.split(",") if options.only else list(known)
+    if unknown := set(only) - known.keys():
         raise SystemExit(f"unknown metric {sorted(unknown)[0]!r}; known: {', '.join(m.name for m in METRICS)}")
-    return [m for m in METRICS if m.name in only and options.broker in (None, m.broker)]
+    names = set().union(*(known[name] for name in only))
+    return [m for m in METRICS if m.name in names and options.broker in (None, m.broker)]
 
 
 def installed(python: str, distributions: set[str]) -> set[str]:
@@ -146,17 +151,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         show(options, metrics, *report.read_json(options.source))
         return 0
     peers = os.environ.get("FASTQ_BENCH_PEERS", sys.executable)
-    present = installed(sys.executable, {"fastq"}) | installed(peers, {"celery", "dramatiq", "huey"}) | {""}
+    needed = {name for metric in metrics for entrant in metric.entrants for name in entrant.needs}
+    present = installed(sys.executable, needed & {"fastq"}) | installed(peers, needed - {"fastq"})
     wanted = set(options.systems.split(",")) if options.systems else None
     entrants = {
         metric.name: [
             entrant
             for entrant in metric.entrants
-            if entrant.distribution in present and (wanted is None or entrant.name.split(",")[0] in wanted)
+            if present.issuperset(entrant.needs) and (wanted is None or entrant.name.split(",")[0] in wanted)
         ]
         for metric in metrics
     }
-    if missing := {e.distribution for m in metrics for e in m.entrants} - present:
+    if missing := needed - present:
         say(f"not installed and left out: {', '.join(sorted(missing))}")
     plan = Plan(options.tasks, options.fast_tasks or 4 * options.tasks)
 

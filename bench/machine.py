@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 from typing import TypedDict
 
-PACKAGES = ("fastq", "celery", "kombu", "amqp", "dramatiq", "pika", "huey", "uvloop", "orjson", "Cython")
+PACKAGES = (
+    *("fastq", "celery", "kombu", "amqp", "dramatiq", "pika", "huey", "taskiq", "taskiq-aio-pika", "taskiq-redis"),
+    *("redis", "gevent", "eventlet", "uvloop", "orjson", "Cython"),
+)
 
 
 class Machine(TypedDict):

@@ -17,12 +17,20 @@ from bench.systems import (
     CELERY_ACCELERATED,
     CELERY_BEHIND,
     DRAMATIQ,
+    DRAMATIQ_ASYNC,
+    DRAMATIQ_THREADS,
     FASTQ,
+    FASTQ_ASYNC,
     FASTQ_BEHIND,
     FASTQ_DROP_IN,
     HUEY,
     HUEY_FSYNC,
+    TASKIQ,
+    TASKIQ_HOLDING,
+    TASKIQ_STREAM,
     System,
+    celery_pooled,
+    fastq_pooled,
 )
 
 ROUND_TRIPS = 300
@@ -31,6 +39,10 @@ START_TIMEOUT_S = 60.0
 MANY_CHILDREN = 8
 RECYCLE_AFTER = 50
 FORKS = 200
+SLOTS = 1000  # coroutines or greenlets of one child
+THREADS = 100
+DRAMATIQ_THREADS_OF_NOOPS = 8  # its default; a thread waits for each coroutine, and more of them make it slower
+HELD = 10_000
 TRACED_SHARE = 0.2  # strace slows a worker down about tenfold
 
 UNITS = {
@@ -49,6 +61,9 @@ UNITS = {
     "plain_us": "without, CPU µs/task",
     "recycled_us": f"recycled every {RECYCLE_AFTER}, CPU µs/task",
     "recycled_ratio": "recycled against without",
+    "busy": "worker CPUs busy",
+    "held_mb": f"PSS MB, {HELD:,} calls asleep",
+    "call_kb": "kB/call",
 }
 
 
@@ -66,7 +81,12 @@ class Entrant:
 
     name: str
     measure: Callable[[Bench, Plan], Figures]
-    distribution: str = ""  # what must be installed; "" for the floor
+    system: System | None = None  # None for the floor
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Return the modules that must be installed."""
+        return self.system.needs if self.system is not None else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +132,7 @@ def drain(system: System, broker: Broker, results: bool) -> Entrant:
         with bench.run(system, broker, results) as run:
             return drain_once(run, plan.fast_tasks if system in (FASTQ, FASTQ_DROP_IN) else plan.tasks)
 
-    return Entrant(system.name, measure, system.distribution)
+    return Entrant(system.name, measure, system)
 
 
 def round_trip(system: System, broker: Broker) -> Entrant:
@@ -123,7 +143,7 @@ def round_trip(system: System, broker: Broker) -> Entrant:
             run.warm_up()
             return milliseconds(run.ask("roundtrip", ROUND_TRIPS))
 
-    return Entrant(system.name, measure, system.distribution)
+    return Entrant(system.name, measure, system)
 
 
 def publish(system: System, broker: Broker, command: str = "publish", results: bool = False) -> Entrant:
@@ -134,7 +154,7 @@ def publish(system: System, broker: Broker, command: str = "publish", results: b
             return per_task(run.ask(command, plan.tasks))
 
     name = f"{system.name}, in a batch" if command == "batch" else system.name
-    return Entrant(name, measure, system.distribution)
+    return Entrant(name, measure, system)
 
 
 def memory(system: System, broker: Broker) -> Entrant:
@@ -145,7 +165,7 @@ def memory(system: System, broker: Broker) -> Entrant:
             run.warm_up()
             return {"pss_mb": pss_bytes(tree_of(worker)) / 1e6}
 
-    return Entrant(system.name, measure, system.distribution)
+    return Entrant(system.name, measure, system)
 
 
 def start(system: System, broker: Broker) -> Entrant:
@@ -158,7 +178,7 @@ def start(system: System, broker: Broker) -> Entrant:
                 run.wait_for(run.counter.total, 1, START_TIMEOUT_S)
                 return {"start_s": time.perf_counter() - began}
 
-    return Entrant(system.name, measure, system.distribution)
+    return Entrant(system.name, measure, system)
 
 
 def system_calls(system: System, broker: Broker) -> Entrant:
@@ -177,7 +197,7 @@ def system_calls(system: System, broker: Broker) -> Entrant:
             calls.stop()
             return {"syscalls": calls.count / tasks}
 
-    return Entrant(system.name, measure, system.distribution)
+    return Entrant(system.name, measure, system)
 
 
 def more_children(system: System, broker: Broker) -> Entrant:
@@ -191,7 +211,7 @@ def more_children(system: System, broker: Broker) -> Entrant:
             many = drain_once(run, tasks, children=MANY_CHILDREN)["worker_us"]
         return {"one_us": one, "many_us": many, "many_ratio": many / one}
 
-    return Entrant(system.name, measure, system.distribution)
+    return Entrant(system.name, measure, system)
 
 
 def recycling(system: System, broker: Broker) -> Entrant:
@@ -204,7 +224,41 @@ def recycling(system: System, broker: Broker) -> Entrant:
             recycled = drain_once(run, plan.tasks, recycle=RECYCLE_AFTER)["worker_us"]
         return {"plain_us": plain, "recycled_us": recycled, "recycled_ratio": recycled / plain}
 
-    return Entrant(system.name, measure, system.distribution)
+    return Entrant(system.name, measure, system)
+
+
+def waiting(system: System, broker: Broker, task: str, slots: int) -> Entrant:
+    """Return what one call costs and how many there are in a second, when one process runs many at once."""
+
+    def measure(bench: Bench, plan: Plan) -> Figures:
+        with bench.run(system, broker, results=False, task=task) as run:
+            tasks = plan.fast_tasks if system.distribution == "fastq" else plan.tasks
+            figures = drain_once(run, tasks, children=slots)
+        # How well waits overlap: with a whole CPU busy it is the work that takes the time, not the waiting.
+        return {**figures, "busy": figures["worker_us"] * figures["tasks_s"] / 1e6}
+
+    return Entrant(system.name, measure, system)
+
+
+def holding(system: System, broker: Broker) -> Entrant:
+    """Return what a worker holds while ten thousand calls sleep in it, and the share of each call beyond the first."""
+
+    def measure(bench: Bench, plan: Plan) -> Figures:
+        with (
+            bench.run(system, broker, results=False, task="hold") as run,
+            run.worker(children=HELD) as worker,
+            run.filled(1),
+        ):
+            run.wait_for(run.counter.total, 1, START_TIMEOUT_S)
+            time.sleep(SETTLE_S)
+            one = pss_bytes(tree_of(worker))
+            with run.filled(HELD - 1):
+                run.wait_for(run.counter.total, HELD, START_TIMEOUT_S + HELD * TASK_TIMEOUT_S)
+                time.sleep(SETTLE_S)
+                held = pss_bytes(tree_of(worker))
+        return {"held_mb": held / 1e6, "call_kb": (held - one) / (HELD - 1) / 1e3}
+
+    return Entrant(system.name, measure, system)
 
 
 def floor_recycling(bench: Bench, plan: Plan) -> Figures:
@@ -280,6 +334,62 @@ def per_task(measured: Figures) -> Figures:
 # -- what is compared with what
 
 DELAYS: tuple[tuple[str, Broker, str], ...] = (("rabbitmq", "amqp", "RabbitMQ"), ("redis", "redis", "Redis"))
+
+
+def io_metrics(suffix: str, broker: Broker, words: str) -> tuple[Metric, ...]:
+    """Return the tables of tasks that wait, on one broker."""
+    taskiqs = (TASKIQ, TASKIQ_STREAM) if broker == "redis" else (TASKIQ,)
+    asynchronous = (("taskiq", "worker_us"), ("dramatiq, async", "worker_us"))
+    return (
+        Metric(
+            f"io-noop{suffix}",
+            f"async def no-op tasks from a full {words} queue, {SLOTS:,} at once in one child",
+            broker,
+            (
+                waiting(FASTQ_ASYNC, broker, "noop", SLOTS),
+                *(waiting(taskiq, broker, "noop", SLOTS) for taskiq in taskiqs),
+                waiting(DRAMATIQ_ASYNC, broker, "noop", DRAMATIQ_THREADS_OF_NOOPS),
+            ),
+            asynchronous,
+        ),
+        Metric(
+            f"io-sleep{suffix}",
+            f"await asyncio.sleep(0.01), {words}, {SLOTS:,} at once in one child (dramatiq: {THREADS})",
+            broker,
+            (
+                waiting(FASTQ_ASYNC, broker, "nap", SLOTS),
+                *(waiting(taskiq, broker, "nap", SLOTS) for taskiq in taskiqs),
+                waiting(DRAMATIQ_ASYNC, broker, "nap", THREADS),
+            ),
+            asynchronous,
+        ),
+        Metric(
+            f"io-gevent{suffix}",
+            f"time.sleep(0.01), {words}, {SLOTS:,} greenlets in one process",
+            broker,
+            (
+                waiting(fastq_pooled("gevent"), broker, "nap", SLOTS),
+                waiting(fastq_pooled("eventlet"), broker, "nap", SLOTS),
+                waiting(fastq_pooled("gevent", "celery_app"), broker, "nap", SLOTS),
+                waiting(celery_pooled("gevent"), broker, "nap", SLOTS),
+                waiting(celery_pooled("eventlet"), broker, "nap", SLOTS),
+            ),
+            (("celery, gevent", "worker_us"),),
+        ),
+        Metric(
+            f"io-threads{suffix}",
+            f"time.sleep(0.01), {words}, {THREADS} threads in one process",
+            broker,
+            (
+                waiting(fastq_pooled("threads"), broker, "nap", THREADS),
+                waiting(fastq_pooled("threads", "celery_app"), broker, "nap", THREADS),
+                waiting(celery_pooled("threads"), broker, "nap", THREADS),
+                waiting(DRAMATIQ_THREADS, broker, "nap", THREADS),
+            ),
+            (("celery, threads", "worker_us"), ("dramatiq, threads", "worker_us")),
+        ),
+    )
+
 
 METRICS: tuple[Metric, ...] = (
     Metric(
@@ -479,5 +589,19 @@ METRICS: tuple[Metric, ...] = (
         f"A new child every {RECYCLE_AFTER} tasks, RabbitMQ",
         "amqp",
         (recycling(FASTQ, "amqp"), recycling(CELERY, "amqp"), Entrant("floor: empty forks", floor_recycling)),
+    ),
+    *io_metrics("", "amqp", "RabbitMQ"),
+    *io_metrics("-redis", "redis", "Redis"),
+    Metric(
+        "io-memory",
+        f"{HELD:,} calls that sleep, in one child, RabbitMQ",
+        "amqp",
+        (
+            holding(FASTQ_ASYNC, "amqp"),
+            holding(fastq_pooled("gevent"), "amqp"),
+            holding(TASKIQ_HOLDING, "amqp"),
+            holding(celery_pooled("gevent"), "amqp"),
+        ),
+        (("taskiq", "held_mb"), ("celery, gevent", "held_mb")),
     ),
 )

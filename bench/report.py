@@ -19,6 +19,7 @@ SHORT = {
     "tasks_s": "rate",
     "p50_ms": "p50",
     "pss_mb": "PSS",
+    "held_mb": "PSS",
     "start_s": "time",
 }
 OURS, THEIRS = "#c2410c", "#94a3b8"
@@ -29,6 +30,11 @@ PICTURE = (
     ("publish", "producer_us"),
     ("roundtrip", "p50_ms"),
     ("roundtrip-sqlite", "p50_ms"),
+    ("io-noop", "worker_us"),
+    ("io-sleep", "worker_us"),
+    ("io-gevent", "worker_us"),
+    ("io-threads", "worker_us"),
+    ("io-memory", "held_mb"),
 )
 
 

@@ -59,8 +59,8 @@ class Bench:
         return self.redis.url(self._databases % REDIS_DATABASES)
 
     @contextlib.contextmanager
-    def run(self, system: System, broker: Broker, results: bool) -> Iterator[Run]:
-        """Give one system everything it needs, and clear it away afterwards."""
+    def run(self, system: System, broker: Broker, results: bool, task: str = "noop") -> Iterator[Run]:
+        """Give one system, of whose tasks one is sent, everything it needs, and clear it away afterwards."""
         folder = Path(tempfile.mkdtemp(prefix=f"{system.module}-", dir=self.folder))
         vhost = self.rabbitmq.new_vhost() if broker == "amqp" and self.rabbitmq is not None else None
         try:
@@ -69,7 +69,7 @@ class Bench:
             else:
                 url = self.rabbitmq.url(vhost) if vhost and self.rabbitmq else f"sqlite:///{folder / 'queue.db'}"
             backend = "disabled" if not results else "rpc://" if broker == "amqp" else url
-            yield Run(self, system, broker, folder, url, backend)
+            yield Run(self, system, broker, folder, url, backend, task)
         finally:
             if vhost and self.rabbitmq:
                 self.rabbitmq.delete_vhost(vhost)
@@ -79,7 +79,9 @@ class Bench:
 class Run:
     """One system on one empty broker."""
 
-    def __init__(self, bench: Bench, system: System, broker: Broker, folder: Path, url: str, backend: str) -> None:
+    def __init__(
+        self, bench: Bench, system: System, broker: Broker, folder: Path, url: str, backend: str, task: str
+    ) -> None:
         self.bench = bench
         self.system = system
         self.broker = broker
@@ -93,6 +95,7 @@ class Run:
             "BENCH_BROKER": url,
             "BENCH_BACKEND": backend,
             "BENCH_COUNTER": str(folder / "counter"),
+            "BENCH_TASK": task,
         }
 
     def broker_pids(self) -> list[int]:

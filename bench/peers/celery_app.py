@@ -6,9 +6,11 @@ With BENCH_ACCELERATE=1 its messages are sent by `fastq.accelerate`, with =behin
 from __future__ import annotations
 
 import os
+import time
 
 from celery import Celery
 
+from bench.peers import HOLD_S, NAP_S, TASK
 from bench.peers.counter import open_counter
 
 BACKEND = os.environ.get("BENCH_BACKEND", "disabled")
@@ -34,9 +36,26 @@ def noop(number: int) -> int:
     return number
 
 
+@app.task
+def nap(number: int) -> int:
+    time.sleep(NAP_S)
+    counter.add()
+    return number
+
+
+@app.task
+def hold(number: int) -> int:
+    counter.add()
+    time.sleep(HOLD_S)
+    return number
+
+
+sent = {"noop": noop, "nap": nap, "hold": hold}[TASK]
+
+
 def send() -> None:
-    noop.delay(1)
+    sent.delay(1)
 
 
 def call() -> None:
-    noop.delay(1).get(timeout=30)
+    sent.delay(1).get(timeout=30)

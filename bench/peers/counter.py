@@ -1,7 +1,8 @@
 """Completions counted in memory shared between processes: outside of every broker, result store and log.
 
 The file is an array of 64-bit counters. A process adds to the one that its pid selects, so no two write the same word
-as long as fewer than SLOTS pids lie between the oldest and the newest live worker process.
+as long as fewer than SLOTS pids lie between the oldest and the newest live worker process. Its threads write the same
+one: CPython changes threads at calls and at the end of loops, so not between the reading and the writing of add().
 """
 
 from __future__ import annotations

@@ -10,10 +10,13 @@ import time
 
 import dramatiq
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
+from dramatiq.brokers.redis import RedisBroker
 
+from bench.peers import HOLD_S, NAP_S, TASK
 from bench.peers.counter import open_counter
 
-broker = RabbitmqBroker(url=os.environ["BENCH_BROKER"])
+URL = os.environ["BENCH_BROKER"]
+broker = RedisBroker(url=URL) if URL.startswith("redis:") else RabbitmqBroker(url=URL)
 dramatiq.set_broker(broker)
 counter = open_counter()
 
@@ -23,13 +26,28 @@ def noop(number: int) -> None:
     counter.add()
 
 
+@dramatiq.actor
+def nap(number: int) -> None:
+    time.sleep(NAP_S)
+    counter.add()
+
+
+@dramatiq.actor(time_limit=HOLD_S * 1000)
+def hold(number: int) -> None:
+    counter.add()
+    time.sleep(HOLD_S)
+
+
+sent = {"noop": noop, "nap": nap, "hold": hold}[TASK]
+
+
 def send() -> None:
-    noop.send(1)
+    sent.send(1)
 
 
 def call() -> None:
     before = counter.total()
-    noop.send(1)
+    sent.send(1)
     deadline = time.monotonic() + 30
     while counter.total() == before:
         if time.monotonic() > deadline:

@@ -1,9 +1,11 @@
-"""fastq's side of the benchmark: a no-op task that counts itself."""
+"""fastq's side of the benchmark: tasks that count themselves."""
 
 from __future__ import annotations
 
 import os
+import time
 
+from bench.peers import HOLD_S, NAP_S, TASK
 from bench.peers.counter import open_counter
 from fastq import FastQ
 
@@ -24,15 +26,32 @@ def noop(number: int) -> int:
     return number
 
 
+@app.task(ignore_result=BACKEND == "disabled")
+def nap(number: int) -> int:
+    time.sleep(NAP_S)
+    counter.add()
+    return number
+
+
+@app.task(ignore_result=BACKEND == "disabled")
+def hold(number: int) -> int:
+    counter.add()
+    time.sleep(HOLD_S)
+    return number
+
+
+sent = {"noop": noop, "nap": nap, "hold": hold}[TASK]
+
+
 def send() -> None:
-    noop.delay(1)
+    sent.delay(1)
 
 
 def call() -> None:
-    noop.delay(1).get(timeout=30)
+    sent.delay(1).get(timeout=30)
 
 
 def send_batch(count: int) -> None:
     with app.batch():
         for _ in range(count):
-            noop.delay(1)
+            sent.delay(1)

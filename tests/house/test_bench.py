@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from bench import __main__ as program
 from bench import measure, report
 from bench.metrics import METRICS, UNITS
 from bench.peers.counter import Counter
 from bench.report import Sample
+from bench.systems import System
 from tests import ROOT
 from tests.support.servers import wait_until
 
@@ -71,6 +77,18 @@ def test_completions_of_several_processes_are_summed(tmp_path: Path) -> None:
     assert counter.total() == 3000
 
 
+def test_threads_of_one_process_lose_no_completion(tmp_path: Path) -> None:
+    counter = Counter(tmp_path / "counter")
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda _: [counter.add() for _ in range(20_000)], range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert counter.total() == 160_000
+
+
 def test_the_summary_of_strace_is_read_with_and_without_an_errors_column() -> None:
     text = (
         "% time     seconds  usecs/call     calls    errors syscall\n"
@@ -122,6 +140,80 @@ def test_every_metric_is_listed_and_its_baselines_take_part() -> None:
         names = {entrant.name for entrant in metric.entrants}
         assert {entrant for entrant, _ in metric.baselines} <= names
         assert {figure for _, figure in metric.baselines} <= UNITS.keys()
+    assert {name for name, _ in report.PICTURE} <= {metric.name for metric in METRICS}
+    assert {figure for _, figure in report.PICTURE} <= UNITS.keys()
+
+
+def test_a_family_of_metrics_is_chosen_by_its_name() -> None:
+    names = {metric.name for metric in program.chosen(program.arguments(["--only", "io,drain"]))}
+    assert names == {"drain"} | {metric.name for metric in METRICS if metric.name.startswith("io-")}
+    with pytest.raises(SystemExit, match="unknown metric 'oi'"):
+        program.chosen(program.arguments(["--only", "oi"]))
+
+
+URLS = {"amqp": "amqp://guest:guest@127.0.0.1:1/v", "redis": "redis://127.0.0.1:1/1", "sqlite": "sqlite:///queue.db"}
+SYSTEMS = [
+    (metric.broker, entrant.system) for metric in METRICS for entrant in metric.entrants if entrant.system is not None
+]
+APPLICATIONS = {(broker, system.module): system for broker, system in SYSTEMS}
+#: Read a command line as its program would, without doing what it says, and return what the program does not know.
+CLICK = """
+import click
+def read(words):
+    context = click.Context(group)
+    _, words, _ = group.make_parser(context).parse_args(words)
+    command = group.get_command(context, words[0])
+    return command.make_parser(click.Context(command)).parse_args(words[1:])[1]
+"""
+READERS = {
+    "fastq": f"from fastq.cli import group\n{CLICK}",
+    "celery": f"from celery.bin.celery import celery as group\n{CLICK}",
+    "taskiq": "from taskiq.cli.worker.args import WorkerArgs\ndef read(words): WorkerArgs.from_cli(words[1:])",
+    "dramatiq": "from dramatiq.cli import make_argument_parser as make\ndef read(words): make().parse_args(words)",
+    "huey.bin.huey_consumer": (
+        "from huey.consumer_options import OptionParserHandler as Handler\n"
+        "def read(words): return Handler().get_option_parser().parse_args(words)[1][1:]"
+    ),
+}
+
+
+def run_for(system: System, program: str, *words: str, environment: dict[str, str]) -> str:
+    """Run a program in an interpreter of its own, as the benchmark does, and return what it printed."""
+    for name in system.needs:
+        if find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install 'fastq[bench]'")
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        cwd=ROOT,
+        env={**os.environ, **dict(system.environment), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("broker", "module"),
+    list(APPLICATIONS),
+)
+def test_each_system_has_an_application_and_something_to_send(broker: str, module: str, tmp_path: Path) -> None:
+    program = f"from bench.peers import {module} as application; print(application.send.__name__)"
+    environment = {"BENCH_BROKER": URLS[broker], "BENCH_COUNTER": str(tmp_path / "counter")}
+    assert run_for(APPLICATIONS[broker, module], program, environment=environment) == "send"
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_workers_are_started_with_words_that_their_programs_know(name: str) -> None:
+    started = [(system, system.worker(2, None)) for _, system in SYSTEMS]
+    assert {(command[0], command[1]) for _, command in started} == {("-m", reader) for reader in READERS}
+    mine = [(system, command[2:]) for system, command in started if command[1] == name]
+    assert all(f"bench.peers.{system.module}" in " ".join(words) for system, words in mine)
+    program = (
+        f"import json, sys\n{READERS[name]}\nfor words in json.loads(sys.argv[1]): print(read(words) or '', end='')"
+    )
+    assert run_for(mine[0][0], program, json.dumps([words for _, words in mine]), environment={}) == ""
 
 
 def test_the_floor_compiles_without_a_warning(tmp_path: Path) -> None:
