@@ -63,9 +63,9 @@ class Worker:
         if started and (spec := self._spec_or_none()) is not None:
             return self._spawning_for(kind, spec, started, "its import has started")
         prepared = self._forking(kind)
-        if prepared.threads and (spec := self._spec_or_none()) is not None:
+        if (threads := getattr(prepared, "threads", ())) and (spec := self._spec_or_none()) is not None:
             prepared.close()
-            return self._spawning_for(kind, spec, prepared.threads, "hooks of os.register_at_fork start")
+            return self._spawning_for(kind, spec, threads, "hooks of os.register_at_fork start")
         return prepared
 
     def _forking(self, kind: PoolKind) -> Any:
