@@ -6,6 +6,7 @@ The process is patched already where the pool wants it. Knows no application.
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import pickle
@@ -46,6 +47,8 @@ def _be_child(birth: dict[str, Any], file: int, starter: int, sock: int, shared:
         logging.getLogger("fastq.worker").critical("a spawned child cannot start: %s", error)
         return EX_INTERNAL
     fastq.pool.is_spawning = False
+    # As in forked children: the collector has nothing to do with what an import makes.
+    gc.freeze()
     code: int = child_main(sock, shared, number)
     # Other than in a forked child, what was registered is this process's own.
     atexit._run_exitfuncs()
