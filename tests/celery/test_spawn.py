@@ -106,6 +106,23 @@ def test_the_setting_has_celery_s_name(start_worker: START, url: str, client: ce
     assert "not carried" not in worker.log()
 
 
+def test_an_application_that_starts_threads_is_spawned_and_its_beat_runs(
+    start_worker: START, url: str, client: celery.Celery
+) -> None:
+    source = SOURCE.format(url=url) + (
+        "import threading\n"
+        "threading.Thread(target=time.sleep, args=(600,), daemon=True, name='exporter').start()\n"
+        "app.conf.beat_schedule = {'tick': {'task': 'settings', 'schedule': 0.5}}\n"
+    )
+    worker = start_worker("-c", "1", "-B", source=source)
+    pid, importer, _ = client.send_task("where").get(timeout=30)
+    assert pid == importer
+    worker.wait_for_log(r"WARNING/MainProcess\] children of this application are spawned, .*\('exporter'\)")
+    worker.wait_for_log(r"Task settings\[.*succeeded", 30)
+    assert worker.stop() == 0
+    worker.wait_for_no_leftovers()
+
+
 def test_celery_s_default_application_is_spawned_too(
     start_worker: START, url: str, client: celery.Celery, tmp_path: Path
 ) -> None:
