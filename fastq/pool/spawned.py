@@ -6,6 +6,8 @@ The process is patched already where the pool wants it. Knows no application.
 from __future__ import annotations
 
 import atexit
+import gc
+import logging
 import os
 import pickle
 import signal
@@ -13,10 +15,11 @@ import sys
 from typing import Any
 
 import fastq.pool
+from fastq.errors import FastqError
 from fastq.plugins import load
 from fastq.pool.process import die_with_parent, set_name
 from fastq.pool.starter import HELD
-from fastq.pool.zygote import end_with, handle_signals
+from fastq.pool.zygote import EX_INTERNAL, end_with, handle_signals
 
 
 def main(birth: dict[str, Any], file: int, starter: int, sock: int, shared: int, number: int, group: int) -> None:
@@ -38,8 +41,14 @@ def _be_child(birth: dict[str, Any], file: int, starter: int, sock: int, shared:
     fastq.pool.is_spawning = True
     if birth["program"]:
         _import_program(birth["program"])
-    child_main = load(birth["main"])(**pickle.loads(birth["arguments"]))  # noqa: S301  from the process that starts this one
+    try:
+        child_main = load(birth["main"])(**pickle.loads(birth["arguments"]))  # noqa: S301  from the starter
+    except FastqError as error:  # it says by itself what is wrong
+        logging.getLogger("fastq.worker").critical("a spawned child cannot start: %s", error)
+        return EX_INTERNAL
     fastq.pool.is_spawning = False
+    # As in forked children: the collector has nothing to do with what an import makes.
+    gc.freeze()
     code: int = child_main(sock, shared, number, group)
     # Other than in a forked child, what was registered is this process's own.
     atexit._run_exitfuncs()

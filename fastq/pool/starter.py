@@ -23,13 +23,16 @@ from fastq.pool.zygote import LEFT_TO_MAIN, Order, Zygote, start_parent
 HELD: Final = {*LEFT_TO_MAIN, signal.SIGUSR1, DUMP_SIGNAL, LIMIT_SIGNAL, STACKS_SIGNAL}
 
 #: What the interpreter does first. Not in a module: fastq and all that it imports come after the patching.
-_FIRST: Final = "import pickle, sys; birth = pickle.load(open(sys.argv[1], 'rb')); sys.path[:] = birth['path']; "
+_FIRST: Final = (
+    "import os, pickle, sys; fd, *numbers = map(int, sys.argv[1:]); "
+    "birth = pickle.loads(os.pread(fd, os.fstat(fd).st_size, 0)); sys.path[:] = birth['path']; "
+)
 _PATCHES: Final = {
     "": "",
     "gevent": "from gevent.monkey import patch_all; patch_all(); ",
     "eventlet": "from eventlet import monkey_patch; monkey_patch(); ",
 }
-_THEN: Final = "from fastq.pool.spawned import main; main(birth, *map(int, sys.argv[2:]))"
+_THEN: Final = "from fastq.pool.spawned import main; main(birth, fd, *numbers)"
 
 
 def start_starter(
@@ -45,14 +48,13 @@ def start_starter(
     births = [_description(spec) for spec in specs]
 
     def bear(order: Order, alarm: Timer, closes: Callable[[], Iterable[int]]) -> int:
-        # Opened anew by its path, the file has a position of its own in each child.
         birth = births[order.group]
         for fd in (birth, order.sock, order.shared):
             os.set_inheritable(fd, True)
         numbers = (birth, os.getpid(), order.sock, order.shared, order.number, order.group)
         return os.posix_spawn(
             sys.executable,
-            [*commands[order.group], f"/proc/self/fd/{birth}", *map(str, numbers)],
+            [*commands[order.group], *map(str, numbers)],
             os.environ,
             setpgroup=0,
             setsigmask=HELD,

@@ -392,7 +392,7 @@ class Pool:
         else:
             logger.warning(
                 "%s is not ready after %.3g s: what it does (handlers of worker_process_init, hooks of "
-                "os.register_at_fork) takes long or hangs; it is killed after %s. Its stack:",
+                "os.register_at_fork, a spawned one's import) takes long or hangs; it is killed after %s. Its stack:",
                 member.title,
                 waited_s,
                 "fastq_child_start_timeout, which is not set" if limit_s is None else f"{limit_s:.3g} s",

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any, Final
 
 from fastq.errors import SettingsError
+from fastq.modules import MAIN_NAMES
 
 #: They know the application that is the current one, by names that are not its own.
 _LIBRARIES: Final = ("fastq", "celery")
@@ -47,8 +48,14 @@ class Place:
     program: str = ""
 
     def find(self) -> Any:
-        """Import the module and return the application."""
-        return _attribute(import_module(self.module), self.name)
+        """Import the module and return the application. Raises SettingsError when it is not there."""
+        found = _attribute(import_module(self.module), self.name)
+        if found is None:
+            raise SettingsError(
+                f"a spawned child finds no application at {self.module}:{self.name}, where the worker's main process "
+                "has it. Make it there at every import, or have children forked (--pool-start-method fork)"
+            )
+        return found
 
 
 def place_of(app: object, named: str = "") -> Place:
@@ -57,13 +64,13 @@ def place_of(app: object, named: str = "") -> Place:
     if name and module in sys.modules and _attribute(sys.modules[module], name) is app:
         return Place(module, name)
     # Those below the module that was named go first; a program last, which is run anew for it.
-    names = sorted(sys.modules, key=lambda each: (each == "__main__", not f"{each}.".startswith(f"{module}.")))
+    names = sorted(sys.modules, key=lambda each: (each in MAIN_NAMES, not f"{each}.".startswith(f"{module}.")))
     for each in names:
         if each.partition(".")[0] in _LIBRARIES:
             continue
         for key, value in list(getattr(sys.modules[each], "__dict__", {}).items()):
             if value is app:
-                return Place(each, key, _program() if each == "__main__" else "")
+                return Place("__main__", key, _program()) if each in MAIN_NAMES else Place(each, key)
     raise SettingsError(
         f"children cannot be spawned: no module holds the application {app!r} by a name, so a fresh interpreter cannot "
         "import it. Make it a variable of a module, or have children forked (--pool-start-method fork)"
@@ -74,7 +81,7 @@ def _program() -> str:
     """Return the program that runs: its file, or its module's name."""
     program = sys.modules["__main__"]
     spec = getattr(program, "__spec__", None)
-    if spec is not None:
+    if spec is not None and not spec.name.endswith("__main__"):  # which multiprocessing would not run
         return str(spec.name)
     file: str | None = getattr(program, "__file__", None)
     if not file:

@@ -68,9 +68,9 @@ class Worker:
         if started and (specs := self._specs_or_none()) is not None:
             return self._spawning_for(kind, specs, started, "its import has started")
         prepared = self._forking(kind)
-        if prepared.threads and (specs := self._specs_or_none()) is not None:
+        if (threads := getattr(prepared, "threads", ())) and (specs := self._specs_or_none()) is not None:
             prepared.close()
-            return self._spawning_for(kind, specs, prepared.threads, "hooks of os.register_at_fork start")
+            return self._spawning_for(kind, specs, threads, "hooks of os.register_at_fork start")
         return prepared
 
     def _forking(self, kind: PoolKind) -> Any:

@@ -174,8 +174,11 @@ celery_app = flask_app.extensions["celery"]
 class Site:
     """A project in a folder, its worker, and a plain Celery client of it."""
 
-    def __init__(self, folder: Path, url: str, program: Program, start_worker: START) -> None:
+    def __init__(
+        self, folder: Path, url: str, program: Program, start_worker: START, words: tuple[str, ...] = ()
+    ) -> None:
         self.folder = folder
+        self.words = words
         self.program = program
         self._start_worker = start_worker
         self.client = celery.Celery("client", broker=url, backend=url, set_as_current=False)
@@ -205,7 +208,13 @@ class Site:
 
     def worker(self, app: str, *arguments: str, **environment: str) -> WorkerProcess:
         return self._start_worker(
-            "-c1", *ALONE, *arguments, app=app, program=self.program, env={**self.environment, **environment}
+            "-c1",
+            *ALONE,
+            *self.words,
+            *arguments,
+            app=app,
+            program=self.program,
+            env={**self.environment, **environment},
         )
 
     def call(self, name: str, *args: Any) -> Any:
@@ -216,7 +225,10 @@ class Site:
         return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
 
-@pytest.fixture(params=["celery", "fastq"], ids=["under_celery", "under_fastq"])
+@pytest.fixture(
+    params=[("celery",), ("fastq",), ("fastq", "--pool-start-method", "spawn")],
+    ids=["under_celery", "under_fastq", "spawned_under_fastq"],
+)
 def site(request: pytest.FixtureRequest, tmp_path: Path, redis_server: Redis, start_worker: START) -> Iterator[Site]:
     """A site without files, for one of the programs."""
     url = redis_server.url(7)
@@ -224,7 +236,8 @@ def site(request: pytest.FixtureRequest, tmp_path: Path, redis_server: Redis, st
         client.flushdb()
     folder = tmp_path / "site"
     folder.mkdir()
-    made = Site(folder, url, request.param, start_worker)
+    program, *words = request.param
+    made = Site(folder, url, program, start_worker, tuple(words))
     yield made
     made.client.close()
 

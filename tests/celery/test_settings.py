@@ -431,7 +431,6 @@ def test_nothing_is_said_of_defaults_even_when_they_are_written_down() -> None:
     ("name", "carried", "other"),
     [
         ("worker_pool", "processes", "gevent"),
-        ("worker_pool_start_method", "fork", "spawn"),
         ("broker_failover_strategy", "shuffle", print),
         ("event_serializer", "json", "msgpack"),
     ],

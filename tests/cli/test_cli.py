@@ -145,7 +145,6 @@ def test_a_command_of_celery_s_that_is_not_carried_says_so(fastq: Run) -> None:
         ["--scheduler", "x:Y"],
         ["--pool", "solo"],
         ["-P", "gevent"],
-        ["--pool-start-method", "spawn"],
         ["--executable", "/usr/bin/python3"],
     ],
     ids=" ".join,

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -370,18 +369,22 @@ def test_the_first_child_is_ready_soon_after_its_import(tmp_path: Path, monkeypa
     starter = start_starter([FastQProgram(app).child_spec(options, ChildOptions("w@h"))])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
 
+    # Processor time: on a busy machine the clock says more of the others.
     def imported() -> float:
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import heavy"], env=environment, check=True)
-        return time.perf_counter() - began
+        import_it = "import heavy, time; print(time.process_time())"
+        done = subprocess.run(
+            [sys.executable, "-c", import_it], env=environment, check=True, capture_output=True, text=True
+        )
+        return float(done.stdout)
 
     def ready() -> float:
-        began = time.perf_counter()
         sock, reader = starter.spawn(1, 0)
         try:
             sock.settimeout(30)
             assert sock.recv(1)  # the doorbell: it has written that it is ready
-            return time.perf_counter() - began
+            spawned = next(each for each in starter.reports() if isinstance(each, Spawned))
+            times = psutil.Process(spawned.pid).cpu_times()
+            return times.user + times.system
         finally:
             sock.shutdown(socket.SHUT_RDWR)
             sock.close()
@@ -393,5 +396,5 @@ def test_the_first_child_is_ready_soon_after_its_import(tmp_path: Path, monkeypa
         starter.close()
         sys.modules.pop("heavy", None)
     first, alone = (min(times) for times in zip(*pairs, strict=True))
-    print(f"ready after {first:.3f} s, imported after {alone:.3f} s: {first / alone:.2f}")
-    assert first <= 2.2 * alone  # generous: the machine is shared; 1.5 is what it is to be
+    print(f"processor time until ready: {first:.3f} s, for the import alone: {alone:.3f} s: {first / alone:.2f}")
+    assert first <= 2 * alone  # generous: the machine is shared; 1.5 is what it is to be

@@ -222,7 +222,7 @@ CARRIED: Mapping[str, Entry] = (
     )
     | {
         "worker_pool": Entry(How.NATIVE, "tasks run in processes only", _one_of("prefork", "processes")),
-        "worker_pool_start_method": Entry(How.NATIVE, "children are forked", _one_of("fork")),
+        "worker_pool_start_method": Entry(How.NATIVE),
         "worker_deduplicate_successful_tasks": Entry(How.CELERY, "redelivered calls run through Celery's own tracer"),
         "worker_pool_restarts": Entry(How.NATIVE),
         "worker_agent": Entry(How.MISSING, "there is no agent"),

@@ -136,6 +136,8 @@ def _values(app: celery.Celery) -> Iterator[tuple[str, Any]]:
     yield "timezone", None if conf.timezone is None else str(conf.timezone)
     mode = conf.task_default_delivery_mode
     yield "task_default_delivery_mode", _DELIVERY_MODES.get(str(mode), mode)
+    if is_given(app, "worker_pool_start_method"):
+        yield "worker_pool_start_method", _typed("worker_pool_start_method", conf.get("worker_pool_start_method"))
     if is_given(app, "worker_proc_alive_timeout"):
         yield "fastq_child_start_timeout", _typed("worker_proc_alive_timeout", conf.worker_proc_alive_timeout)
     for name in Settings.__annotations__:
