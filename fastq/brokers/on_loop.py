@@ -1,8 +1,8 @@
 """Publishing from an event loop: one connection, made when it is needed and again when it is lost. No protocol.
 
 A ``Line`` is one connection and those who wait for answers on it; a broker derives its own, and ``LoopPublisher``
-has one at a time. Nothing is tried again here: ConnectionLost says that nothing was sent, PublishError that the fate is bad or
-unknown, and which messages are to be sent again.
+has one at a time. Nothing is tried again here: ConnectionLost says that nothing was sent, PublishError that the fate is
+bad or unknown, and which messages are to be sent again.
 """
 
 from __future__ import annotations

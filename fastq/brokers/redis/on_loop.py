@@ -55,7 +55,8 @@ class RedisLine(Line[RedisWait]):
 
     async def publish(self, messages: Sequence[Message], until: float) -> None:
         """Store the messages. Raises PublishError when Redis refused or the fate is unknown."""
-        layout, commands = self._rules.layout, list[Command]()
+        layout = self._rules.layout
+        commands: list[Command] = []
         # Everything is encoded before anything is sent.
         for message in messages:
             if not message.exchange:
