@@ -129,9 +129,7 @@ class AsyncPublisherConformance:
         run(publish())
         assert outside.depth("celery") == 0
 
-    def test_who_is_cancelled_disturbs_nobody(
-        self, url: str, settings: Settings, run: Run, outside: Publisher
-    ) -> None:
+    def test_who_is_cancelled_disturbs_nobody(self, url: str, settings: Settings, run: Run, outside: Publisher) -> None:
         async def publish() -> None:
             publisher = self.opened(url, settings)
             await publisher.publish([message(0)])
