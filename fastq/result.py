@@ -178,6 +178,8 @@ class AsyncResult(Generic[R_co]):
                     seen = meta
                     while meta == seen:
                         meta = await asyncio.wait_for(watch.until(states.get), timeout)
+                    if meta.get("lost"):
+                        raise self._exception(meta)
                 self._meta = meta
             except asyncio.TimeoutError:
                 raise ResultTimeout(f"task {self.id} has shown no new state within {timeout} s") from None

@@ -108,8 +108,9 @@ class Sender:
     ) -> AsyncResult[Any]:
         """Publish one call and return the handle on its result; ``delay`` and all its relatives end here."""
         message, parent = self.make(envelope, task_id, args, kwargs)
-        batch = self.collecting
-        if batch is None:
+        batch = self._batch.get()
+        if batch is None or not batch.is_open:  # as ``collecting`` has it, without the call
+            batch = None
             self._publish((message,), envelope.publish_retry)
         else:
             batch.messages.append(message)

@@ -15,6 +15,7 @@ from fastq.brokers.rabbitmq.publisher import AmqpPublisher
 from fastq.errors import PublishError, SettingsError
 from fastq.settings import Settings
 from tests.support.conformance import TIMEOUT_S, message
+from tests.support.conformance.async_publishers import soon
 from tests.support.servers import RabbitMQ
 
 pytestmark = pytest.mark.rabbitmq
@@ -128,6 +129,12 @@ def test_a_queue_with_other_arguments_is_named(run: Run, amqp_url: str, outside:
     run(publish())
 
 
+async def publish_until_refused(publisher: AmqpLoopPublisher) -> None:
+    """Publish again and again: the alarm reaches the connections a moment after it was raised."""
+    for number in range(500):
+        await publisher.publish([message(number, "other")])
+
+
 def test_a_broker_that_blocks_publishers_is_waited_for(
     run: Run, rabbitmq: RabbitMQ, amqp_url: str, outside: AmqpPublisher
 ) -> None:
@@ -138,13 +145,11 @@ def test_a_broker_that_blocks_publishers_is_waited_for(
         await loop.run_in_executor(None, rabbitmq.block_publishers)
         try:
             with pytest.raises(PublishError, match=r"blocks publishers .*low on memory") as caught:
-                for _ in range(500):  # the alarm reaches the connections a moment after it was raised
-                    await publisher.publish([message(1, "other")])
+                await publish_until_refused(publisher)
             assert caught.value.again == ()  # it went out before the broker said so, and waits there
             patient = AmqpLoopPublisher(amqp_url, Settings())
             first = asyncio.ensure_future(patient.publish([message(2)]))
-            while (line := patient._line) is None or line.blocked is None:  # type: ignore[attr-defined]
-                await asyncio.sleep(0.01)
+            await soon(lambda: patient._line and patient._line.blocked)  # type: ignore[attr-defined]
             # From here on it is known before anything is sent.
             with pytest.raises(PublishError, match="for longer than fastq_publish_timeout") as caught:
                 await patient.publish([message(3)], time.monotonic() + 0.2)

@@ -51,6 +51,16 @@ async def turning(work: Coroutine[Any, Any, T], longest_s: float = LONGEST_TURN_
         assert longest < longest_s, f"the loop stood still for {longest:.3f} s"
 
 
+async def soon(condition: Callable[[], object]) -> None:
+    """Return when a condition holds."""
+    until = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < until:
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it did not come true")
+
+
 class AsyncPublisherConformance:
     """Fixtures to provide: ``url``, ``settings``."""
 
