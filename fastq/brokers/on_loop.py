@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -27,12 +28,13 @@ T = TypeVar("T")
 class Wait:
     """Somebody who waits for the answers to their messages: ``answered`` is done when there is one for each."""
 
-    __slots__ = ("answered", "messages", "timer")
+    __slots__ = ("answered", "messages", "span_s", "until")
 
     def __init__(self, messages: Sequence[Message], answered: asyncio.Future[None]) -> None:
         self.messages = messages
         self.answered = answered
-        self.timer: asyncio.TimerHandle | None = None
+        #: When (monotonic) it has waited for too long, and how long that is.
+        self.until = self.span_s = 0.0
 
     def fail(self, error: BaseException) -> None:
         """End the wait with an error."""
@@ -49,6 +51,9 @@ class Line(Generic[W]):
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._waits: set[W] = set()
+        # One for all, at the first time that is over: most waits are answered long before theirs.
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
         self._closing: asyncio.Task[None] | None = None
         #: An answer did not come in time: what is published from now on had better go over another connection.
         self.is_doubtful = False
@@ -80,24 +85,37 @@ class Line(Generic[W]):
 
     async def wait(self, wait: W, until: float) -> None:
         """Return when a wait is answered; raise what it has failed with."""
-        span_s = max(until - time.monotonic(), 0.0)
+        wait.until, wait.span_s = until, until - time.monotonic()
         self._waits.add(wait)
-        wait.timer = self._loop.call_later(span_s, self._expire, wait, span_s)
+        if until < self._timer_at:
+            self._look_at(until)
         try:
             await wait.answered
         finally:
-            wait.timer.cancel()
             self._waits.discard(wait)
             if self.is_doubtful:
                 self._leave()
 
-    def _expire(self, wait: W, span_s: float) -> None:
-        error = self.is_late(wait)
-        if error is None:
-            wait.timer = self._loop.call_later(span_s, self._expire, wait, span_s)
-            return
-        self.is_doubtful = True
-        wait.fail(error)
+    def _look_at(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = when
+        self._timer = self._loop.call_later(max(when - time.monotonic(), 0.0), self._look_for_late)
+
+    def _look_for_late(self) -> None:
+        self._timer, self._timer_at = None, math.inf
+        now = time.monotonic()
+        for wait in list(self._waits):
+            if wait.until <= now:
+                error = self.is_late(wait)
+                if error is None:
+                    wait.until = now + wait.span_s
+                else:
+                    self.is_doubtful = True
+                    wait.fail(error)
+        # Who has failed is still here until its turn has come.
+        if due := [wait.until for wait in self._waits if not wait.answered.done()]:
+            self._look_at(min(due))
 
     def _leave(self) -> None:
         """Close what nobody uses any more, once nobody waits on it either."""
@@ -106,6 +124,8 @@ class Line(Generic[W]):
 
     def on_lost(self, lost: asyncio.Future[Exception]) -> None:
         """The connection has ended: tell all who wait."""
+        if self._timer is not None:
+            self._timer.cancel()
         for wait in list(self._waits):
             wait.fail(self.lost_error(wait, lost.result()))
 

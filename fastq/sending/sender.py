@@ -189,8 +189,8 @@ class Sender:
 
     @property
     def tells_sent(self) -> bool:
-        """Return whether monitors are told of what is sent."""
-        return self._sent is not None
+        """Return whether monitors are told of what is sent here."""
+        return self._sent is not None and not _is_in_task()
 
     def tell_sent(self, messages: Sequence[Message]) -> None:
         """Tell monitors of what was sent."""
@@ -286,8 +286,7 @@ class Sender:
     @property
     def wants_replies(self) -> bool:
         """Return whether who sends here may wait for results: a task in a worker does not, and has no connections."""
-        running = running_message()
-        return self.stores_results and (running is None or running.call is None)
+        return self.stores_results and not _is_in_task()
 
     def _reply_address(self, deadline: float | None = None) -> str | None:
         """Return where workers send results to, None when the store needs no address."""
@@ -414,6 +413,12 @@ class Sender:
         if self._sent is not None:
             self._sent.after_fork()
         self.forget_envelopes()
+
+
+def _is_in_task() -> bool:
+    """Return whether a worker's task runs here."""
+    running = running_message()
+    return running is not None and running.call is not None
 
 
 def _drop(batch: Batch, error: BaseException) -> None:

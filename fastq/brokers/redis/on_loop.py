@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -28,12 +27,11 @@ if TYPE_CHECKING:
 class RedisWait(Wait):
     """Somebody whose commands are to be answered."""
 
-    __slots__ = ("count", "replies", "span_s")
+    __slots__ = ("count", "replies")
 
-    def __init__(self, messages: Sequence[Message], answered: asyncio.Future[None], count: int, span_s: float) -> None:
+    def __init__(self, messages: Sequence[Message], answered: asyncio.Future[None], count: int) -> None:
         super().__init__(messages, answered)
         self.count = count
-        self.span_s = span_s
         self.replies: list[Any] = []
 
 
@@ -83,7 +81,7 @@ class RedisLine(Line[RedisWait]):
         """Return the replies to commands, which go out with those of others."""
         if self.is_lost:
             raise ConnectionLost(str(self._redis.lost.result()) if self._redis.lost.done() else "the connection ended")
-        wait = RedisWait(messages, self._loop.create_future(), len(commands), until - time.monotonic())
+        wait = RedisWait(messages, self._loop.create_future(), len(commands))
         if not self._out and not self._waits:
             self._redis.send(commands, partial(self._on_replies, [wait]))  # the first need not wait for others
         else:
