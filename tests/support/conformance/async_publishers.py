@@ -17,8 +17,9 @@ from fastq.brokers import open_async_publisher, open_publisher
 from fastq.errors import ConnectionLost, FastqError, PublishError
 from fastq.interfaces import AsyncPublisher, Publisher
 from fastq.settings import Settings
+from fastq.wire.message import Message
 from tests.support.conformance import TIMEOUT_S, message
-from tests.support.fault_proxy import FaultProxy
+from tests.support.fault_proxy import Direction, FaultProxy
 from tests.support.servers import free_ports
 
 T = TypeVar("T")
@@ -219,6 +220,44 @@ class ServerAsyncPublisherConformance(AsyncPublisherConformance):
 
         run(publish())
         assert outside.depth("celery") == 2
+
+    @pytest.mark.parametrize("direction", ["to_client", "to_server"])
+    def test_nothing_is_lost_or_left_waiting_wherever_the_connection_breaks(
+        self, direction: Direction, url: str, settings: Settings, run: Run, proxy: FaultProxy, outside: Publisher
+    ) -> None:
+        """Confirmed is stored; what is to be sent again is, at most twice there, until all is confirmed."""
+        stored = repeated = 0
+
+        async def send(publisher: AsyncPublisher, batch: list[Message]) -> None:
+            nonlocal stored, repeated
+            while batch:
+                try:
+                    await publisher.publish(batch, time.monotonic() + TIMEOUT_S)
+                    return
+                except ConnectionLost:
+                    proxy.cut_after(1 << 40, direction)  # the next connection lasts
+                    await asyncio.sleep(0.01)
+                except PublishError as error:
+                    proxy.cut_after(1 << 40, direction)
+                    again = batch if error.again is None else list(error.again)
+                    repeated += len(again)
+                    batch = again  # type: ignore[assignment]
+
+        async def publish() -> None:
+            nonlocal stored
+            publisher = self.distant(url, settings, proxy)
+            await publisher.publish([message("first")])
+            for count in (1, 2, 10, 33, 100, 333, 1000, 3333):
+                proxy.cut_after(count, direction)
+                batches = [[message(number) for number in range(size)] for size in (1, 1, 7, 1, 40)]
+                stored += sum(map(len, batches))
+                await asyncio.wait_for(asyncio.gather(*(send(publisher, batch) for batch in batches)), 2 * TIMEOUT_S)
+            await publisher.close()
+
+        outside.declare("celery")
+        run(publish())
+        assert proxy.connections > 3
+        assert stored + 1 <= outside.depth("celery") <= stored + 1 + repeated
 
     @pytest.mark.parametrize("count", [1, 20])
     def test_a_silent_server_ends_it_at_the_deadline_and_the_loop_goes_on(
