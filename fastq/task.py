@@ -22,7 +22,15 @@ from fastq.codecs.meta import encode_meta
 from fastq.eager import run_here
 from fastq.errors import MaxRetriesExceeded, Retry, SettingsError
 from fastq.net.threads import in_thread
-from fastq.request import ExceptionInfo, Request, current, pop_request, push_request, running_task
+from fastq.request import (
+    ExceptionInfo,
+    Request,
+    current,
+    is_in_worker,
+    pop_request,
+    push_request,
+    running_task,
+)
 from fastq.result import AsyncResult, EagerResult, ResultSource
 from fastq.sending.absent import TASK_ATTRIBUTES, lacking
 from fastq.sending.options import (
@@ -251,8 +259,10 @@ class Task(Generic[P, R]):
     ) -> AsyncResult[R]:
         """Do as ``apply_async`` does without blocking the event loop."""
         if self._has_own("apply_async") and not self._has_own("aapply_async"):
-            # One of the user's, or of a tool that wraps it, must see every call; it may block.
-            return await in_thread(partial(self.apply_async, args, kwargs, **options))
+            # One of the user's, or of a tool that wraps it, must see every call. It may block, but not in a worker:
+            # there it hands the message over, from the call's own thread.
+            send = partial(self.apply_async, args, kwargs, **options)
+            return send() if is_in_worker() else await in_thread(send)
         positional, named = self._checked(args, kwargs, options, "aapply_async()")
         sender, on_loop = self.sender, self.app.loop_sender
         if sender.conf.task_always_eager:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fastq.errors import ConnectionLost, FastqError, NotRegistered, PublishError, ResultsDisabled
 from fastq.net import forks
-from fastq.request import Request, current, running_message
+from fastq.request import Request, current, is_in_worker, running_message
 from fastq.result import AsyncResult, Collected, ResultSource
 from fastq.sending.attempts import Attempts
 from fastq.sending.envelope import Addressed, Envelope, Envelopes, PublishRetry
@@ -190,7 +190,7 @@ class Sender:
     @property
     def tells_sent(self) -> bool:
         """Return whether monitors are told of what is sent here."""
-        return self._sent is not None and not _is_in_task()
+        return self._sent is not None and not is_in_worker()
 
     def tell_sent(self, messages: Sequence[Message]) -> None:
         """Tell monitors of what was sent."""
@@ -285,8 +285,8 @@ class Sender:
 
     @property
     def wants_replies(self) -> bool:
-        """Return whether who sends here may wait for results: a task in a worker does not, and has no connections."""
-        return self.stores_results and not _is_in_task()
+        """Return whether who sends here may wait for results: a task in a worker does not."""
+        return self.stores_results and not is_in_worker()
 
     def _reply_address(self, deadline: float | None = None) -> str | None:
         """Return where workers send results to, None when the store needs no address."""
@@ -413,12 +413,6 @@ class Sender:
         if self._sent is not None:
             self._sent.after_fork()
         self.forget_envelopes()
-
-
-def _is_in_task() -> bool:
-    """Return whether a worker's task runs here."""
-    running = running_message()
-    return running is not None and running.call is not None
 
 
 def _drop(batch: Batch, error: BaseException) -> None:

@@ -8,10 +8,13 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
@@ -36,7 +39,7 @@ from fastq.wire.ids import new_id
 from tests.support.conformance import in_child
 from tests.support.conformance.async_publishers import turning
 from tests.support.fault_proxy import FaultProxy
-from tests.support.recording import RecordingPublisher, RecordingStore, body, headers
+from tests.support.recording import RecordingPublisher, RecordingStore, body, headers, received
 from tests.support.servers import RabbitMQ, Redis
 
 Run: TypeAlias = "Callable[[Coroutine[Any, Any, Any]], Any]"
@@ -179,10 +182,12 @@ def test_eager_runs_it_here() -> None:
 def test_an_apply_async_of_the_users_sees_every_call() -> None:
     app = make_app()
     seen: list[Any] = []
+    threads: list[threading.Thread] = []
 
     class Own(Task[..., Any]):
         def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
             seen.append(("blocking", args))
+            threads.append(threading.current_thread())
             return super().apply_async(args, kwargs, **options)
 
     class OwnToo(Own):
@@ -200,6 +205,16 @@ def test_an_apply_async_of_the_users_sees_every_call() -> None:
     asyncio.run(send())
     assert seen[:2] == [("blocking", (1,)), ("async", (2,))]
     assert len(sent(app).messages) == 4
+    assert threading.current_thread() not in threads
+    # In a worker it hands the message over, from the thread of the call.
+    threads.clear()
+    call = received(sent(app).messages[0])
+    push_request(Request.from_call(call, (), {}))
+    try:
+        asyncio.run(send())
+    finally:
+        pop_request()
+    assert set(threads) == {threading.current_thread()}
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -333,8 +348,6 @@ def test_a_loop_that_is_closed_by_hand(url: str) -> None:
 
 
 def test_two_loops_at_once(run: Run, url: str) -> None:
-    import threading
-
     app = FastQ("proj", broker=url)
     task = app.task(add)
 
@@ -536,6 +549,40 @@ def test_in_a_worker_messages_go_through_the_child_s_pipe(sqlite_url: str) -> No
         assert [app.AsyncResult(task_id).get(timeout=10) for task_id in ids] == [0, 10, 20]
         assert [child.id for child in parent.children] == ids
     app.close()
+
+
+def test_the_states_of_a_call_in_a_real_worker(url: str) -> None:
+    app = FastQ("proj", broker=url, backend="rpc://" if url.startswith("amqp") else url)
+    # The next step is taken when the one before was seen, by those that look now and then too.
+    steps = {number: Path(tempfile.mkdtemp()) / "seen" for number in (1, 2)}
+
+    @app.task(name="work", bind=True, track_started=True)
+    def work(self: Task[..., Any]) -> str:
+        for number, seen in steps.items():
+            self.update_state(state="STEP", meta=number)
+            until = time.monotonic() + 10
+            while not seen.exists() and time.monotonic() < until:
+                time.sleep(0.01)
+        raise ValueError("the end")
+
+    async def read() -> list[tuple[str, Any]]:
+        result = await work.adelay()
+        found = []
+        async for progress in result.stream(timeout=10):
+            found.append((progress.state, progress.value))
+            if progress.state == "STEP":
+                steps[progress.value].touch()
+        with pytest.raises(ValueError, match="the end"):
+            await result.aget(timeout=1)
+        await app.aclose()
+        return found
+
+    with worker(app):
+        found = asyncio.run(read())
+    assert found[0][0] in ("PENDING", "STARTED", "STEP")
+    assert [each for each in found if each[0] == "STEP"] == [("STEP", 1), ("STEP", 2)]
+    state, error = found[-1]
+    assert (state, type(error), str(error)) == ("FAILURE", ValueError, "the end")
 
 
 def test_a_publisher_s_own_form_for_loops_is_used() -> None:
