@@ -103,17 +103,18 @@ class Line(Generic[W]):
         self._timer = self._loop.call_later(max(when - time.monotonic(), 0.0), self._look_for_late)
 
     def _look_for_late(self) -> None:
+        # Both kinds of loop read what has come before this is called, also after they stood still.
         self._timer, self._timer_at = None, math.inf
         now = time.monotonic()
         for wait in list(self._waits):
-            if wait.until <= now:
+            if wait.until <= now and not wait.answered.done():
                 error = self.is_late(wait)
                 if error is None:
                     wait.until = now + wait.span_s
                 else:
                     self.is_doubtful = True
                     wait.fail(error)
-        # Who has failed is still here until its turn has come.
+        # Who has failed is still here until their turn has come.
         if due := [wait.until for wait in self._waits if not wait.answered.done()]:
             self._look_at(min(due))
 

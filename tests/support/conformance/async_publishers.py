@@ -283,6 +283,23 @@ class ServerAsyncPublisherConformance(AsyncPublisherConformance):
         run(publish())
         assert outside.depth("celery") == 2 + count
 
+    @pytest.mark.parametrize("count", [1, 20])
+    def test_a_loop_that_stood_still_reads_the_answers_first(
+        self, count: int, url: str, settings: Settings, run: Run, proxy: FaultProxy, outside: Publisher
+    ) -> None:
+        async def publish() -> None:
+            publisher = self.distant(url, settings, proxy)
+            await publisher.publish([message(0)])
+            batch = [message(number) for number in range(count)]
+            waiting = asyncio.ensure_future(publisher.publish(batch, time.monotonic() + 0.3))
+            await asyncio.sleep(0)
+            time.sleep(1.0)  # noqa: ASYNC251 - what somebody's code does
+            await waiting
+            await publisher.close()
+
+        run(publish())
+        assert (proxy.connections, outside.depth("celery")) == (1, 1 + count)
+
     def test_a_server_that_takes_connections_and_says_nothing(
         self, url: str, settings: Settings, run: Run, proxy: FaultProxy
     ) -> None:
