@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         WorkerLostError,
     )
     from fastq.request import Request
-    from fastq.result import AsyncResult, EagerResult
+    from fastq.result import AsyncResult, EagerResult, Progress
     from fastq.shared import current_task, shared_task
     from fastq.steps import Step
     from fastq.task import Task, get_task_logger
@@ -60,6 +60,7 @@ __all__ = [
     "Ignore",
     "MaxRetriesExceeded",
     "NotRegistered",
+    "Progress",
     "PublishError",
     "Reject",
     "RemoteError",
@@ -89,6 +90,7 @@ _MODULES = {
     "AsyncResult": "fastq.result",
     "EagerResult": "fastq.result",
     "FastQ": "fastq.app",
+    "Progress": "fastq.result",
     "Request": "fastq.request",
     "Step": "fastq.steps",
     "Task": "fastq.task",

@@ -6,12 +6,13 @@ import importlib
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, cast, overload
 
 from fastq import result as results
 from fastq.errors import SettingsError
 from fastq.modules import MAIN_NAMES, import_named, import_object, import_related, main_module_name
+from fastq.net.threads import in_thread
 from fastq.request import current
 from fastq.sending.absent import APP_ATTRIBUTES, lacking
 from fastq.sending.options import SendOptions, TaskOptions, check_names
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from fastq.interfaces import Publisher, ResultStore
     from fastq.sending.envelope import PublishRetry
+    from fastq.sending.on_loop import LoopSender
     from fastq.wire.message import Message
 
 P = ParamSpec("P")
@@ -82,6 +84,7 @@ class FastQ:
         #: What the lifespan gives, in a process that runs calls.
         self.state: Any = None
         self.sender = Sender(self.conf, self.tasks, self)
+        self._loop_sender: LoopSender | None = None
         self._discover: list[tuple[Iterable[str] | Callable[[], Iterable[str]], str]] = []
         self._token = new_id()  # forked processes have it too: a pickle finds the application by it
         if config is not None:
@@ -121,9 +124,12 @@ class FastQ:
         Where they say how to connect, the block has connections of its own, closed at its end.
         """
         self.finalize()
-        aside = self.sender.set_aside() if any(name.startswith(_CONNECTING) for name in settings) else nullcontext()
         try:
-            with aside, self.conf.override(**settings):
+            with ExitStack() as stack:
+                if any(name.startswith(_CONNECTING) for name in settings):
+                    stack.enter_context(self.loop_sender.set_aside())
+                    stack.enter_context(self.sender.set_aside())
+                stack.enter_context(self.conf.override(**settings))
                 self.sender.settle()
                 yield
         finally:
@@ -261,20 +267,37 @@ class FastQ:
             raise TypeError(f"args is {args!r:.80}; expected a list or tuple of positional arguments")
         return self.sender.send_task(name, args or (), dict(kwargs or {}), options)
 
+    async def asend_task(
+        self,
+        name: str,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[SendOptions],
+    ) -> results.AsyncResult[Any]:
+        """Do as ``send_task`` does without blocking the event loop."""
+        check_names(options, SendOptions.__optional_keys__, "asend_task()")
+        if args is not None and not isinstance(args, (list, tuple)):
+            raise TypeError(f"args is {args!r:.80}; expected a list or tuple of positional arguments")
+        return await self.loop_sender.send_task(name, args or (), dict(kwargs or {}), options)
+
     def publish(self, messages: Sequence[Message], retry: PublishRetry | None = None) -> None:
         """Return when the broker has confirmed the messages; inside ``batch``, when they are collected."""
         self.sender.publish(messages, retry)
 
     def batch(self) -> AbstractContextManager[None]:
-        """Collect what this thread sends inside a ``with`` block and publish it at the end, with one wait for all.
+        """Collect what is sent inside a ``with`` block and publish it at the end, with one wait for all.
 
-        After an exception in the block nothing is published, and who waits for its results is told so. Inside another
-        batch, it joins that one.
+        What other threads and coroutines send meanwhile is not collected. After an exception in the block nothing is
+        published, and who waits for its results is told so. Inside another batch, it joins that one.
         """
         return self.sender.batch()
 
+    def abatch(self) -> AbstractAsyncContextManager[None]:
+        """Do as ``batch`` does, in ``async with``, without blocking the event loop at its end."""
+        return self.loop_sender.batch()
+
     def is_collected(self, task_id: str) -> bool:
-        """Return whether a call waits for the end of this thread's ``batch``."""
+        """Return whether a call waits for the end of the ``batch`` that is collected here."""
         return self.sender.is_collected(task_id)
 
     @property
@@ -304,9 +327,25 @@ class FastQ:
         """Return the handle on a task that was sent before."""
         return results.AsyncResult(task_id, self, task_name)
 
+    @property
+    def loop_sender(self) -> LoopSender:
+        """Return what sends from event loops; made when it is first asked for."""
+        if self._loop_sender is None:
+            from fastq.sending.on_loop import LoopSender  # imports asyncio: not for children that do without it
+
+            self._loop_sender = LoopSender(self.sender)
+        return self._loop_sender
+
     def close(self) -> None:
-        """Close the connections; a later use opens new ones."""
+        """Close the connections; a later use opens new ones. Those of event loops are closed there, soon."""
+        if self._loop_sender is not None:
+            self._loop_sender.leave()
         self.sender.close()
+
+    async def aclose(self) -> None:
+        """Close the connections of the running event loop, then do as ``close`` does without blocking it."""
+        await self.loop_sender.aclose()
+        await in_thread(self.close)
 
 
 def _app_of(token: str, name: str | None, settings: dict[str, Any]) -> FastQ:

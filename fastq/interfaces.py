@@ -66,6 +66,23 @@ class Publisher(Protocol):
         """Close the connection; a later call opens a new one."""
 
 
+class AsyncPublisher(Protocol):
+    """The producer's side of a broker on one event loop, for all its coroutines. Nothing here blocks the loop."""
+
+    async def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
+        """Return when the broker has confirmed every message. Raises PublishError; ConnectionLost: nothing was sent.
+
+        ``deadline`` (monotonic) ends it sooner than the settings' own time-outs. Who is cancelled while waiting may
+        have sent the messages.
+        """
+
+    async def declare(self, queue: str, deadline: float | None = None) -> None:
+        """Create the queue if it is missing; ``deadline`` as for ``publish``."""
+
+    async def close(self) -> None:
+        """Close the connection; a later call opens a new one."""
+
+
 class ResultStore(Protocol):
     """The caller's side of a result store. Thread-safe and fork-aware."""
 
@@ -74,6 +91,9 @@ class ResultStore(Protocol):
 
         ``deadline`` (monotonic) bounds a reconnect that this takes.
         """
+
+    def is_there(self) -> bool:
+        """Return whether ``reply_address``, ``watch`` and ``observe`` wait for nothing, as the store was reached."""
 
     def load(self, task_id: str) -> Meta | None:
         """Return the stored meta, or None when nothing is known of the task."""
@@ -85,6 +105,12 @@ class ResultStore(Protocol):
         """Call back once, from a background thread, when a final state is known.
 
         The function that is returned ends the watch. It never waits, and does nothing once there was a call.
+        """
+
+    def observe(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
+        """Do as ``watch`` does, for each state as it becomes known, the one that is known already included.
+
+        A state that lasts for a moment only may be passed over where states are looked for, not told.
         """
 
     def save(self, task_id: str, state: str, meta: bytes) -> None:

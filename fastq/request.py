@@ -233,6 +233,12 @@ def running_message() -> Request | None:
     return request
 
 
+def is_in_worker() -> bool:
+    """Return whether this runs in a call that a worker has received: its process has no connections."""
+    request = running_message()
+    return request is not None and request.call is not None
+
+
 def running_task(name: str) -> Request | None:
     """Return the innermost running request of this task."""
     request = _running.get()

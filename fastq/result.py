@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from traceback import format_exception_only
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 from fastq.codecs.meta import rebuild_exception
 from fastq.errors import ResultsDisabled, ResultTimeout
+from fastq.net.threads import in_thread
 from fastq.request import running_message
 from fastq.states import EXCEPTION_STATES, FAILURE, PENDING, PROPAGATE_STATES, READY_STATES, SUCCESS
 
 if TYPE_CHECKING:
     import asyncio
 
-    from fastq.interfaces import Meta, ResultStore
+    from fastq.interfaces import Meta, ResultStore, Unwatch
 
+T = TypeVar("T")
 R_co = TypeVar("R_co", covariant=True)
 
 #: Chosen: characters of an error that are told.
@@ -49,6 +53,23 @@ class Collected:
     def fail(self, error: BaseException) -> None:
         """Have everybody who asks for a result told that there will be none, as the batch has ended with this error."""
         self.failure = format_exception_only(type(error), error)[-1].strip()[:_MAX_REASON]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A state of a task as ``stream`` yields it.
+
+    ``value``: what ``update_state`` stored, the returned value, or the exception of a task that failed or is to run
+    again; None where there is nothing.
+    """
+
+    state: str
+    value: Any = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the task has ended with it."""
+        return self.state in READY_STATES
 
 
 class RemoteTraceback(Exception):
@@ -124,15 +145,47 @@ class AsyncResult(Generic[R_co]):
 
             loop = asyncio.get_running_loop()
             ended: asyncio.Future[Meta] = loop.create_future()
-            unwatch = self._source.store.watch(self.id, lambda meta: _hand_over(loop, ended, meta))
+            watch = Watch(self._source.store, self.id, lambda meta: _hand_over(loop, ended, meta))
             try:
-                self._meta = await asyncio.wait_for(ended, timeout)
+                self._meta = await asyncio.wait_for(watch.until(lambda: ended), timeout)
             except asyncio.TimeoutError:
                 raise ResultTimeout(f"task {self.id} has not ended within {timeout} s") from None
             finally:
                 # A handle that nobody waits on any more must not be kept by the store.
-                unwatch()
+                watch.end()
         return self._conclude(self._meta, propagate)
+
+    async def stream(
+        self, timeout: float | None = None, *, disable_sync_subtasks: bool = True
+    ) -> AsyncGenerator[Progress, None]:
+        """Yield the state that the task is in, then each as it comes, the one that it ends with last.
+
+        A failure is yielded, not raised. Raises ResultTimeout when no state comes for ``timeout`` seconds, and what
+        ``aget`` raises before it waits.
+        """
+        self._check_wait(disable_sync_subtasks)
+        if self._meta is None:
+            import asyncio
+
+            loop, store = asyncio.get_running_loop(), self._source.store
+            states: asyncio.Queue[Meta] = asyncio.Queue()
+            watch = Watch(store, self.id, lambda meta: _put(loop, states, meta), observes=True)
+            try:
+                known = await asyncio.wait_for(in_thread(partial(store.load, self.id)), timeout)
+                meta = known or UNKNOWN
+                while meta["status"] not in READY_STATES:
+                    yield self._progress(meta)
+                    seen = meta
+                    while meta == seen:
+                        meta = await asyncio.wait_for(watch.until(states.get), timeout)
+                    if meta.get("lost"):
+                        raise self._exception(meta)
+                self._meta = meta
+            except asyncio.TimeoutError:
+                raise ResultTimeout(f"task {self.id} has shown no new state within {timeout} s") from None
+            finally:
+                watch.end()
+        yield self._progress(self._meta)
 
     @property
     def state(self) -> str:
@@ -144,8 +197,7 @@ class AsyncResult(Generic[R_co]):
     @property
     def result(self) -> Any:
         """Return the value, the exception of a task that failed, what ``update_state`` stored, or None."""
-        meta = self._load()
-        return self._exception(meta) if meta["status"] in EXCEPTION_STATES else meta.get("result")
+        return self._value_in(self._load())
 
     info = result
 
@@ -258,6 +310,12 @@ class AsyncResult(Generic[R_co]):
             raise error
         return cast("R_co", error)
 
+    def _value_in(self, meta: Meta) -> Any:
+        return self._exception(meta) if meta["status"] in EXCEPTION_STATES else meta.get("result")
+
+    def _progress(self, meta: Meta) -> Progress:
+        return Progress(meta["status"], self._value_in(meta))
+
     def _exception(self, meta: Meta) -> Exception:
         error = rebuild_exception(meta.get("result"), self._source.exceptions_of(self._task_name or meta.get("name")))
         traceback = meta.get("traceback")
@@ -290,6 +348,56 @@ class EagerResult(AsyncResult[R_co]):
 
     def _exception(self, meta: Meta) -> Exception:
         return cast("Exception", self._value)
+
+
+class Watch:
+    """What is to be told of one task, asked for by a coroutine: in a thread where it may block, and ended once."""
+
+    def __init__(
+        self, store: ResultStore, task_id: str, callback: Callable[[Meta], None], observes: bool = False
+    ) -> None:
+        self._store = store
+        self._begin = partial(store.observe if observes else store.watch, task_id, callback)
+        self._lock = threading.Lock()
+        self._unwatch: Unwatch | None = None
+        self._has_begun = self._has_ended = False
+
+    def until(self, told: Callable[[], Awaitable[T]]) -> Awaitable[T]:
+        """Return what is to be awaited until ``told`` is done. Raises what the store does when it cannot be asked."""
+        if not self._has_begun:
+            self._has_begun = True
+            if not self._store.is_there():
+                return self._until(told)
+            self._watch()
+        return told()
+
+    async def _until(self, told: Callable[[], Awaitable[T]]) -> T:
+        await in_thread(self._watch)
+        return await told()
+
+    def _watch(self) -> None:
+        unwatch = self._begin()
+        with self._lock:
+            self._unwatch = unwatch
+            if not self._has_ended:
+                return
+        unwatch()  # nobody waits any more: it took too long to ask
+
+    def end(self) -> None:
+        """Be told of nothing any more. Never waits."""
+        with self._lock:
+            self._has_ended = True
+        if self._unwatch is not None:
+            self._unwatch()
+
+
+def _put(loop: asyncio.AbstractEventLoop, states: asyncio.Queue[Meta], meta: Meta) -> None:
+    """Pass a meta from the store's thread to the loop, which may be gone by now."""
+    try:
+        loop.call_soon_threadsafe(states.put_nowait, meta)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, ended: asyncio.Future[Meta], meta: Meta) -> None:

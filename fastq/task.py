@@ -15,12 +15,22 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from fastq.codecs.meta import encode_meta
 from fastq.eager import run_here
 from fastq.errors import MaxRetriesExceeded, Retry, SettingsError
-from fastq.request import ExceptionInfo, Request, current, pop_request, push_request, running_task
+from fastq.net.threads import in_thread
+from fastq.request import (
+    ExceptionInfo,
+    Request,
+    current,
+    is_in_worker,
+    pop_request,
+    push_request,
+    running_task,
+)
 from fastq.result import AsyncResult, EagerResult, ResultSource
 from fastq.sending.absent import TASK_ATTRIBUTES, lacking
 from fastq.sending.options import (
@@ -46,6 +56,7 @@ if TYPE_CHECKING:
 
     from fastq.interfaces import Publisher
     from fastq.sending.envelope import Envelope
+    from fastq.sending.on_loop import LoopSender
     from fastq.sending.sender import Sender
     from fastq.settings import Settings
     from fastq.steps.retry import ExceptionClasses, RetryPolicy
@@ -88,6 +99,10 @@ class Application(ResultSource, Protocol):
     @property
     def publisher(self) -> Publisher:
         """Return the connection to the broker, opened at first use."""
+
+    @property
+    def loop_sender(self) -> LoopSender:
+        """Return what sends from event loops; made when it is first asked for."""
 
     @property
     def current_task(self) -> Task[..., Any] | None:
@@ -233,23 +248,38 @@ class Task(Generic[P, R]):
         self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None, **options: Unpack[SendOptions]
     ) -> AsyncResult[R]:
         """Send the task with options (see ``SendOptions``) and return the handle on its result."""
-        positional, named = _arguments(args, kwargs)
-        if options:
-            check_names(options, SendOptions.__optional_keys__, "apply_async()")
-        self._parameters.check(positional, named)
+        positional, named = self._checked(args, kwargs, options, "apply_async()")
         sender = self.sender
-        task_id = options.get("task_id")
         if sender.conf.task_always_eager:  # before the envelope: its reply address opens the result store
-            sender.finalize()
-            return self.apply(positional, named, task_id=task_id, headers=options.get("headers"))
-        if options and self._envelope is None:  # checked before a connection is opened for the reply address
-            sender.envelopes.with_options(sender.envelopes.of_name(self.name), options)
-        envelope = self._envelope or self._prepare(positional, named)
-        if options:
-            envelope = sender.envelopes.with_options(envelope, options)
-        return sender.send(
-            envelope, new_id() if task_id is None else text_option("task_id", task_id), positional, named
-        )
+            return self._send_eagerly(positional, named, options)
+        envelope = self._envelope or self._keep(sender.addressed(self._new_envelope(positional, named, options)))
+        return sender.send(*sender.with_options(envelope, options), positional, named)
+
+    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult[R]:
+        """Do as ``delay`` does without blocking the event loop."""
+        envelope = self._direct
+        if envelope is None or self._has_own("aapply_async"):
+            return await self.aapply_async(args, kwargs)
+        parameters = self._parameters
+        if kwargs or not parameters.least <= len(args) <= parameters.most:
+            parameters.check(args, kwargs)
+        return await self.app.loop_sender.send(envelope, new_id(), args, kwargs)
+
+    async def aapply_async(
+        self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None, **options: Unpack[SendOptions]
+    ) -> AsyncResult[R]:
+        """Do as ``apply_async`` does without blocking the event loop."""
+        if self._has_own("apply_async") and not self._has_own("aapply_async"):
+            # One of the user's, or of a tool that wraps it, must see every call. It may block, but not in a worker:
+            # there it hands the message over, from the call's own thread.
+            send = partial(self.apply_async, args, kwargs, **options)
+            return send() if is_in_worker() else await in_thread(send)
+        positional, named = self._checked(args, kwargs, options, "aapply_async()")
+        sender, on_loop = self.sender, self.app.loop_sender
+        if sender.conf.task_always_eager:
+            return self._send_eagerly(positional, named, options)
+        envelope = self._envelope or self._keep(await on_loop.addressed(self._new_envelope(positional, named, options)))
+        return await on_loop.send(*sender.with_options(envelope, options), positional, named)
 
     def apply(
         self,
@@ -464,18 +494,44 @@ class Task(Generic[P, R]):
                 "@app.task(autoretry_for=(ConnectionError,), ...)"
             )
 
-    def _prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Envelope:
-        """Return the envelope for one call; it is kept for the next ones unless a router looks at every call."""
-        envelope = self._sender.envelope_of_task(self, args, kwargs)
+    def _checked(
+        self, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None, options: SendOptions, where: str
+    ) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """Return the arguments of a call; raise TypeError for those, and for names of options, that cannot be."""
+        positional, named = _arguments(args, kwargs)
+        if options:
+            check_names(options, SendOptions.__optional_keys__, where)
+        self._parameters.check(positional, named)
+        return positional, named
+
+    def _send_eagerly(self, args: Sequence[Any], kwargs: Mapping[str, Any], options: SendOptions) -> EagerResult[R]:
+        self.sender.finalize()
+        return self.apply(args, kwargs, task_id=options.get("task_id"), headers=options.get("headers"))
+
+    def _new_envelope(self, args: Sequence[Any], kwargs: Mapping[str, Any], options: SendOptions) -> Envelope:
+        """Return the envelope for one call; where its result goes is not in it yet.
+
+        The options are checked, before a connection is opened for that address.
+        """
+        envelopes = self._sender.envelopes
+        if options:
+            envelopes.with_options(envelopes.of_name(self.name), options)
+        return envelopes.of_task(self, args, kwargs)
+
+    def _keep(self, envelope: Envelope) -> Envelope:
+        """Use an envelope for the next calls too, unless a router looks at every call."""
         if self._sender.envelopes.routes_are_static:
             self._envelope = envelope
             # An apply_async of the user's, or of a tool that wraps it, must see every call.
-            own = type(self).apply_async is not _APPLY_ASYNC or "apply_async" in vars(self)
-            self._direct = None if own else envelope
+            self._direct = None if self._has_own("apply_async") else envelope
         return envelope
 
+    def _has_own(self, method: str) -> bool:
+        """Return whether a method is not the one that is written here."""
+        return getattr(type(self), method) is not _SENDING[method] or method in vars(self)
 
-_APPLY_ASYNC = Task.apply_async
+
+_SENDING = {"apply_async": Task.apply_async, "aapply_async": Task.aapply_async}
 
 
 def get_task_logger(name: str) -> logging.Logger:

@@ -6,7 +6,7 @@ A broker of somebody else's is a ``Broker`` too: named by ``module:NAME`` in pla
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -16,7 +16,7 @@ from fastq.plugins import Target, find_plugin, load, plugin_names, unknown_part
 
 if TYPE_CHECKING:
     from fastq._core import Core
-    from fastq.interfaces import BlockingBus, Bus, Clock, Consumer, Publisher
+    from fastq.interfaces import AsyncPublisher, BlockingBus, Bus, Clock, Consumer, Publisher
     from fastq.settings import Settings
 
 #: The group of entry points in which other packages name their brokers.
@@ -27,7 +27,8 @@ ENTRY_POINTS: Final = "fastq.brokers"
 class Broker:
     """What stands behind the schemes of one kind of broker. Targets are objects, or where they are (``module:name``).
 
-    ``publisher`` is called with (url, settings), ``consumer`` with (url, settings, core): see ``interfaces``.
+    ``publisher`` and its kin are called with (url, settings), ``consumer`` with (url, settings, core): see
+    ``interfaces``.
     """
 
     schemes: tuple[str, ...]
@@ -35,6 +36,8 @@ class Broker:
     consumer: Target
     #: Publishes before the broker has confirmed (``confirm_publish="behind"``); None: ``publisher`` does it all.
     behind: Target | None = None
+    #: Publishes from an event loop; None: ``publisher`` does, in a thread.
+    on_loop: Target | None = None
     #: Called with (url, settings, clock) and (url, settings); None: no remote control and no events.
     bus: Target | None = None
     blocking_bus: Target | None = None
@@ -77,6 +80,7 @@ RABBITMQ: Final = Broker(
     publisher="fastq.brokers.rabbitmq.publisher:AmqpPublisher",
     consumer="fastq.brokers.rabbitmq.consumer:AmqpConsumer",
     behind="fastq.brokers.rabbitmq.behind:BehindPublisher",
+    on_loop="fastq.brokers.rabbitmq.on_loop:AmqpLoopPublisher",
     bus="fastq.brokers.rabbitmq.bus:open_bus",
     blocking_bus="fastq.brokers.rabbitmq.bus:open_blocking_bus",
     options=frozenset(f"{_COMMON} {_AMQP_OPTIONS}".split()),
@@ -91,6 +95,7 @@ REDIS: Final = Broker(
     publisher="fastq.brokers.redis.publisher:RedisPublisher",
     consumer="fastq.brokers.redis.consumer:RedisConsumer",
     behind="fastq.brokers.redis.behind:RedisBehindPublisher",
+    on_loop="fastq.brokers.redis.on_loop:RedisLoopPublisher",
     bus="fastq.brokers.redis.bus:open_bus",
     blocking_bus="fastq.brokers.redis.bus:open_blocking_bus",
     options=frozenset(f"{_COMMON} {_REDIS_OPTIONS}".split()),
@@ -142,6 +147,25 @@ def open_publisher(url: str, settings: Settings) -> Publisher:
     is_behind = settings.broker_transport_options.get("confirm_publish") == "behind"
     publisher: Publisher = load((is_behind and broker.behind) or broker.publisher)(url, settings)
     return publisher
+
+
+def open_async_publisher(url: str, settings: Settings) -> AsyncPublisher:
+    """Return a publisher for the running event loop; it connects at its first use. Raises SettingsError."""
+    target = find_broker(url).on_loop
+    if target is None:
+        return async_form(open_publisher(url, settings))
+    publisher: AsyncPublisher = load(target)(url, settings)
+    return publisher
+
+
+def async_form(publisher: Publisher) -> AsyncPublisher:
+    """Return a publisher as a loop may use it: its own ``on_loop``, else what it does is done in a thread."""
+    own: Callable[[], AsyncPublisher] | None = getattr(publisher, "on_loop", None)
+    if own is not None:
+        return own()
+    from fastq.brokers.threaded import ThreadedPublisher
+
+    return ThreadedPublisher(publisher)
 
 
 def open_consumer(url: str, settings: Settings, core: Core | None) -> Consumer:

@@ -18,17 +18,28 @@ Outcome: TypeAlias = "Meta | FastqError"
 
 
 class Waiter:
-    """Somebody who waits for one result; with a callback, the thread waits for them."""
+    """Somebody who waits for one result; with a callback, the thread waits for them.
 
-    __slots__ = ("callback", "look_at", "outcome", "pause_s", "signal", "task_id")
+    Who ``observes`` is told of the states before the last one too.
+    """
+
+    __slots__ = ("callback", "look_at", "observes", "outcome", "pause_s", "seen", "signal", "task_id")
 
     def __init__(
-        self, task_id: str, signal: Signal, pause_s: float, callback: Callable[[Meta], None] | None = None
+        self,
+        task_id: str,
+        signal: Signal,
+        pause_s: float,
+        callback: Callable[[Meta], None] | None = None,
+        observes: bool = False,
     ) -> None:
         self.task_id = task_id
         self.signal = signal
         self.callback = callback
         self.outcome: Outcome | None = None
+        self.observes = observes
+        #: The last state that an observer was told of: one that is looked for is found again and again.
+        self.seen: Meta | None = None
         #: When to look for the result (monotonic), and the pause that led there.
         self.look_at = math.inf
         self.pause_s = pause_s

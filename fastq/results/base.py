@@ -25,6 +25,10 @@ class WaitingStore(Generic[T]):
         """Return None: whoever stores a result need not know who waits for it."""
         return None
 
+    def is_there(self) -> bool:
+        """Return whether the place was reached: from then on those who wait look for it, not who begins to."""
+        return self._waiting.was_there
+
     def load(self, task_id: str) -> Meta | None:
         """Return the stored meta, or None when nothing is known of the task. Raises ConnectionLost, DecodeError."""
         state = self._place.look([task_id]).get(task_id)
@@ -37,6 +41,10 @@ class WaitingStore(Generic[T]):
     def watch(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
         """Call back once, from a background thread, when a final state is known; returns what ends the watch."""
         return self._waiting.watch(task_id, callback)
+
+    def observe(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
+        """Call back, from a background thread, with each state as it becomes known; returns what ends that."""
+        return self._waiting.observe(task_id, callback)
 
     def close(self) -> None:
         """Release connections and the thread; a later call opens them again."""

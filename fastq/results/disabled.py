@@ -21,6 +21,10 @@ class DisabledStore:
     def reply_address(self, deadline: float | None = None) -> None:
         """Return None: nobody is to reply."""
 
+    def is_there(self) -> bool:
+        """Return True: all that is asked is refused at once."""
+        return True
+
     def load(self, task_id: str) -> Meta | None:
         """Raise ResultsDisabled."""
         _refuse(task_id)
@@ -30,6 +34,10 @@ class DisabledStore:
         _refuse(task_id)
 
     def watch(self, task_id: str, callback: Callable[[Meta], None]) -> NoReturn:
+        """Raise ResultsDisabled."""
+        _refuse(task_id)
+
+    def observe(self, task_id: str, callback: Callable[[Meta], None]) -> NoReturn:
         """Raise ResultsDisabled."""
         _refuse(task_id)
 

@@ -26,6 +26,10 @@ class MemoryStore:
     def reply_address(self, deadline: float | None = None) -> None:
         """Return None: whoever stores a result is in this process and finds who waits."""
 
+    def is_there(self) -> bool:
+        """Return True."""
+        return True
+
     def load(self, task_id: str) -> Meta | None:
         """Return the stored meta, or None when nothing is known of the task."""
         meta = self._space.load(task_id)
@@ -61,6 +65,17 @@ class MemoryStore:
         if meta is not None:
             on_ready(meta)
         return partial(self._space.not_waiting, task_id, on_ready)
+
+    def observe(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
+        """Call back, from a background thread, with each state as it is stored; returns what ends that."""
+
+        def on_state(meta: bytes) -> None:
+            self._space.in_background(lambda: callback(decode_meta(meta)))
+
+        meta = self._space.observe(task_id, on_state)
+        if meta is not None:
+            on_state(meta)
+        return partial(self._space.not_observing, task_id, on_state)
 
     def save(self, task_id: str, state: str, meta: bytes) -> None:
         """Store an encoded meta."""

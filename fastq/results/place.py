@@ -83,6 +83,6 @@ class Place(Generic[T]):
 
 
 def lost_meta(task_id: str, error: FastqError) -> Meta:
-    """Return a meta that raises ``error`` where the result is asked for."""
+    """Return a meta that raises ``error`` where the result is asked for; ``lost``: it says nothing of the task."""
     stored = {"exc_type": type(error).__name__, "exc_message": [str(error)], "exc_module": "fastq.errors"}
-    return {"task_id": task_id, "status": FAILURE, "result": stored, "traceback": None, "children": []}
+    return {"task_id": task_id, "status": FAILURE, "result": stored, "traceback": None, "children": [], "lost": True}

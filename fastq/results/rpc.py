@@ -248,6 +248,10 @@ class RpcStore(WaitingStore[Reply]):
             self._waiting.refresh(time.monotonic() + self._place.patience_s if deadline is None else deadline)
         return self._place.name
 
+    def is_there(self) -> bool:
+        """Return whether the reply queue is read from over a connection that stands."""
+        return self._place.is_fresh()
+
     def load(self, task_id: str) -> Meta | None:
         """Return the latest state that has arrived for a task, None when none has. Raises DecodeError."""
         if self._place.is_open:

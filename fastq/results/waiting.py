@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from fastq.errors import ConnectionLost, FastqError, ResultTimeout
 from fastq.net import forks
@@ -33,6 +33,8 @@ T = TypeVar("T")
 #: Chosen: the place is opened once in so long, should the other side take connections and end them.
 REOPEN_S: Final = 1.0
 LOOK_SLICE: Final = 500
+#: Chosen: where states are looked for, who observes is looked for so often.
+OBSERVE_S: Final = 0.1
 FOREVER_S: Final = 1e9
 
 
@@ -105,8 +107,15 @@ class Waiting(Generic[T]):
 
         Raises ConnectionLost if the place was never there.
         """
-        watchers = self._watchers
-        waiter = Waiter(task_id, watchers.signal, self._place.first_look_s, callback)
+        return self._serve(Waiter(task_id, self._watchers.signal, self._place.first_look_s, callback))
+
+    def observe(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
+        """Do as ``watch`` does for each state, the one that is known already included, the last one last."""
+        return self._serve(Waiter(task_id, self._watchers.signal, self._place.first_look_s, callback, observes=True))
+
+    def _serve(self, waiter: Waiter) -> Unwatch:
+        """Have the thread wait for somebody."""
+        watchers, task_id = self._watchers, waiter.task_id
         watchers.add(waiter)
         try:
             self._enter(waiter)
@@ -131,8 +140,13 @@ class Waiting(Generic[T]):
             if self._stale and not self._place.hears_all:
                 self._watchers.tell()
 
+    @property
+    def was_there(self) -> bool:
+        """Whether the place was reached."""
+        return self._patience.was_there
+
     def deliver(self, states: Mapping[str, T]) -> None:
-        """Give states to those who wait for them, as far as they are final."""
+        """Give states to those who wait for them: final ones, and others to those who observe."""
         for task_id, state in states.items():
             if task_id in self._waiting:
                 self._end(task_id, partial(self._read, state))
@@ -209,11 +223,13 @@ class Waiting(Generic[T]):
         if waiter.outcome is None and self._leave(waiter) and not self._place.hears_all:
             self._drop_stale()
 
-    def _end(self, task_id: str, make: Callable[[], Outcome | None]) -> None:
+    def _end(self, task_id: str, make: Callable[[], Outcome]) -> None:
         """Give those who wait for a task an outcome each, as values and errors are theirs to change."""
-        outcome = make()
-        if outcome is None:
+        first = make()
+        if not isinstance(first, FastqError) and first["status"] not in READY_STATES:
+            self._pass_on(task_id, first, make)
             return
+        outcome: Outcome | None = first
         with self._lock:
             waiters = self._waiting.get(task_id, ())
             for waiter in waiters:
@@ -230,17 +246,26 @@ class Waiting(Generic[T]):
         for waiter in waiters:
             self._lead.tell(waiter.signal)
 
+    def _pass_on(self, task_id: str, meta: Meta, make: Callable[[], Outcome]) -> None:
+        """Give those who observe a state that is not the last one, a meta each; ``meta`` stays as it is."""
+        with self._lock:
+            told = [each for each in self._waiting.get(task_id, ()) if each.observes and each.seen != meta]
+            for waiter in told:
+                waiter.seen = meta
+                self._watchers.pass_on(waiter, cast("Meta", make()))
+        for waiter in told[:1]:
+            self._lead.tell(waiter.signal)
+
     def _fail_all(self, error: FastqError) -> None:
         for task_id in list(self._waiting):
             self._end(task_id, partial(copy.copy, error))
 
-    def _read(self, state: T) -> Outcome | None:
-        """Return the meta of a final state, or why it cannot be read: who waits shall hear of that."""
+    def _read(self, state: T) -> Outcome:
+        """Return a state's meta, or why it cannot be read: who waits shall hear of that."""
         try:
-            meta = self._place.decode(state)
+            return self._place.decode(state)
         except FastqError as error:
             return error
-        return meta if meta["status"] in READY_STATES else None
 
     def _serve_watchers(self, until: float) -> None:
         """Wait for all watched results, on the watchers' thread."""
@@ -390,7 +415,8 @@ class Waiting(Generic[T]):
         with self._lock:
             due = self._agenda.take_due(now)
             for waiter in due if not place.hears_all else ():
-                waiter.pause_s = min(waiter.pause_s * place.look_growth, place.last_look_s)
+                last_s = OBSERVE_S if waiter.observes else place.last_look_s
+                waiter.pause_s = min(waiter.pause_s * place.look_growth, last_s)
                 self._agenda.plan(waiter, now + waiter.pause_s)
         task_ids = list({waiter.task_id: None for waiter in due})
         if task_ids and not place.hears_all:

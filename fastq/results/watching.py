@@ -9,12 +9,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fastq.errors import FastqError
 from fastq.results.agenda import Waiter
 from fastq.results.leading import Lead
 from fastq.results.place import lost_meta
+
+if TYPE_CHECKING:
+    from fastq.interfaces import Meta
 
 #: Chosen: the thread stays for so long, as the next watcher is likely to come soon.
 LINGER_S: Final = 5.0
@@ -37,7 +40,7 @@ class Watchers:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._watching: set[Waiter] = set()
-        self._ended: deque[Waiter] = deque()
+        self._news: deque[tuple[Waiter, Meta | None]] = deque()  # with a state on the way, or without: it has ended
         self._has_news = self._is_closing = False
 
     @property
@@ -55,7 +58,11 @@ class Watchers:
 
     def end(self, waiter: Waiter) -> None:
         """A waiter has its outcome: have it called back; the signal is the caller's to set."""
-        self._ended.append(waiter)
+        self._news.append((waiter, None))
+
+    def pass_on(self, waiter: Waiter, meta: Meta) -> None:
+        """There is a state on the way, for a waiter that observes: as ``end``."""
+        self._news.append((waiter, meta))
 
     def start(self) -> None:
         """Have a thread, if there is none."""
@@ -71,7 +78,7 @@ class Watchers:
 
     def is_needed(self) -> bool:
         """Whether the thread has to come round."""
-        return bool(self._ended) or self._has_news or (self._is_closing and not self._watching)
+        return bool(self._news) or self._has_news or (self._is_closing and not self._watching)
 
     def stop(self) -> None:
         """Wait for the thread to end; for as long as anybody watches it goes on."""
@@ -101,7 +108,7 @@ class Watchers:
                 try:
                     self._serve(leave_at)
                 except (FastqError, OSError) as error:
-                    if self._watching and not self._ended:
+                    if self._watching and not self._news:
                         self._logger.error("cannot look for results, trying again: %s", error)
                         self.signal.clear()
                         self.signal.wait(RETRY_S)
@@ -111,14 +118,16 @@ class Watchers:
                     self._thread = None
 
     def _call_back(self) -> None:
-        while self._ended:
-            waiter = self._ended.popleft()
-            self.discard(waiter)
-            callback, waiter.callback = waiter.callback, None
-            if callback is None or waiter.outcome is None:
+        while self._news:
+            waiter, meta = self._news.popleft()
+            if meta is None:
+                self.discard(waiter)
+            callback, outcome = waiter.callback, meta or waiter.outcome
+            if callback is None or outcome is None:
                 continue
-            meta = waiter.outcome
+            if meta is None:
+                waiter.callback = None
             try:
-                callback(lost_meta(waiter.task_id, meta) if isinstance(meta, FastqError) else meta)
+                callback(lost_meta(waiter.task_id, outcome) if isinstance(outcome, FastqError) else outcome)
             except Exception:
                 self._logger.exception("a callback for the result of task %s failed", waiter.task_id)

@@ -38,6 +38,27 @@ class PipePublisher:
     def close(self) -> None:
         """Nothing to do: the pipe lives as long as the child."""
 
+    def on_loop(self) -> LoopPipePublisher:
+        """Return its form for tasks that are coroutines."""
+        return LoopPipePublisher(self)
+
+
+class LoopPipePublisher:
+    """The child's AsyncPublisher: the messages are handed over at once, so they belong to the call that sends them."""
+
+    def __init__(self, publisher: PipePublisher) -> None:
+        self._publisher = publisher
+
+    async def publish(self, messages: Sequence[Message], deadline: float | None = None) -> None:
+        """Hand the messages to the main process, without a turn of the loop."""
+        self._publisher.publish(messages, deadline)
+
+    async def declare(self, queue: str, deadline: float | None = None) -> None:
+        """Nothing to do: the main process declares what it publishes to."""
+
+    async def close(self) -> None:
+        """Nothing to do: the pipe lives as long as the child."""
+
 
 class PipeStore:
     """The child's ResultStore: states go to the main process, the rest to a store of its own, opened at first use."""
@@ -57,6 +78,10 @@ class PipeStore:
         """Return the own store's address."""
         return self._own.reply_address(deadline)
 
+    def is_there(self) -> bool:
+        """Return whether the own store was reached."""
+        return self._store is not None and self._store.is_there()
+
     def load(self, task_id: str) -> Meta | None:
         """Ask the own store."""
         return self._own.load(task_id)
@@ -68,6 +93,10 @@ class PipeStore:
     def watch(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
         """Watch at the own store."""
         return self._own.watch(task_id, callback)
+
+    def observe(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
+        """Observe at the own store."""
+        return self._own.observe(task_id, callback)
 
     def save(self, task_id: str, state: str, meta: bytes) -> None:
         """Hand the state to the main process."""

@@ -10,13 +10,15 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fastq.errors import ConnectionLost, FastqError, NotRegistered, PublishError, ResultsDisabled
 from fastq.net import forks
-from fastq.request import current, running_message
+from fastq.request import Request, current, is_in_worker, running_message
 from fastq.result import AsyncResult, Collected, ResultSource
+from fastq.sending.attempts import Attempts
 from fastq.sending.envelope import Addressed, Envelope, Envelopes, PublishRetry
 from fastq.sending.options import SendOptions, text_option
 from fastq.settings import Settings
@@ -49,15 +51,16 @@ class Sendable(Addressed, Protocol):
 
 @dataclass(slots=True)
 class Batch(Collected):
-    """What a thread has collected in ``app.batch()``."""
+    """What was collected in ``app.batch()``."""
 
     messages: list[Message] = field(default_factory=list)
+    #: The block has not ended. A coroutine that was started in it may outlive it, and then sends by itself.
+    is_open: bool = True
 
-
-class _Thread(threading.local):
-    """A thread's batch; None outside of one."""
-
-    batch: Batch | None = None
+    def take(self) -> list[Message]:
+        """Return the messages and keep them no longer: who keeps a handle keeps the batch."""
+        messages, self.messages = self.messages, []
+        return messages
 
 
 class Sender:
@@ -68,10 +71,13 @@ class Sender:
         self._tasks = tasks
         self._source = source
         self._lock = threading.RLock()
-        self._thread = _Thread()
+        # Of this thread, greenlet or coroutine, and of coroutines that were started in the block.
+        self._batch: ContextVar[Batch | None] = ContextVar("fastq_batch", default=None)
         self._envelopes: Envelopes | None = None
         self._named: dict[str, Envelope] = {}
         self._publisher: Publisher | None = None
+        #: The publisher that was set, in place of one that is opened; the child of a worker has such a one.
+        self.given_publisher: Publisher | None = None
         self._store: ResultStore | None = None
         self._declared: set[str] = set()
         self._sent: SentEvents | None = None
@@ -91,107 +97,146 @@ class Sender:
                     "name"
                 )
             return task.apply_async(args, kwargs, **options)
-        if options and name not in self._named:  # checked before a connection is opened for the reply address
-            self.envelopes.with_options(self.envelopes.of_name(name), options)
-        envelope = self._envelope_of(name, args, kwargs)
-        if options:
-            envelope = self.envelopes.with_options(envelope, options)
-        task_id = options.get("task_id")
-        return self.send(envelope, new_id() if task_id is None else text_option("task_id", task_id), args, kwargs)
+        envelope = self._named.get(name)
+        if envelope is None:
+            envelope = self.new_envelope(name, args, kwargs, options)
+            self.keep_envelope(self.addressed(envelope))
+        return self.send(*self.with_options(envelope, options), args, kwargs)
 
     def send(
         self, envelope: Envelope, task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> AsyncResult[Any]:
         """Publish one call and return the handle on its result; ``delay`` and all its relatives end here."""
-        parent = None if current() is None else running_message()
-        message = envelope.message(task_id, args, kwargs, parent)
-        batch = self._thread.batch
-        if batch is None:
+        message, parent = self.make(envelope, task_id, args, kwargs)
+        batch = self._batch.get()
+        if batch is None or not batch.is_open:  # as ``collecting`` has it, without the call
+            batch = None
             self._publish((message,), envelope.publish_retry)
         else:
             batch.messages.append(message)
+        return self.handle(envelope, task_id, parent, batch)
+
+    def make(
+        self, envelope: Envelope, task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Message, Request | None]:
+        """Return the message of one call, and the running call that sends it if there is one. Raises EncodeError."""
+        parent = None if current() is None else running_message()
+        return envelope.message(task_id, args, kwargs, parent), parent
+
+    def handle(self, envelope: Envelope, task_id: str, parent: Request | None, batch: Batch | None) -> AsyncResult[Any]:
+        """Return the handle on a call that was sent; who sent it has it among its children."""
         sent: AsyncResult[Any] = AsyncResult(task_id, self._source, envelope.name, envelope.ignore_result, batch)
         if parent is not None:
             parent.children.append(sent)
         return sent
 
     def publish(self, messages: Sequence[Message], retry: PublishRetry | None = None) -> None:
-        """Return when the broker has confirmed the messages, or when this thread's batch has them.
+        """Return when the broker has confirmed the messages, or when the batch that is collected here has them.
 
         What was lost with its connection or refused is sent again by the retry policy, then raised; what was confirmed
         never, nor what has only not been confirmed in time. ``fastq_publish_timeout`` is for all attempts together.
         """
-        batch = self._thread.batch
+        batch = self.collecting
         if batch is not None:
             batch.messages.extend(messages)
         else:
             self._publish(messages, retry)
 
     def _publish(self, messages: Sequence[Message], retry: PublishRetry | None) -> None:
-        attempt, left = 0, messages
+        left, attempts = messages, None
         deadline = time.monotonic() + self.conf.fastq_publish_timeout
         while True:
             try:
                 self._publish_once(left, deadline)
                 break
             except (ConnectionLost, PublishError) as error:
-                policy = self.envelopes.default_retry if retry is None else retry
-                if policy.max_retries is not None and attempt >= policy.max_retries:
-                    raise
-                if isinstance(error, PublishError) and error.again is not None:
-                    if not error.again:
-                        raise
-                    left = cast("Sequence[Message]", error.again)
-                pause_s = policy.pause_s(attempt)
-                if time.monotonic() + pause_s >= deadline:
-                    raise
+                if attempts is None:
+                    attempts = self.attempts(messages, retry, deadline)
+                pause_s = attempts.pause_after(error)
+                left = attempts.left
             time.sleep(pause_s)
-            attempt += 1
             # What the broker's restart has ended is there again before a worker can answer.
             with suppress(FastqError):
                 self._reply_address(deadline)
         if self._sent is not None:
             self._sent.tell(messages)
 
+    def attempts(self, messages: Sequence[Message], retry: PublishRetry | None, deadline: float) -> Attempts:
+        """Return the attempts to send messages by a policy, or by the settings'."""
+        return Attempts(messages, self.envelopes.default_retry if retry is None else retry, deadline)
+
     def _publish_once(self, messages: Sequence[Message], deadline: float) -> None:
         publisher = self._publisher or self.publisher
         declared = self._declared
         for message in messages:
             if not message.exchange and message.routing_key not in declared:
-                self._declare(publisher, message.routing_key, deadline)
+                if self.may_declare(message.routing_key):
+                    publisher.declare(message.routing_key, deadline)
+                self.note_declared(message.routing_key)
         publisher.publish(messages, deadline)
 
-    def _declare(self, publisher: Publisher, queue: str, deadline: float) -> None:
-        if self.conf.task_create_missing_queues or queue == self.conf.task_default_queue:
-            publisher.declare(queue, deadline)
+    def is_declared(self, queue: str) -> bool:
+        """Return whether this process has declared a queue, or has not to."""
+        return queue in self._declared
+
+    def may_declare(self, queue: str) -> bool:
+        """Return whether a queue is to be created when it is first used."""
+        return bool(self.conf.task_create_missing_queues) or queue == self.conf.task_default_queue
+
+    def note_declared(self, queue: str) -> None:
+        """Declare a queue no more."""
         self._declared.add(queue)
+
+    @property
+    def tells_sent(self) -> bool:
+        """Return whether monitors are told of what is sent here."""
+        return self._sent is not None and not is_in_worker()
+
+    def tell_sent(self, messages: Sequence[Message]) -> None:
+        """Tell monitors of what was sent."""
+        if self._sent is not None:
+            self._sent.tell(messages)
+
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    @property
+    def collecting(self) -> Batch | None:
+        """Return what collects the calls that are sent here, None outside of a batch."""
+        batch = self._batch.get()
+        return batch if batch is not None and batch.is_open else None
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """Collect what this thread sends inside the ``with`` block and publish it at the end, with one wait for all.
+        """Collect what is sent inside the ``with`` block and publish it at the end, with one wait for all.
 
         After an exception in the block nothing is published, and who waits for its results is told so. Inside another
         batch, it joins that one.
         """
-        thread = self._thread
-        if thread.batch is not None:
+        with self.collect() as batch:
             yield
+        if batch is not None and (messages := batch.take()):
+            self._publish(messages, None)
+
+    @contextmanager
+    def collect(self) -> Iterator[Batch | None]:
+        """Collect what is sent inside the ``with`` block; None inside another one, which collects it."""
+        if self.collecting is not None:
+            yield None
             return
-        thread.batch = batch = Batch()
+        batch = Batch()
+        self._batch.set(batch)
         try:
-            yield
+            yield batch
         except BaseException as error:
             _drop(batch, error)
             raise
         finally:
-            thread.batch = None
-        messages, batch.messages = batch.messages, []  # who keeps a handle keeps the batch
-        if messages:
-            self._publish(messages, None)
+            batch.is_open = False
+            self._batch.set(None)
 
     def is_collected(self, task_id: str) -> bool:
-        """Return whether a call waits for the end of this thread's ``batch``."""
-        batch = self._thread.batch
+        """Return whether a call waits for the end of the batch that is collected here."""
+        batch = self.collecting
         return batch is not None and any(message.id == task_id for message in batch.messages)
 
     # --- envelopes ---------------------------------------------------------------------------------------------------
@@ -203,32 +248,49 @@ class Sender:
             self.finalize()
         return cast("Envelopes", self._envelopes)
 
-    def envelope_of_task(self, task: Addressed, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Envelope:
-        """Return the envelope for one call of a task; it holds for all its calls if ``envelopes.routes_are_static``."""
-        return self._addressed(self.envelopes.of_task(task, args, kwargs))
+    def known_envelope(self, name: str) -> Envelope | None:
+        """Return the envelope of a task of which only the name is known, if it was kept."""
+        return self._named.get(name)
 
-    def _envelope_of(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Envelope:
-        envelope = self._named.get(name)
-        if envelope is not None:
-            return envelope
+    def new_envelope(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: SendOptions) -> Envelope:
+        """Return the envelope for one call of such a task; where its result goes is not in it yet.
+
+        The options are checked, before a connection is opened for that address.
+        """
         envelopes = self.envelopes
-        envelope = self._addressed(envelopes.routed(envelopes.of_name(name), args, kwargs, self._tasks.get(name)))
-        if envelopes.routes_are_static:
+        envelope = envelopes.of_name(name)
+        if options:
+            envelopes.with_options(envelope, options)
+        return envelopes.routed(envelope, args, kwargs, self._tasks.get(name))
+
+    def keep_envelope(self, envelope: Envelope) -> None:
+        """Use it for the next calls too, unless a router looks at every call."""
+        if self.envelopes.routes_are_static:
             if len(self._named) >= _MAX_NAMED_ENVELOPES:
                 self._named.clear()
-            self._named[name] = envelope
-        return envelope
+            self._named[envelope.name] = envelope
 
-    def _addressed(self, envelope: Envelope) -> Envelope:
+    def with_options(self, envelope: Envelope, options: SendOptions) -> tuple[Envelope, str]:
+        """Return the envelope with a call's options, and the call's id."""
+        task_id = options.get("task_id")
+        return (
+            self.envelopes.with_options(envelope, options) if options else envelope,
+            new_id() if task_id is None else text_option("task_id", task_id),
+        )
+
+    def addressed(self, envelope: Envelope) -> Envelope:
+        """Return the envelope with where its result is to go."""
         envelope.reply_to = None if envelope.ignore_result else self._reply_address()
         return envelope
 
+    @property
+    def wants_replies(self) -> bool:
+        """Return whether who sends here may wait for results: a task in a worker does not."""
+        return self.stores_results and not is_in_worker()
+
     def _reply_address(self, deadline: float | None = None) -> str | None:
         """Return where workers send results to, None when the store needs no address."""
-        running = running_message()
-        if not self.stores_results or (running is not None and running.call is not None):
-            return None  # a task in a worker does not wait for results, and its process has no connections
-        return self.store.reply_address(deadline)
+        return self.store.reply_address(deadline) if self.wants_replies else None
 
     def forget_envelopes(self) -> None:
         """Prepare messages anew from the next one on: the reply address or the process has changed."""
@@ -275,6 +337,11 @@ class Sender:
     # --- connections -------------------------------------------------------------------------------------------------
 
     @property
+    def broker_url(self) -> str:
+        """Return where the broker is."""
+        return cast("str", self.conf.broker_url)
+
+    @property
     def publisher(self) -> Publisher:
         """Return the connection to the broker, opened at first use."""
         if self._publisher is None:
@@ -283,12 +350,12 @@ class Sender:
                 if self._publisher is None:
                     from fastq.brokers import open_publisher
 
-                    self._publisher = open_publisher(cast("str", self.conf.broker_url), self.conf)
+                    self._publisher = open_publisher(self.broker_url, self.conf)
         return self._publisher
 
     @publisher.setter
     def publisher(self, publisher: Publisher | None) -> None:
-        self._publisher = publisher
+        self._publisher = self.given_publisher = publisher
         self._declared.clear()
 
     @property
@@ -319,19 +386,19 @@ class Sender:
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Have no connections inside a ``with`` block but those that are opened there."""
-        kept = self._publisher, self._store, self._declared
-        self._publisher, self._store, self._declared = None, None, set()
+        kept = self._publisher, self.given_publisher, self._store, self._declared
+        self._publisher, self.given_publisher, self._store, self._declared = None, None, None, set()
         try:
             yield
         finally:
             self.close()
-            self._publisher, self._store, self._declared = kept
+            self._publisher, self.given_publisher, self._store, self._declared = kept
 
     def close(self) -> None:
         """Close the connections; a later use opens new ones."""
         with self._lock:
             store, publisher = self._store, self._publisher
-            self._store = self._publisher = None
+            self._store = self._publisher = self.given_publisher = None
         if self._sent is not None:
             self._sent.close()
         if store is not None:
@@ -342,7 +409,7 @@ class Sender:
     def after_fork(self) -> None:
         """Drop what belongs to the parent process; called in every forked child."""
         self._lock = threading.RLock()
-        self._thread.batch = None
+        self._batch.set(None)
         if self._sent is not None:
             self._sent.after_fork()
         self.forget_envelopes()

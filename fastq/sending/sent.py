@@ -18,7 +18,7 @@ import orjson
 
 from fastq.brokers import open_blocking_bus
 from fastq.errors import FastqError
-from fastq.request import running_message
+from fastq.request import is_in_worker
 from fastq.wire.message import Message
 from fastq.wire.properties import decode_properties
 
@@ -53,8 +53,7 @@ class SentEvents:
 
     def tell(self, messages: Sequence[Message]) -> None:
         """Say that these calls were sent. A task in a worker says nothing here: its process has no connections."""
-        running = running_message()
-        if running is not None and running.call is not None:
+        if is_in_worker():
             return
         with self._lock:
             events = [self._event(message) for message in messages]

@@ -15,6 +15,7 @@ from fastq.codecs.meta import encode_meta
 from fastq.errors import RemoteError, ResultsDisabled, ResultTimeout
 from fastq.request import Request, pop_request, push_request
 from fastq.result import AsyncResult, RemoteTraceback
+from tests.support.conformance.async_publishers import soon
 from tests.support.recording import RecordingPublisher, RecordingStore, received
 
 
@@ -282,6 +283,112 @@ def test_a_result_that_comes_after_the_loop_is_gone_hurts_nobody(task: Task[[int
     asyncio.run(give_up())
     finish(store, result, "SUCCESS", 4)
     assert result.get() == 4
+
+
+# --- stream -----------------------------------------------------------------------------------------------------------
+
+
+async def read(result: AsyncResult[Any], timeout: float | None = 5) -> list[tuple[str, Any]]:
+    return [(progress.state, progress.value) async for progress in result.stream(timeout)]
+
+
+def test_stream_yields_each_state_and_ends_with_the_last(task: Task[[int], int], store: RecordingStore) -> None:
+    result = task.delay(2)
+
+    async def main() -> list[tuple[str, Any]]:
+        found: list[tuple[str, Any]] = []
+        states = [("STARTED", {"pid": 1}), ("PROGRESS", 1), ("PROGRESS", 2), ("SUCCESS", 4)]
+        async for progress in result.stream(timeout=5):
+            found.append((progress.state, progress.value))
+            assert progress.is_final is (progress.state == "SUCCESS")
+            if states:
+                finish(store, result, *states.pop(0))
+        return found
+
+    assert asyncio.run(main()) == [
+        ("PENDING", None),
+        ("STARTED", {"pid": 1}),
+        ("PROGRESS", 1),
+        ("PROGRESS", 2),
+        ("SUCCESS", 4),
+    ]
+    assert store.observers[result.id] == []
+    loads = store.loads
+    assert asyncio.run(read(result)) == [("SUCCESS", 4)]  # known for good
+    assert store.loads == loads
+
+
+def test_stream_yields_a_failure_as_its_exception(task: Task[[int], int], store: RecordingStore) -> None:
+    retried, failed = task.delay(2), task.delay(3)
+    finish(store, retried, "RETRY", ValueError("again"))
+    finish(store, failed, "FAILURE", KeyError("bad"))
+
+    async def main() -> None:
+        states = retried.stream()
+        retry = await anext(states)
+        assert (retry.state, repr(retry.value)) == ("RETRY", "ValueError('again')")
+        await states.aclose()
+        assert [(state, repr(value)) for state, value in await read(failed)] == [("FAILURE", "KeyError('bad')")]
+
+    asyncio.run(main())
+
+
+def test_stream_raises_when_no_state_comes_in_time(task: Task[[int], int], store: RecordingStore) -> None:
+    result = task.delay(2)
+
+    async def main() -> None:
+        found = []
+
+        async def read_on() -> None:
+            async for progress in result.stream(timeout=0.05):
+                found.append(progress.state)
+                # The same state once more is no news.
+                store.save(result.id, "PROGRESS", encode_meta(result.id, "PROGRESS", 1))
+
+        with pytest.raises(ResultTimeout, match=r"no new state within 0\.05 s"):
+            await read_on()
+        assert found == ["PENDING", "PROGRESS"]
+
+    asyncio.run(main())
+    assert store.observers[result.id] == []
+
+
+@pytest.mark.parametrize("end", ["break", "cancel", "loop"])
+def test_who_reads_a_stream_no_longer_is_told_nothing_more(
+    end: str, task: Task[[int], int], store: RecordingStore
+) -> None:
+    result = task.delay(2)
+
+    async def main() -> None:
+        reading = asyncio.ensure_future(read(result))
+        await soon(lambda: store.observers.get(result.id))
+        if end == "cancel":
+            reading.cancel()
+            await asyncio.wait([reading])
+            assert store.observers[result.id] == []
+        elif end == "break":
+            async for _ in result.stream():
+                break
+            finish(store, result, "SUCCESS", 4)
+            assert (await reading)[-1] == ("SUCCESS", 4)
+            await soon(lambda: store.observers[result.id] == [])  # the loop ends what was left
+
+    asyncio.run(main())
+    assert store.observers[result.id] == []
+    finish(store, result, "SUCCESS", 4)
+
+
+def test_stream_is_refused_where_aget_is(task: Task[[int], int], app: FastQ) -> None:
+    silent = app.task(name="silent", ignore_result=True)(lambda: None).delay()
+    with pytest.raises(ResultsDisabled, match="ignore_result"):
+        asyncio.run(read(silent))
+    push_request(Request.local("outer", (), {}, id="x"))
+    try:
+        with pytest.raises(RuntimeError, match="inside a running task"):
+            asyncio.run(read(task.delay(1)))
+    finally:
+        pop_request()
+    assert asyncio.run(read(task.apply((3,)))) == [("SUCCESS", 6)]
 
 
 def test_a_pickled_handle_reads_what_the_version_before_has_written() -> None:

@@ -59,11 +59,15 @@ class RecordingStore:
         self.metas: dict[str, Meta] = {}
         self.changed = threading.Condition()
         self.watchers: dict[str, list[Callable[[Meta], None]]] = {}
+        self.observers: dict[str, list[Callable[[Meta], None]]] = {}
         self.loads = 0
         self.closed = False
 
     def reply_address(self, deadline: float | None = None) -> str | None:
         return self.address
+
+    def is_there(self) -> bool:
+        return True
 
     def load(self, task_id: str) -> Meta | None:
         self.loads += 1
@@ -89,11 +93,20 @@ class RecordingStore:
             if callback in callbacks:
                 callbacks.remove(callback)
 
+    def observe(self, task_id: str, callback: Callable[[Meta], None]) -> Unwatch:
+        with self.changed:
+            observers = self.observers.setdefault(task_id, [])
+            observers.append(callback)
+        if task_id in self.metas:
+            callback(self.metas[task_id])
+        return partial(observers.remove, callback)
+
     def save(self, task_id: str, state: str, meta: bytes) -> None:
         with self.changed:
             self.metas[task_id] = decode_meta(meta)
             self.changed.notify_all()
             callbacks = self.watchers.pop(task_id, []) if self._is_ready(task_id) else []
+            callbacks += self.observers.get(task_id, ())
         for callback in callbacks:
             callback(self.metas[task_id])
 

@@ -56,6 +56,7 @@ class Space:
         self._listeners: list[Callable[[], None]] = []
         self._results: OrderedDict[str, tuple[str, bytes, float]] = OrderedDict()
         self._waiting: dict[str, list[Callable[[bytes], None]]] = {}
+        self._observing: dict[str, list[Callable[[bytes], None]]] = {}
         self._callbacks: queue.SimpleQueue[Callable[[], None]] | None = None
 
     # --- messages -----------------------------------------------------------------------------------------------------
@@ -174,6 +175,7 @@ class Space:
             while expires_s is not None and next(iter(self._results.values()))[2] < now - expires_s:
                 self._results.popitem(last=False)
             waiting = self._waiting.pop(task_id, []) if state in READY_STATES else []
+            waiting = [*waiting, *self._observing.get(task_id, ())]
         for callback in waiting:
             callback(meta)
 
@@ -208,6 +210,23 @@ class Space:
                 waiting.remove(callback)
             if not waiting:
                 self._waiting.pop(task_id, None)
+
+    def observe(self, task_id: str, callback: Callable[[bytes], None]) -> bytes | None:
+        """Return the meta that is there, and call back for each that is stored from now on, from the saving thread."""
+        self._check_process()
+        with self._lock:
+            self._observing.setdefault(task_id, []).append(callback)
+            found = self._results.get(task_id)
+        return None if found is None else found[1]
+
+    def not_observing(self, task_id: str, callback: Callable[[bytes], None]) -> None:
+        """Do not call back any more."""
+        with self._lock:
+            observing = self._observing.get(task_id, [])
+            if callback in observing:
+                observing.remove(callback)
+            if not observing:
+                self._observing.pop(task_id, None)
 
     def in_background(self, callback: Callable[[], None]) -> None:
         """Run a function in the background thread."""

@@ -1,6 +1,6 @@
 """One connection to RabbitMQ on an event loop: methods and their answers, declaring, heartbeats. No reconnecting.
 
-What passes in mass, deliveries and messages, is ``link.AmqpLink``'s and never comes here. Runs on uvloop.
+What passes in mass, deliveries and messages, is ``link.AmqpLink``'s and never comes here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import socket
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 from fastq.brokers.rabbitmq.handshake import Handshake, closed_early, frame
 from fastq.brokers.rabbitmq.link import AmqpLink
@@ -79,7 +79,7 @@ class AmqpConnection:
         self._address = peer_of(sock)
         try:
             transport, _ = await self._loop.create_connection(
-                lambda: cast("Any", self.link),
+                lambda: _protocol(self._loop, self.link),
                 sock=sock,
                 ssl=tls_context(tls) if tls else None,
                 server_hostname=(tls.server_name or self.url.host) if tls else None,
@@ -251,6 +251,24 @@ class AmqpConnection:
             self.link.write(HEARTBEAT)
         due = now + self._heartbeat_s / 4
         self._timer = self._loop.call_at(due, self._beat, due)
+
+
+class _Protocol(asyncio.BufferedProtocol):
+    """A link as asyncio's own loop wants one: it asks for the class."""
+
+    def __init__(self, link: AmqpLink) -> None:
+        vars(self).update({name: getattr(link, name) for name in _PROTOCOL})
+
+
+_PROTOCOL: Final = (
+    *("connection_made", "connection_lost", "get_buffer", "buffer_updated", "eof_received"),
+    *("pause_writing", "resume_writing"),
+)
+
+
+def _protocol(loop: asyncio.AbstractEventLoop, link: AmqpLink) -> Any:
+    # uvloop takes whatever has the methods, and this is a worker's hot path.
+    return _Protocol(link) if isinstance(loop, asyncio.BaseEventLoop) else link
 
 
 def tune_transport(transport: asyncio.Transport) -> None:

@@ -15,17 +15,17 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from fastq.brokers.limits import check_sizes
-from fastq.brokers.rabbitmq.connection import BlockingConnection
-from fastq.brokers.rabbitmq.publisher import (
+from fastq.brokers.rabbitmq.confirms import (
     BASIC_ACK,
     BASIC_NACK,
     BASIC_RETURN,
     CHANNEL,
     WINDOW,
-    AmqpPublisher,
     blocked,
     read_confirm,
 )
+from fastq.brokers.rabbitmq.connection import BlockingConnection
+from fastq.brokers.rabbitmq.publisher import AmqpPublisher
 from fastq.brokers.rabbitmq.tcp import lost
 from fastq.brokers.watcher import LOOK_EVERY_S, Watcher
 from fastq.errors import ConnectionLost, FastqError, PublishError

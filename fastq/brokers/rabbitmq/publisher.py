@@ -11,17 +11,29 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from fastq.brokers.limits import check_sizes
+from fastq.brokers.rabbitmq.confirms import (
+    BASIC_ACK,
+    BASIC_NACK,
+    BASIC_RETURN,
+    CHANNEL,
+    WINDOW,
+    Confirms,
+    blocked,
+    not_confirmed,
+    read_confirm,
+    unknown_fate,
+    windows,
+)
 from fastq.brokers.rabbitmq.connection import ADMIN_CHANNEL, FRAME_METHOD, BlockingConnection, Event, connect_any
 from fastq.brokers.rabbitmq.tcp import lost
 from fastq.brokers.rabbitmq.url import Endpoints
-from fastq.errors import ConnectionLost, FastqError, PublishError, SettingsError
+from fastq.errors import ConnectionLost, FastqError, SettingsError
 from fastq.net import forks
 from fastq.queues import Topology
-from fastq.wire.amqp import METHODS, decode_method
 from fastq.wire.frames import publish_frames
 
 if TYPE_CHECKING:
@@ -32,95 +44,42 @@ __all__ = ["AmqpPublisher", "BlockingConnection"]
 
 T = TypeVar("T")
 
-CHANNEL = 1
-BASIC_ACK, BASIC_NACK, BASIC_RETURN = METHODS["basic.ack"], METHODS["basic.nack"], METHODS["basic.return"]
 IDLE_CHECK_S = 0.1  # chosen: a connection used more recently than this is not looked at before use
-WINDOW = 512  # chosen: messages under way before the oldest are waited for; their confirms fit any socket buffer
-WINDOW_BYTES = 1 << 20
 
 # What RabbitMQ answers to one message, all but the delivery tag: a basic.ack frame of 21 bytes.
 ACK_HEAD = struct.pack(">BHII", FRAME_METHOD, CHANNEL, 13, BASIC_ACK)
 ACK_TAIL = b"\x00\xce"
 
 
-class Confirms:
-    """The broker's answers to a run of messages: which are still due, and what went wrong."""
+class AwaitedConfirms(Confirms):
+    """Confirms that are read from a blocking connection."""
 
-    def __init__(self, connection: BlockingConnection, messages: Sequence[Message], first: int) -> None:
-        """``first``: the tag of the first message."""
-        self.connection = connection
-        self.due: set[int] = set()
-        self.unroutable: list[str] = []
-        self._messages = messages
-        self._first = first
-        self._refused: set[int] = set()  # tags
-        self._returned: set[bytes] = set()  # properties
-
-    def expect(self, count: int) -> None:
-        """Count messages that are sent now; the broker numbers them the same way."""
-        first = self.connection.published + 1
-        self.connection.published += count
-        self.due.update(range(first, first + count))
-
-    @property
-    def sent(self) -> int:
-        """How many have been sent."""
-        return self.connection.published + 1 - self._first
-
-    def again(self) -> list[Message]:
-        """Return what the broker has not confirmed, or had no place for; and what was not sent."""
-        return [
-            message
-            for tag, message in enumerate(self._messages, self._first)
-            if tag > self.connection.published
-            or tag in self.due
-            or tag in self._refused
-            or message.props in self._returned
-        ]
+    def __init__(self, connection: BlockingConnection, messages: Sequence[Message]) -> None:
+        super().__init__(connection, messages)
+        self._connection = connection
 
     def take(self, event: Event) -> None:
         """Count a confirm or a returned message. Raises what a channel.close means."""
         if event.method_id == BASIC_ACK or event.method_id == BASIC_NACK:
             tag, is_multiple = read_confirm(event.method_id, event.arguments)
-            done = {each for each in self.due if each <= tag} if is_multiple else self.due & {tag}
-            self.due -= done
-            if event.method_id == BASIC_NACK:
-                self._refused |= done
+            done = [each for each in self.due if each <= tag] if is_multiple else [tag]
+            for each in done:
+                self.settle(each, event.method_id == BASIC_ACK)
         elif event.method_id == BASIC_RETURN:
-            _, fields = decode_method(event.method_id, event.arguments)
-            self.unroutable.append(f"{fields['exchange']}/{fields['routing_key']}".lstrip("/"))
-            self._returned.add(event.props)
+            self.give_back(event.arguments, event.props)
         else:
-            self.connection.check_channel(event)
+            self._connection.check_channel(event)
 
     def wait(self, left: int, timeout_s: float) -> None:
         """Return when at most ``left`` confirms are due. Raises PublishError when none comes for too long."""
         deadline = time.monotonic() + timeout_s
         while (due := len(self.due)) > left:
-            event = self.connection.next_event(deadline)
+            event = self._connection.next_event(deadline)
             if event is None:
-                raise not_confirmed(self.connection, self.sent - due, due, len(self._messages) - self.sent)
+                raise self.late()
             self.take(event)
             if len(self.due) < due:
                 deadline = time.monotonic() + timeout_s
-
-    def check(self) -> None:
-        """Raise PublishError when the broker refused or returned a message."""
-        where = f"RabbitMQ at {self.connection.url}"
-        if self.unroutable:
-            # The next try declares them again.
-            self.connection.declared.difference_update(self.unroutable)
-            names = ", ".join(sorted(set(self.unroutable)))
-            raise PublishError(
-                f"{where} has no queue for {len(self.unroutable)} message(s) to {names}. "
-                "Declare it, start a worker for it, or set task_create_missing_queues = True",
-                again=self.again(),
-            )
-        if self._refused:
-            raise PublishError(
-                f"{where} refused {len(self._refused)} message(s): a queue is full (x-overflow) or has failed",
-                again=self.again(),
-            )
 
 
 class AmqpPublisher:
@@ -171,7 +130,7 @@ class AmqpPublisher:
             if confirms is not None:
                 confirms.check()
 
-    def _publish_one(self, connection: BlockingConnection, message: Message) -> Confirms | None:
+    def _publish_one(self, connection: BlockingConnection, message: Message) -> AwaitedConfirms | None:
         """The hot path: one send, one recv, one comparison; None is the plain good answer."""
         if not message.exchange and message.routing_key not in connection.declared:
             self._declare_missing(connection, message.routing_key)
@@ -204,12 +163,14 @@ class AmqpPublisher:
         except (OSError, ValueError) as error:
             raise lost(connection.url, error, "publishing") from None
 
-    def _read_answer(self, connection: BlockingConnection, tag: int, message: Message, answer: bytes) -> Confirms:
+    def _read_answer(
+        self, connection: BlockingConnection, tag: int, message: Message, answer: bytes
+    ) -> AwaitedConfirms:
         """Anything but a plain confirm: a returned message, a blocked connection, an error, or part of a frame."""
         if not answer:
             raise unknown_fate(ConnectionLost(f"RabbitMQ at {connection.url} closed the connection"))
-        confirms = Confirms(connection, (message,), tag)
-        confirms.due.add(tag)
+        confirms = AwaitedConfirms(connection, (message,))
+        confirms.expect_tags((tag,))
         try:
             connection.feed(answer)
             confirms.wait(0, connection.io_timeout_s)
@@ -217,11 +178,11 @@ class AmqpPublisher:
             raise unknown_fate(error) from None
         return confirms
 
-    def _publish_many(self, connection: BlockingConnection, messages: Sequence[Message]) -> Confirms:
+    def _publish_many(self, connection: BlockingConnection, messages: Sequence[Message]) -> AwaitedConfirms:
         """Send in windows; while one is being confirmed the next is under way."""
         for queue in {message.routing_key for message in messages if not message.exchange} - connection.declared:
             self._declare_missing(connection, queue)
-        confirms = Confirms(connection, messages, connection.published + 1)
+        confirms = AwaitedConfirms(connection, messages)
         try:
             for count, data in windows(messages, connection.frame_max, self._confirm):
                 if self._confirm:
@@ -232,8 +193,7 @@ class AmqpPublisher:
             confirms.wait(0, connection.io_timeout_s)
         except ConnectionLost as error:
             if error.timed_out and self._confirm:
-                due = len(confirms.due)
-                raise not_confirmed(connection, confirms.sent - due, due, len(messages) - confirms.sent) from None
+                raise confirms.late() from None
             raise unknown_fate(error, confirms.again() if self._confirm else None) from None
         return confirms
 
@@ -336,56 +296,6 @@ class AmqpPublisher:
         if self._lock.acquire(timeout=0.2):
             self._drop()
             self._lock.release()
-
-
-def read_confirm(method_id: int, arguments: bytes) -> tuple[int, bool]:
-    """Return the tag of a basic.ack or basic.nack, and whether it is for all up to it. Raises RemoteProtocolError."""
-    if len(arguments) != 9:
-        fields = decode_method(method_id, arguments)[1]
-        return fields["delivery_tag"], fields["multiple"]
-    return int.from_bytes(arguments[:8], "big"), arguments[8] & 1 == 1
-
-
-def windows(messages: Sequence[Message], frame_max: int, mandatory: bool) -> Iterator[tuple[int, bytes]]:
-    """Yield the messages as frames, in pieces to be sent at once: (how many messages, bytes)."""
-    parts: list[bytes] = []
-    size = 0
-    for message in messages:
-        parts.append(publish_frames(CHANNEL, message, frame_max, mandatory))
-        size += len(parts[-1])
-        if len(parts) == WINDOW or size >= WINDOW_BYTES:
-            yield len(parts), b"".join(parts)
-            parts, size = [], 0
-    if parts:
-        yield len(parts), b"".join(parts)
-
-
-def blocked(connection: BlockingConnection) -> PublishError:
-    """Return the error for a broker that takes no messages."""
-    return PublishError(
-        f"RabbitMQ at {connection.url} blocks publishers ({connection.blocked}) for longer than fastq_publish_timeout. "
-        "Free its memory or disk, or let workers drain the queues"
-    )
-
-
-def not_confirmed(connection: BlockingConnection, confirmed: int, due: int, unsent: int) -> PublishError:
-    """Return the error for confirms that did not come in time: how many came, how many are due, what was not sent."""
-    if connection.blocked is not None:
-        why = f"RabbitMQ at {connection.url} blocks publishers ({connection.blocked}) and"
-    else:
-        why = f"RabbitMQ at {connection.url}"
-    known = [f"{confirmed} were confirmed before"] if confirmed else []
-    known += [f"{unsent} were not sent"] if unsent else []
-    return PublishError(
-        f"{why} did not confirm {due} message(s) within fastq_publish_timeout; they may still arrive, so they are not "
-        f"sent again{''.join(f'; {each}' for each in known)}. Raise fastq_publish_timeout if the broker is only slow",
-        again=(),
-    )
-
-
-def unknown_fate(error: ConnectionLost, again: Sequence[Message] | None = None) -> PublishError:
-    """Return the error for a connection lost between sending and confirm; ``again``: what was not confirmed, or all."""
-    return PublishError(f"{error}; what was just sent may or may not have been stored", again=again)
 
 
 PUBLISHERS: weakref.WeakSet[AmqpPublisher] = weakref.WeakSet()

@@ -134,6 +134,10 @@ class SqliteStore(WaitingStore[bytes]):
             self._waiting.refresh(time.monotonic() + FOREVER_S)
         return address
 
+    def is_there(self) -> bool:
+        """Return whether the file was opened, and this process has its bell."""
+        return self._place.address is not None and super().is_there()
+
     def save(self, task_id: str, state: str, meta: bytes) -> None:
         """Store an encoded meta and tell who waits for it."""
         item = (task_id, state, meta, "", 0)

@@ -6,6 +6,7 @@ import pytest
 
 from fastq.settings import Settings
 from fastq.wire.ids import new_id
+from tests.support.conformance.async_publishers import AsyncPublisherConformance
 from tests.support.conformance.consumers import SavingConsumerConformance
 from tests.support.conformance.publishers import PublisherConformance
 from tests.support.conformance.stores import StoreConformance
@@ -22,6 +23,10 @@ def settings() -> Settings:
 
 
 class TestPublisher(PublisherConformance):
+    pass
+
+
+class TestAsyncPublisher(AsyncPublisherConformance):
     pass
 
 

@@ -7,6 +7,7 @@ import pytest
 from fastq.brokers import open_publisher
 from fastq.brokers.rabbitmq.behind import WINDOW, BehindPublisher
 from fastq.settings import Settings
+from tests.support.conformance.async_publishers import ServerAsyncPublisherConformance
 from tests.support.conformance.consumers import ServerConsumerConformance
 from tests.support.conformance.leases import LeaseConformance
 from tests.support.conformance.publishers import BehindPublisherConformance, WaitingPublisherConformance
@@ -33,6 +34,10 @@ class TestBehindPublisher(BehindPublisherConformance):
 
     def test_it_is_the_one_behind(self, url: str, settings: Settings) -> None:
         assert isinstance(open_publisher(url, settings), BehindPublisher)
+
+
+class TestAsyncPublisher(ServerAsyncPublisherConformance):
+    pass
 
 
 class TestConsumer(ServerConsumerConformance):

@@ -19,6 +19,7 @@ import pytest
 import uvloop
 
 from fastq.brokers.rabbitmq.consumer import AmqpConsumer
+from fastq.brokers.rabbitmq.on_loop import AmqpLoopPublisher
 from fastq.brokers.rabbitmq.publisher import AmqpPublisher
 from fastq.brokers.rabbitmq.url import parse_amqp_url
 from fastq.errors import FastqError, PublishError, SettingsError
@@ -122,6 +123,24 @@ def publish(url: str, **use_ssl: Any) -> int:
         return publisher.depth("q")
 
 
+def publish_on_loops(url: str, **use_ssl: Any) -> int:
+    """Publish three messages from each kind of event loop and return how many there are now."""
+    settings = Settings({"broker_url": url, "broker_use_ssl": use_ssl, "fastq_publish_timeout": 5.0})
+
+    async def work() -> None:
+        publisher = AmqpLoopPublisher(url, settings)
+        try:
+            for messages in ([task()], [task(), task(bytes(300_000))]):
+                await publisher.publish(messages)
+        finally:
+            await publisher.close()
+
+    asyncio.run(work())
+    uvloop.run(work())
+    with contextlib.closing(AmqpPublisher(url, settings)) as publisher:
+        return publisher.depth("q")
+
+
 def task(body: bytes = b"[[],{},{}]") -> Any:
     return encode_task("t.noop", new_id(), body, routing_key="q")
 
@@ -143,7 +162,7 @@ def open_consumer(url: str, **use_ssl: Any) -> None:
 
 
 def assert_refused(url: str, problem: str, **use_ssl: Any) -> None:
-    for connect in (publish, open_consumer):
+    for connect in (publish, publish_on_loops, open_consumer):
         with pytest.raises(SettingsError, match=problem) as caught:
             connect(url, **use_ssl)
         assert "\n" not in str(caught.value)
@@ -154,6 +173,7 @@ def test_a_good_certificate_lets_through(authority: Authority, serve: Serve) -> 
     assert publish(url, ca_certs=str(authority.file)) == 3
     open_consumer(url, ca_certs=str(authority.file))
     assert publish(f"{url}?cacertfile={authority.file}") == 6
+    assert publish_on_loops(url, ca_certs=str(authority.file)) == 12
 
 
 def test_the_name_to_check_can_be_given(authority: Authority, serve: Serve) -> None:

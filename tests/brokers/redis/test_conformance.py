@@ -9,6 +9,7 @@ from fastq.brokers import open_publisher
 from fastq.brokers.redis import lease
 from fastq.brokers.redis.behind import WINDOW, RedisBehindPublisher
 from fastq.settings import Settings
+from tests.support.conformance.async_publishers import ServerAsyncPublisherConformance
 from tests.support.conformance.consumers import ServerConsumerConformance
 from tests.support.conformance.leases import LeaseConformance
 from tests.support.conformance.publishers import BehindPublisherConformance, WaitingPublisherConformance
@@ -28,7 +29,7 @@ def url(redis_server: Redis) -> str:
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings()
+    return Settings({"task_queues": [{"name": "bound", "exchange": "bindings"}]})
 
 
 class TestPublisher(WaitingPublisherConformance):
@@ -40,6 +41,10 @@ class TestBehindPublisher(BehindPublisherConformance):
 
     def test_it_is_the_one_behind(self, url: str, settings: Settings) -> None:
         assert isinstance(open_publisher(url, settings), RedisBehindPublisher)
+
+
+class TestAsyncPublisher(ServerAsyncPublisherConformance):
+    pass
 
 
 class TestConsumer(ServerConsumerConformance):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastq.settings import Settings
+from tests.support.conformance.async_publishers import AsyncPublisherConformance
 from tests.support.conformance.consumers import SavingConsumerConformance
 from tests.support.conformance.leases import LeaseConformance
 from tests.support.conformance.publishers import SharedPublisherConformance
@@ -22,6 +23,10 @@ def settings() -> Settings:
 
 
 class TestPublisher(SharedPublisherConformance):
+    pass
+
+
+class TestAsyncPublisher(AsyncPublisherConformance):
     pass
 
 

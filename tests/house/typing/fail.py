@@ -87,5 +87,15 @@ app.task("name")  # error
 
 async def main() -> None:
     value: str = await add.delay(1).aget()  # error
+    await add.adelay()  # error
+    await add.adelay("1")  # error
+    await add.adelay(1, z=2)  # error
+    await bound.adelay(bound, 1)  # error
+    await add.aapply_async((1,), coutdown=5)  # error
+    await app.asend_task("name", nonsense=1)  # error
+    other: AsyncResult[str] = await add.adelay(1)  # error
+    add.adelay(1).get()  # error
+    async for state in add.delay(1).stream(1, 2):  # error
+        print(state, other)
     add.delay(1).aget(1).get()  # error
     print(value)

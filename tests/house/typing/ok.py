@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import assert_type
 
-from fastq import AsyncResult, EagerResult, FastQ, Retry, Task, shared_task
+from fastq import AsyncResult, EagerResult, FastQ, Progress, Retry, Task, shared_task
 
 app = FastQ("proj", broker="memory://", backend="memory://", include=["proj.tasks"], task_default_queue="q")
 
@@ -99,4 +99,16 @@ with app.override(task_always_eager=True):
 
 
 async def main() -> int:
+    assert_type(await add.adelay(1, y=2, z=3), AsyncResult[int])
+    assert_type(await add.aapply_async((1, 2), {"z": 3}, countdown=5, headers={"a": 1}), AsyncResult[int])
+    assert_type(await (await bound.adelay(x=1)).aget(), str)
+    assert_type(await (await shared.adelay(1)).aget(), float)
+    assert_type(await greeter.adelay("you"), AsyncResult[str])
+    assert_type(await (await app.asend_task("by.name", [1], {"k": 2}, queue="q")).aget(), Any)
+    async for progress in add.delay(1).stream(timeout=5):
+        assert_type(progress, Progress)
+        assert_type(progress.state, str)
+    async with app.abatch():
+        await add.adelay(1)
+    await app.aclose()
     return await add.delay(1).aget(timeout=5)

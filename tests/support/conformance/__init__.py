@@ -17,7 +17,10 @@ from fastq.wire.ids import new_id
 from fastq.wire.message import Message, encode_task
 
 pytest.register_assert_rewrite(
-    *(f"{__name__}.{suite}" for suite in ("buses", "consumers", "leases", "pools", "publishers", "savers", "stores"))
+    *(
+        f"{__name__}.{suite}"
+        for suite in ("async_publishers", "buses", "consumers", "leases", "pools", "publishers", "savers", "stores")
+    )
 )
 
 TIMEOUT_S: Final = 10.0

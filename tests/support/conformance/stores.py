@@ -119,6 +119,46 @@ class StoreConformance:
             thread.join(TIMEOUT_S)
         assert results == [8, 8]
 
+    def test_observe_tells_every_state_from_another_thread(self, store: ResultStore, other: ResultStore) -> None:
+        task_id, never = new_id(), new_id()
+        seen: list[tuple[str, Any, threading.Thread]] = []
+
+        def on_state(meta: Any) -> None:
+            seen.append((meta["status"], meta["result"], threading.current_thread()))
+
+        def states() -> list[Any]:
+            return [(state, result) for state, result, _ in seen]
+
+        other.save(task_id, "STARTED", meta_of(task_id, "STARTED"))
+        store.observe(task_id, on_state)
+        store.observe(never, on_state)()
+        ended = store.observe(task_id, lambda meta: None)
+        ended()
+        ended()
+        expected = [("STARTED", None), ("PROGRESS", 1), ("PROGRESS", 2), ("FAILURE", 3)]
+        assert within(TIMEOUT_S, lambda: states() == expected[:1])
+        for number, (state, result) in enumerate(expected[1:], 2):
+            other.save(task_id, state, meta_of(task_id, state, result))
+            assert within(TIMEOUT_S, lambda number=number: states() == expected[:number]), states()
+        other.save(never, "SUCCESS", meta_of(never))
+        assert within(TIMEOUT_S, store.is_there)
+        assert threading.current_thread() not in [thread for _, _, thread in seen]
+        assert not within(0.2, lambda: len(seen) > 4)
+
+    def test_who_waits_and_who_watches_hear_of_the_last_state_alone(
+        self, store: ResultStore, other: ResultStore
+    ) -> None:
+        task_id = new_id()
+        watched: list[str] = []
+        observed: list[str] = []
+        store.watch(task_id, lambda meta: watched.append(meta["status"]))
+        store.observe(task_id, lambda meta: observed.append(meta["status"]))
+        other.save(task_id, "PROGRESS", meta_of(task_id, "PROGRESS"))
+        assert within(TIMEOUT_S, lambda: observed == ["PROGRESS"])
+        threading.Timer(0.1, other.save, (task_id, "SUCCESS", meta_of(task_id))).start()
+        assert store.wait(task_id, TIMEOUT_S)["status"] == "SUCCESS"
+        assert within(TIMEOUT_S, lambda: (watched, observed) == (["SUCCESS"], ["PROGRESS", "SUCCESS"]))
+
     def test_watch_calls_back_once_from_another_thread(self, store: ResultStore, other: ResultStore) -> None:
         early, late = new_id(), new_id()
         calls: list[tuple[str, threading.Thread]] = []
