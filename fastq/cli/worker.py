@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastq.worker")
 
 #: Celery's pools that there is no other for yet.
-NOT_CARRIED = frozenset({"threads", "solo", "gevent", "eventlet", "custom"})
+NOT_CARRIED = frozenset({"threads", "gevent", "eventlet", "custom"})
 
 
 def _concurrency(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:

@@ -112,6 +112,20 @@ class Pool(ChildHooks, Protocol):
         """Return the stacks that a child has written; "" when it has not, or has ended."""
 
 
+class Serving(Protocol):
+    """What runs the calls of a pool without children, in the thread that calls it."""
+
+    @property
+    def is_stuck(self) -> bool:
+        """Return whether the call that runs was told to end and has not: ``serve`` will not return."""
+
+    def serve(self) -> None:
+        """Run calls until ``close``."""
+
+    def close(self) -> None:
+        """Have ``serve`` return, after the call that runs; from any thread."""
+
+
 @dataclass(frozen=True, slots=True)
 class PoolKind:
     """One kind of pool. Targets are objects, or where they are (``module:name``).
@@ -119,11 +133,15 @@ class PoolKind:
     ``prepare`` is called before any thread or event loop exists, with (child_main, on_start, companion): ChildMain,
     what to call in each process that forks others, CompanionMain or None. ``pool`` is called on the loop with (loop,
     what ``prepare`` has returned, PoolOptions) and returns a ``Pool``.
+
+    ``runs_here``: calls run in the worker's own process, one at a time. What ``prepare`` has returned is a ``Serving``,
+    and the loop has a thread of its own.
     """
 
     names: tuple[str, ...]
     prepare: Target
     pool: Target
+    runs_here: bool = False
 
 
 PREFORK: Final = PoolKind(
@@ -132,8 +150,15 @@ PREFORK: Final = PoolKind(
     pool="fastq.pool.supervisor:Pool",
 )
 
+SOLO: Final = PoolKind(
+    names=("solo",),
+    prepare="fastq.pool.solo:Solo",
+    pool="fastq.pool.solo:Pool",
+    runs_here=True,
+)
+
 #: Every kind of pool that is built in.
-POOLS: Final = (PREFORK,)
+POOLS: Final = (PREFORK, SOLO)
 _OF_NAME: Final = {name: kind for kind in POOLS for name in kind.names}
 
 

@@ -43,6 +43,9 @@ class ChildSetup(Protocol):
     def renumber(self, before: int, number: int) -> None:
         """Go on with the number of the slot that the child takes its calls in."""
 
+    def here(self) -> None:
+        """Begin in the worker's own process, which has no number."""
+
 
 @dataclass(frozen=True, slots=True)
 class ChildOptions:
@@ -54,6 +57,7 @@ class ChildOptions:
     is_amqp: bool = False  # messages come from a broker that speaks AMQP
     program: str = "fastq"  # what the process's title begins with
     setup: ChildSetup | None = None  # logging and the like
+    keeps_streams: bool = False  # a debugger is to find the terminal there: what is printed does not become records
 
 
 class Signals:

@@ -7,14 +7,16 @@ at a time. A pool that runs several in one process brings another ``serve``, and
 from __future__ import annotations
 
 import sys
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final, Protocol, cast
 
 from fastq.app import FastQ
+from fastq.brokers import open_publisher
 from fastq.pool.process import set_name
 from fastq.pool.titles import set_title
 from fastq.results import open_store
 from fastq.running.birth import ChildOptions, Signals, wait_for_threads, write_stacks_to
-from fastq.running.pipes import PipePublisher, PipeStore
+from fastq.running.pipes import Once, PipePublisher, PipeStore, ThreadPublisher, ThreadStore
 from fastq.running.runner import Runner
 from fastq.wire.call import Call
 from fastq.wire.pipe import ChildPipe
@@ -77,6 +79,15 @@ class ChildProcess:
             stream.flush()
         return code & 0xFF
 
+    def begin_here(self, is_main: bool) -> None:
+        """Get ready to run calls in the worker's own process; ``is_main``: in its main thread."""
+        if is_main and self._options.setup is not None:
+            self._options.setup.here()
+
+    def attach_here(self, pipe: ChildPipe) -> Callable[[], None]:
+        """Have what tasks of this thread send and store go through the pipe; return what undoes it."""
+        return lambda: None
+
     def handle_signals(self, pipe: ChildPipe) -> None:
         """Set the handlers of signals, before any code of the application runs."""
         Signals(pipe)
@@ -119,3 +130,19 @@ class FastQChild(ChildProcess):
         app.publisher = PipePublisher(pipe, app.conf.fastq_max_message_bytes)
         if app.stores_results:
             app.store = PipeStore(pipe, lambda: open_store(app.conf.result_backend or "", app.conf))
+
+    def attach_here(self, pipe: ChildPipe) -> Callable[[], None]:
+        """Have what tasks of this thread send and store go through the pipe, and all else by connections of its own."""
+        app, sender = self._app, self._app.sender
+        conf = app.conf
+        publisher, store = sender.opened
+        own = Once(lambda: open_publisher(cast("str", conf.broker_url), conf), publisher)
+        own_store = Once(lambda: open_store(conf.result_backend or "", conf), store)
+        app.publisher = ThreadPublisher(PipePublisher(pipe, conf.fastq_max_message_bytes), own)
+        if app.stores_results:
+            app.store = ThreadStore(pipe, own_store)
+
+        def detach() -> None:
+            app.publisher, app.store = own.value, own_store.value
+
+        return detach

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fastq.errors import SettingsError
+from fastq.pool import find_pool
 from fastq.queues import direct_queue, named_options, names_by_alias, read_by_default
 from fastq.settings import Settings
 
@@ -92,6 +93,8 @@ class WorkerOptions:
         # Celery waits for running tasks without end; so does compat, unless somebody asked for a deadline.
         is_patient = not reliable and "fastq_grace_s" not in settings.changes()
         concurrency = _first(self.concurrency, settings.worker_concurrency, available_cpus())
+        if find_pool(self.pool).runs_here:
+            concurrency = 1
         if not concurrency:
             raise SettingsError(f"--concurrency is {concurrency}; it must be 1 or more")
         return self.changed(

@@ -58,6 +58,7 @@ class CeleryRunner:
         self._straight = Straight(app, options.hostname, self._ends, self._limit, stores)
         self._traced = Traced(app, options.hostname, self._ends, self._limit)
         self._request: dict[str, Any] = {}  # of the call that runs
+        self._has_begun = False
 
     def prepare(self) -> None:
         """Look at every task, before the first fork."""
@@ -65,10 +66,13 @@ class CeleryRunner:
             self._plan_of(name)
 
     def begin(self, pipe: ChildPipe) -> None:
-        """Get ready to run calls in this process and to report on that pipe."""
+        """Get ready to run calls in this process and to report on that pipe; again, to report on another one."""
         self._pipe = self._ends.pipe = pipe
+        if self._has_begun:
+            return
+        self._has_begun = True
         if self._ends.replies:
-            divert(pipe, lambda: self._request)
+            divert(lambda *state: self._pipe.state(*state), lambda: self._request)
         if self._app.conf.get("fastq_reliable"):
             wait_out(self._app)
         self._straight.begin()

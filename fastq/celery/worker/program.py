@@ -256,7 +256,7 @@ class CeleryProgram:
         """Return what runs in each child."""
         from fastq.celery.running.child import CeleryChild
 
-        if not self._has_own_logging:
+        if not self._has_own_logging and not options.keeps_streams:
             logs.redirect(self.app)
         options = replace(options, setup=logs.ChildLogging(self.app, self._logfile, self._hostname))
         return CeleryChild(self.app, options, self.results)

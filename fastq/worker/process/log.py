@@ -271,6 +271,12 @@ class ChildLogging:
             move(*(expand_path(self.logfile, self.hostname, each) for each in (before, number)))
         self._begin(number)
 
+    def here(self) -> None:
+        """Begin in the worker's own process: records tell of the task, and what is printed becomes records."""
+        self.prepare()
+        if self.redirect_level:
+            redirect_stdouts(logging.getLevelName(self.redirect_level))
+
     def _begin(self, number: int) -> None:
         name = f"ForkPoolWorker-{number}"
         if self.handler is not None and isinstance(self.handler.formatter, Formatter):

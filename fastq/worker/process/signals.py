@@ -6,6 +6,7 @@ Source: Celery's worker signals, with Sidekiq's and nginx's TTIN/TTOU for one pr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import os
 import signal
@@ -14,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from functools import partial, update_wrapper
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, TypeAlias, cast
 
 from fastq.errors import SettingsError
 from fastq.pool.process import DUMP_SIGNAL
@@ -22,6 +23,11 @@ from fastq.worker.process.daemon import START_DIRECTORY
 from fastq.worker.process.log import log_stream
 
 Action = Literal["warm", "cold", "restart", "dump", "grow", "shrink", "ignore"]
+
+#: Routes the signals to a worker on its loop and returns what undoes it: ``install``, or ``HandlersBeside.install``.
+Install: TypeAlias = Callable[
+    [asyncio.AbstractEventLoop, Mapping[str, Callable[[], None]], Callable[[signal.Signals], None]], Callable[[], None]
+]
 
 #: TERM's entry can be remapped and HUP's depends on the terminal: ask ``action_table``.
 SIGNALS: Final[Mapping[signal.Signals, Action]] = {
@@ -105,6 +111,69 @@ def install(
             loop.remove_signal_handler(number)
 
     return uninstall
+
+
+class HandlersBeside:
+    """Handlers in the main thread, which runs calls, for a loop in another one. Make it, and undo it, in the main thread.
+
+    They run between any two steps of a call, and interrupt nothing. What a call forks has the defaults again.
+    """
+
+    def __init__(self) -> None:
+        self._table = action_table(is_on_terminal())
+        self._pass_on: Callable[[signal.Signals], object] | None = None
+        self._early: list[signal.Signals] = []
+        self._pid = os.getpid()
+        self._before: dict[signal.Signals, Any] = {}
+        for number, action in list(self._table.items()):
+            before = signal.getsignal(number)
+            if action in _LEFT_TO_OTHERS and callable(before):
+                continue  # the application's own
+            self._before[number] = before
+            signal.signal(number, self._on_signal)
+        os.register_at_fork(after_in_child=self.restore)
+
+    def install(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        actions: Mapping[str, Callable[[], None]],
+        note: Callable[[signal.Signals], None],
+    ) -> Callable[[], None]:
+        """Have the signals reach the loop, those that came before too; the same as the function of that name."""
+        handler = _Handler(actions)
+
+        def on_loop(number: signal.Signals) -> None:
+            note(number)
+            handler.on_signal(self._table[number])
+
+        def pass_on(number: signal.Signals) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(on_loop, number)
+
+        def uninstall() -> None:
+            self._pass_on = None
+
+        self._pass_on = pass_on
+        while self._early:
+            pass_on(self._early.pop(0))
+        return uninstall
+
+    def restore(self) -> None:
+        """Set the handlers that were there before, where ours are there still."""
+        for number, before in self._before.items():
+            if signal.getsignal(number) == self._on_signal:
+                is_forked = os.getpid() != self._pid
+                signal.signal(number, signal.SIG_DFL if is_forked and callable(before) else before)
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        number = signal.Signals(signum)
+        if os.getpid() != self._pid:  # it came between the fork and `restore`
+            self.restore()
+            os.kill(os.getpid(), signum)
+        elif self._pass_on is not None:
+            self._pass_on(number)
+        else:
+            self._early.append(number)
 
 
 def _in_main_thread(
