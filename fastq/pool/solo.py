@@ -226,8 +226,8 @@ class Pool:
 
     @property
     def pids(self) -> list[int]:
-        """Return this process's id."""
-        return [os.getpid()]
+        """Return this process's id, as long as calls can run."""
+        return [os.getpid()] if self._place is not None else []
 
     # --- what the message loop tells
 

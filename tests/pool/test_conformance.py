@@ -13,7 +13,7 @@ import pytest
 
 from fastq import FastQ
 from fastq.errors import SettingsError
-from fastq.pool import PREFORK, find_pool
+from fastq.pool import PREFORK, SOLO, find_pool
 from fastq.testing import worker
 from tests.support.conformance.pools import PoolConformance
 from tests.support.worker_process import WorkerProcess
@@ -22,6 +22,11 @@ from tests.toys import toy_pool
 
 class TestPrefork(PoolConformance):
     kind = PREFORK
+
+
+class TestSolo(PoolConformance):
+    kind = SOLO
+    has_children = False
 
 
 class TestToyPool(PoolConformance):
@@ -41,7 +46,7 @@ def test_a_pool_is_found_by_module_and_name_and_by_entry_point(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("puddle", "no pool is known by the name 'puddle'; known: prefork, processes, module:NAME"),
+        ("puddle", "no pool is known by the name 'puddle'; known: prefork, processes, solo, module:NAME"),
         ("tests.toys.toy_pool:LAKE", "'tests.toys.toy_pool:LAKE' cannot be imported"),
         ("tests.toys.no_pool:POOL", "'tests.toys.no_pool:POOL' cannot be imported"),
         ("tests.toys.toy_pool:ToyPool", "'tests.toys.toy_pool:ToyPool' is a type; expected a fastq.pool.PoolKind"),

@@ -114,7 +114,7 @@ def install(
 
 
 class HandlersBeside:
-    """Handlers in the main thread, which runs calls, for a loop in another one. Make it, and undo it, in the main thread.
+    """Handlers in the main thread, which runs calls, for a loop in another one. Make and undo it in the main thread.
 
     They run between any two steps of a call, and interrupt nothing. What a call forks has the defaults again.
     """
