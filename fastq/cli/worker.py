@@ -92,10 +92,10 @@ def _start_method(ctx: click.Context, param: click.Parameter, value: str | None)
         )
 
 
-def _pool(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def _pool(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
     if value in NOT_CARRIED:
         raise Misuse(f"option -P/--pool {value} is not carried by this version of fastq; remove it to use prefork")
-    return value
+    return value or ""
 
 
 #: The help's sections, by an option's parameter; what stands in none of them is general.
@@ -144,7 +144,7 @@ class WorkerCommand(click.Command):
 @click.option("--grace", type=float, help="Seconds that running tasks have to end after a warm stop was asked for.")
 @click.option("--purge", "--discard", is_flag=True, help="Delete what waits in the queues before starting.")
 @click.option("-O", "--optimization", type=click.Choice(["default", "fair"]), default="default", hidden=True)
-@click.option("-P", "--pool", default="prefork", callback=_pool, help="What runs the tasks: prefork, or module:NAME.")
+@click.option("-P", "--pool", callback=_pool, help="What runs the tasks: prefork (default), solo, or module:NAME.")
 @click.option("-E", "--task-events", "--events", is_flag=True, default=None, help="Send task events, for monitors.")
 @click.option("--autoscale", callback=_autoscale, metavar="MAX,MIN", help="Grow and shrink the pool with the work.")
 @click.option("-S", "--statedb", default="", help="File that keeps what was revoked; expands as --logfile.")
@@ -216,7 +216,8 @@ class Start:
         """Drop privileges, load the application, open the files, and run the worker until it ends."""
         drop_privileges(self.uid, self.gid)
         program = self._load_program()
-        find_pool(self.options.pool)  # in the application's folder; before any file is made
+        if self.options.pool:
+            find_pool(self.options.pool)  # in the application's folder; before any file is made
         self._follow_settings(program)
         with Pidfile(expand_path(self.options.pidfile, self.options.hostname)):
             handler = open_handler(self.options.logfile, self.options.hostname)

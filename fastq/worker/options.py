@@ -27,7 +27,7 @@ class WorkerOptions:
     """The options of ``fastq worker``. Raises SettingsError when a number is out of range."""
 
     concurrency: int | None = None
-    pool: str = "prefork"  # or module:NAME, or an entry point of fastq.pools
+    pool: str = ""  # prefork, solo, module:NAME, or an entry point of fastq.pools; empty: as the settings say
     queues: tuple[str, ...] = ()
     exclude_queues: tuple[str, ...] = ()
     hostname: str = ""
@@ -93,12 +93,14 @@ class WorkerOptions:
         # Celery waits for running tasks without end; so does compat, unless somebody asked for a deadline.
         is_patient = not reliable and "fastq_grace_s" not in settings.changes()
         concurrency = _first(self.concurrency, settings.worker_concurrency, available_cpus())
-        if find_pool(self.pool).runs_here:
+        pool = self.pool or settings.worker_pool
+        if find_pool(pool).runs_here:
             concurrency = 1
         if not concurrency:
             raise SettingsError(f"--concurrency is {concurrency}; it must be 1 or more")
         return self.changed(
             concurrency=concurrency,
+            pool=pool,
             queues=chosen_queues(self.queues, self.exclude_queues, settings, self.hostname),
             prefetch_multiplier=_first(self.prefetch_multiplier, settings.worker_prefetch_multiplier),
             adapts_prefetch=self.prefetch_multiplier is None and "worker_prefetch_multiplier" not in settings.changes(),

@@ -223,7 +223,9 @@ def test_a_call_that_ignores_its_hard_limit_ends_the_worker(solo: Callable[..., 
     assert at.worker.wait(20) == 70
     assert type(sent.get(timeout=5, propagate=False)).__name__ == "TimeLimitExceeded"
     assert at.app.publisher.depth("celery") == 0
-    assert re.search(r"task tasks\.swallow\[\S+\] does not end, and it runs in the worker's own process", at.worker.log())
+    assert re.search(
+        r"task tasks\.swallow\[\S+\] does not end, and it runs in the worker's own process", at.worker.log()
+    )
 
 
 def test_a_call_that_exits_fails_and_the_worker_goes_on(solo: Callable[..., Solo]) -> None:

@@ -221,7 +221,7 @@ CARRIED: Mapping[str, Entry] = (
         "worker_redirect_stdouts_level worker_state_db",
     )
     | {
-        "worker_pool": Entry(How.NATIVE, "tasks run in processes only", _one_of("prefork", "processes")),
+        "worker_pool": Entry(How.NATIVE, "other pools are not there yet", _one_of("prefork", "processes", "solo")),
         "worker_pool_start_method": Entry(How.NATIVE, "children are forked", _one_of("fork")),
         "worker_deduplicate_successful_tasks": Entry(How.CELERY, "redelivered calls run through Celery's own tracer"),
         "worker_pool_restarts": Entry(How.NATIVE),
@@ -271,6 +271,13 @@ def not_carried(app: celery.Celery) -> Iterator[tuple[str, str]]:
             continue
         if is_asked_for(app, name) and not (entry.accepts and entry.accepts(app.conf[name])):
             yield name, entry.note
+
+
+def pool_of(app: celery.Celery) -> str:
+    """Return the pool that the settings name; the default one where that is not carried, which a warning says."""
+    accepts = CARRIED["worker_pool"].accepts
+    name = app.conf.worker_pool
+    return name if accepts is not None and accepts(name) else "prefork"
 
 
 def warnings_of(app: celery.Celery) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from threading import get_ident
 from traceback import format_exc
 from typing import Any
 
@@ -37,6 +38,8 @@ from fastq.wire.call import Call
 from fastq.wire.pipe import OUTCOME_MALFORMED, OUTCOME_UNKNOWN, ChildPipe
 
 logger = logging.getLogger("celery.app.trace")
+
+_NO_REQUEST: dict[str, Any] = {}
 
 
 class CeleryRunner:
@@ -72,7 +75,11 @@ class CeleryRunner:
             return
         self._has_begun = True
         if self._ends.replies:
-            divert(lambda *state: self._pipe.state(*state), lambda: self._request)
+            # Where calls run in the worker's own process, other threads of it store what becomes of them.
+            thread = get_ident()
+            divert(
+                lambda *state: self._pipe.state(*state), lambda: self._request if get_ident() == thread else _NO_REQUEST
+            )
         if self._app.conf.get("fastq_reliable"):
             wait_out(self._app)
         self._straight.begin()

@@ -22,7 +22,7 @@ from kombu.utils.encoding import safe_repr
 
 from fastq.celery.checking.hookpoints import REQUEST, STRATEGY, has_own
 from fastq.celery.cli.client import check_urls
-from fastq.celery.conf.carried import warnings_of
+from fastq.celery.conf.carried import pool_of, warnings_of
 from fastq.celery.conf.options import as_celery_means, celery_options, overrides_of, read_user_options
 from fastq.celery.conf.serializers import register_serializers
 from fastq.celery.conf.settings import blaming, number_of, own_store, settings_of_app
@@ -167,10 +167,11 @@ class CeleryProgram:
         register_serializers(self.app)
 
     def complete(self, options: WorkerOptions) -> WorkerOptions:
-        """Return the options with ``worker_logfile`` and ``worker_pidfile`` where the command line names none."""
+        """Return the options with the files and the pool that the settings name where the command line names none."""
         conf = self.app.conf
+        options = options.changed(pool=options.pool or pool_of(self.app))
         files = {name: getattr(options, name) or conf.get(f"worker_{name}") or "" for name in ("logfile", "pidfile")}
-        self._options = self._options.changed(**files)
+        self._options = self._options.changed(pool=options.pool, **files)
         return options.changed(**files)
 
     @property

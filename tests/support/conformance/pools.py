@@ -74,6 +74,7 @@ class PoolConformance:
     def test_a_child_that_dies_is_replaced_and_its_call_runs_again(self) -> None:
         if not self.has_children:
             return self._ends_by_itself()
+
         async def body(at: Running) -> None:
             first = list(at.pool.pids)
             tag = at.broker.put("sleep", 0.5)
