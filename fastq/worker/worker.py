@@ -23,7 +23,6 @@ from fastq.running.here import Here
 from fastq.worker.options import WorkerOptions
 from fastq.worker.process.exitcodes import exit_code_of
 from fastq.worker.process.log import ChildLogging
-from fastq.worker.process.signals import HandlersBeside, is_on_terminal
 from fastq.worker.program import Program
 
 if TYPE_CHECKING:
@@ -46,9 +45,13 @@ class Worker:
         """Run until stopped and return the exit code. Call it before the process has threads or an event loop."""
         return self.run_with(self.prepare_pool(), on_ready, handle_signals)
 
-    def prepare_pool(self) -> Any:
-        """Return what the pool needs that must be made before there is a thread or a loop, for ``run_with``."""
-        children = self.program.child_main(self._child_options())
+    def prepare_pool(self, owns_process: bool = True) -> Any:
+        """Return what the pool needs that must be made before there is a thread or a loop, for ``run_with``.
+
+        Where the process is somebody else's, its streams stay as they are.
+        """
+        keeps_streams = not owns_process or (self._kind.runs_here and _has_terminal())
+        children = self.program.child_main(self._child_options(keeps_streams))
 
         def begin() -> None:
             set_title(self.program.process_title, self.options.hostname, "zygote")
@@ -71,6 +74,8 @@ class Worker:
         self, life: Life, serving: Serving, on_ready: Callable[[], None] | None, handle_signals: bool
     ) -> int:
         """Run calls in this thread, and the life in another one."""
+        from fastq.worker.process.signals import HandlersBeside
+
         handlers = HandlersBeside() if handle_signals else None
         ended: list[int | BaseException] = []
 
@@ -102,10 +107,8 @@ class Worker:
         if self.life is not None:
             self.life.stop_soon(how)
 
-    def _child_options(self) -> ChildOptions:
+    def _child_options(self, keeps_streams: bool) -> ChildOptions:
         options, settings = self.options, self.program.settings
-        # Where a person sits, `breakpoint()` is to show its prompt, not to log it.
-        keeps_streams = self._kind.runs_here and is_on_terminal()
         handler = next((each for each in logging.getLogger().handlers if isinstance(each, logging.StreamHandler)), None)
         redirects = handler is not None and not keeps_streams and settings.worker_redirect_stdouts
         level = settings.worker_redirect_stdouts_level if redirects else ""
@@ -119,6 +122,13 @@ class Worker:
             setup,
             keeps_streams,
         )
+
+
+def _has_terminal() -> bool:
+    """Return whether a person sits there, to whom `breakpoint()` is to show its prompt, not to log it."""
+    from fastq.worker.process.signals import is_on_terminal
+
+    return is_on_terminal()
 
 
 def _without_children(options: WorkerOptions) -> WorkerOptions:

@@ -76,8 +76,9 @@ class CeleryChild(ChildProcess):
         app = self._app
         if is_main:
             watch_handlers(self._connections.exchange)
+            # For the whole process: in a test's, the test may wait for results.
+            _state._set_task_join_will_block(True)
         super().begin_here(is_main)
-        _state._set_task_join_will_block(True)
         app.set_current()
         _state.set_default_app(app)
         trace._tasks = app._tasks

@@ -37,7 +37,7 @@ async def started(at: Running, count: int, seconds: float = 60) -> list[int]:
 
 
 class PoolConformance:
-    """Derive from it and set ``kind``. ``has_children``: calls run in processes of their own, as many as are asked for."""
+    """Derive from it and set ``kind``. ``has_children``: calls run in processes of their own, as many as wanted."""
 
     kind: PoolKind
     has_children = True
@@ -73,7 +73,8 @@ class PoolConformance:
 
     def test_a_child_that_dies_is_replaced_and_its_call_runs_again(self) -> None:
         if not self.has_children:
-            return self._ends_by_itself()
+            self._ends_by_itself()
+            return
 
         async def body(at: Running) -> None:
             first = list(at.pool.pids)
