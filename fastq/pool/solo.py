@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import faulthandler
 import logging
 import os
 import queue
 import signal
 import socket
-import tempfile
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Final
 
@@ -150,6 +150,10 @@ class Solo:
                 ended = ctypes.py_object(CallEnded)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), ended)
 
+    def stack(self) -> str:
+        """Return the stack of the thread that runs calls."""
+        return "".join(traceback.format_stack(sys._current_frames().get(self._thread)))
+
     def close(self) -> None:
         """Have ``serve`` return, after the call that runs."""
         self._places.put(None)
@@ -267,11 +271,8 @@ class Pool:
             self.loop.call_later(END_S, self._give_up, place)
 
     def dump_stack(self, child: Child) -> None:
-        """Write down the stacks of all threads, for ``stacks``."""
-        with tempfile.TemporaryFile() as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-            file.seek(0)
-            self._stacks = child, file.read().decode("utf-8", "replace")
+        """Write down where the thread is that runs calls, for ``stacks``."""
+        self._stacks = child, self.solo.stack()
 
     def stacks(self, child: Child) -> str:
         """Return what was written down."""

@@ -82,7 +82,7 @@ class SoftLimit:
 
 
 class _ThreadTimer:
-    """A timer for the thread that makes it, which no signal reaches: it asks what to raise there, and when to look again.
+    """A timer for the thread that makes it, which no signal reaches: ``ask`` says what to raise there, if anything.
 
     What it raises comes between two steps of the thread's code: one that waits hears of it when the wait is over.
     """

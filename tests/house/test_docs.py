@@ -64,7 +64,7 @@ modules = [importlib.import_module(name) for name in story["modules"]]
 apps = [value for module in modules for value in vars(module).values() if isinstance(value, FastQ)]
 for app in apps[:1]:
     app.load_tasks()
-with worker(apps[0], concurrency=2) if apps else contextlib.nullcontext():
+with worker(apps[0], concurrency=2, pool="prefork") if apps else contextlib.nullcontext():
     scope = {"__name__": "story"}
     for number, script in enumerate(story["scripts"], 1):
         exec(compile(script, f"block {number}", "exec"), scope)
