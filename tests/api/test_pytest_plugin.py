@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib import import_module
 
 import pytest
-import tomllib
 
 from tests import ROOT
 
@@ -32,8 +32,9 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> object:
 
 
 def test_it_is_an_entry_point() -> None:
-    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]
-    assert [import_module(name).__name__ for name in points.values()] == ["fastq.pytest_plugin"]
+    found = re.search(r'entry-points\.pytest11\]\nfastq = "(\S+)"', (ROOT / "pyproject.toml").read_text())
+    assert found is not None
+    assert import_module(found[1]).fastq_worker
 
 
 def test_a_test_without_servers(run: object) -> None:
@@ -133,12 +134,8 @@ def test_it_costs_a_run_of_pytest_next_to_nothing() -> None:
         "import fastq.pytest_plugin\n"
         "print((time.thread_time() - began) * 1000, *(name for name in sys.modules if name.startswith('fastq')))"
     )
-    done = [
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-        ).stdout.split()
-        for _ in range(5)
-    ]
+    command = [sys.executable, "-c", code]
+    done = [subprocess.check_output(command, text=True, cwd=ROOT).split() for _ in range(5)]
     assert {*done[0][1:]} == {"fastq", "fastq.version", "fastq.pytest_plugin"}
     took = min(float(each[0]) for each in done)
     print(f"{took:.2f} ms")
