@@ -281,6 +281,7 @@ class Pool:
     # --- inside
 
     def _begin(self) -> None:
+        self._empty.clear()
         place = self._place = Place()
         place.child = Child(self.core, 0, os.getpid(), place.reader)
         place.on_end = lambda code: self._tell_end(place, code)
@@ -356,6 +357,8 @@ class Pool:
             reports = self.solo.zygote.reports()
         except EOFError:
             self.loop.remove_reader(self.solo.zygote.fd)
+            if not self._is_stopping:
+                logger.error("the process that starts the beat has ended, and the beat with it: restart the worker")
             self.companion.lose()
             return
         for report in reports:

@@ -6,6 +6,8 @@ import os
 import pty
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from fastq import AsyncResult, FastQ
-from tests.support.servers import wait_until
-from tests.support.stage import Stage, open_stage
+from fastq import AsyncResult, FastQ, TaskRevoked
+from tests.support.servers import Redis, wait_until
+from tests.support.stage import Stage, empty_database, open_stage
 from tests.support.worker_process import WorkerProcess
 
 SOURCE = """
@@ -245,6 +247,7 @@ def test_usr1_dumps_the_stacks_in_the_midst_of_a_call(solo: Callable[..., Solo])
     at.running("wait", 2)
     at.worker.signal(signal.SIGUSR1)
     at.worker.wait_for_log(r'tasks\.py", line \d+ in wait')
+    assert at.get("where")[0] == at.worker.pid
 
 
 def test_hup_restarts_after_the_call(solo: Callable[..., Solo]) -> None:
@@ -286,5 +289,22 @@ def test_a_worker_that_is_killed_in_a_call_loses_nothing(kind: Any, request: Any
         stage.wait_for(stage.sent, 40)
         stage.wait_for_settled()
         assert not stage.verdict("kill -9 of a solo worker").lost
+    finally:
+        stage.close()
+
+
+@pytest.mark.redis
+def test_a_call_that_is_terminated_ends_alone(redis_server: Redis, tmp_path: Path) -> None:
+    stage = Stage("redis", empty_database(redis_server), tmp_path)
+    try:
+        worker = stage.start_worker("-P", "solo")
+        sent = stage.call("work", 60)
+        wait_until(lambda: stage.ledger.running() != {}, 20, lambda: TimeoutError(worker.log()))
+        command = [sys.executable, "-m", "fastq", "-b", stage.url, "control", "terminate", "SIGTERM", sent.id]
+        subprocess.run(command, check=True, timeout=60)
+        assert isinstance(sent.get(timeout=20, propagate=False), TaskRevoked)
+        assert stage.call("work").get(timeout=20) == 1
+        assert worker.stop() == 0
+        stage.wait_for_settled()
     finally:
         stage.close()

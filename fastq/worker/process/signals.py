@@ -220,8 +220,9 @@ def dump_stacks(children: Iterable[int]) -> None:
     Children have registered ``faulthandler`` for that, which works even while they are stuck in C.
     """
     log = log_stream()
-    pids = list(children)
-    print(f"Stacks of the main process, {os.getpid()}; its children {pids} write theirs below:", file=log, flush=True)
+    pids = [pid for pid in children if pid != os.getpid()]
+    those = f"; its children {pids} write theirs below" if pids else ""
+    print(f"Stacks of the main process, {os.getpid()}{those}:", file=log, flush=True)
     faulthandler.dump_traceback(log, all_threads=True)
     for pid in pids:
         try:

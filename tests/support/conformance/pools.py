@@ -193,6 +193,19 @@ class PoolConformance:
 
         self.run_loop(body, concurrency=2)
 
+        async def again(at: Running) -> None:
+            """One call was ended before."""
+            await started(at, 1)
+            at.core.terminate({row["id"] for row in at.core.active()}, signal.SIGKILL)
+            await until(lambda: at.core.running == 0, "its end")
+            tag = at.broker.put("sleep", 0.3)
+            await until(lambda: len(at.core.active()) == 1, "a call that runs")
+            at.core.quiet()
+            await at.pool.stop(20)
+            assert at.broker.verdict(tag) == ACK
+
+        self.run_loop(again)
+
         async def impatient(at: Running) -> None:
             pids = await started(at, self.places(2))
             at.core.quiet()
