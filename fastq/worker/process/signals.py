@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from functools import partial, update_wrapper
@@ -44,6 +45,8 @@ SIGNALS: Final[Mapping[signal.Signals, Action]] = {
 
 #: Celery has nothing there: a handler that the application has set before the worker began stays.
 _LEFT_TO_OTHERS: Final = ("ignore", "grow", "shrink")
+#: Interrupts the main thread where it runs calls. Nobody's but ours; ``fastq.pool`` has the ones above it.
+_JOBS_SIGNAL: Final = signal.SIGRTMAX - 5
 #: How long a thread waits for its handler to be set. Chosen: the loop is never busy for so long.
 _SET_S: Final = 10.0
 
@@ -103,7 +106,7 @@ def install(
         return lambda signum, frame: loop.call_soon_threadsafe(on_signal, known, action)
 
     set_signal: Any = signal.signal
-    signal.signal = cast("Any", _in_main_thread(loop, take, set_signal))
+    signal.signal = cast("Any", _in_main_thread(loop.call_soon_threadsafe, take, set_signal))
 
     def uninstall() -> None:
         signal.signal = set_signal
@@ -131,6 +134,10 @@ class HandlersBeside:
                 continue  # the application's own
             self._before[number] = before
             signal.signal(number, self._on_signal)
+        self._jobs: deque[Callable[[], None]] = deque()
+        signal.signal(_JOBS_SIGNAL, self._on_jobs)
+        self._set_signal: Any = signal.signal
+        signal.signal = cast("Any", _in_main_thread(self._run, self._set_signal, self._set_signal))
         os.register_at_fork(after_in_child=self.restore)
 
     def install(
@@ -160,10 +167,20 @@ class HandlersBeside:
 
     def restore(self) -> None:
         """Set the handlers that were there before, where ours are there still."""
+        signal.signal = self._set_signal
         for number, before in self._before.items():
             if signal.getsignal(number) == self._on_signal:
                 is_forked = os.getpid() != self._pid
                 signal.signal(number, signal.SIG_DFL if is_forked and callable(before) else before)
+
+    def _run(self, job: Callable[[], None]) -> None:
+        """Have it done in the main thread, whatever runs there."""
+        self._jobs.append(job)
+        signal.pthread_kill(cast("int", threading.main_thread().ident), _JOBS_SIGNAL)
+
+    def _on_jobs(self, signum: int, frame: object) -> None:
+        while self._jobs:
+            self._jobs.popleft()()
 
     def _on_signal(self, signum: int, frame: object) -> None:
         number = signal.Signals(signum)
@@ -177,9 +194,12 @@ class HandlersBeside:
 
 
 def _in_main_thread(
-    loop: asyncio.AbstractEventLoop, take: Callable[[int, Any], Any], set_signal: Callable[[int, Any], Any]
+    run: Callable[[Callable[[], None]], object], take: Callable[[int, Any], Any], set_signal: Callable[[int, Any], Any]
 ) -> Callable[[int, Any], Any]:
-    """Return ``signal.signal`` for users' code: it runs in other threads than the one that may set handlers."""
+    """Return ``signal.signal`` for users' code: it runs in other threads than the one that may set handlers.
+
+    ``run`` has something done in the main thread.
+    """
 
     def signal_(signalnum: int, handler: Any) -> Any:
         if threading.current_thread() is threading.main_thread():
@@ -192,7 +212,7 @@ def _in_main_thread(
             except Exception as error:  # it is the caller's
                 done.set_exception(error)
 
-        loop.call_soon_threadsafe(set_it)
+        run(set_it)
         return done.result(_SET_S)
 
     return update_wrapper(signal_, set_signal)
