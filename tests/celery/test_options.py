@@ -230,7 +230,7 @@ def test_a_setting_after_the_options_that_cannot_be_read_is_refused(
 
 @pytest.mark.parametrize(
     "options",
-    [["-P", "solo"], ["-Pthreads"], ["-P", "gevent"],
+    [["-Pthreads"], ["-P", "gevent"],
      ["-P", "eventlet"], ["--pool=custom"], ["--pool-start-method=spawn"], ["--executable=/other/python"]],
     ids=" ".join,
 )  # fmt: skip
