@@ -26,6 +26,8 @@ FastqError
     ├── Retry                run again later
     ├── Ignore               store nothing
     └── Reject               give the message back to the broker
+
+CallEnded, a SystemExit: raised in a call that the worker ends before its time; no handler of users' is to catch it.
 """
 
 from __future__ import annotations
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
 
 class FastqError(Exception):
     """Base of every error in this module."""
+
+
+class CallEnded(SystemExit):
+    """Raised in a call that is to end now: past its hard limit, revoked, or because the worker stops at once."""
 
 
 class SettingsError(FastqError):

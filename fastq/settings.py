@@ -120,6 +120,7 @@ class Settings:
 
     # Worker.
     worker_direct: bool = False  # a queue of its own, <node name>.dq2
+    worker_pool: str = "prefork"  # or "solo", or module:NAME
     worker_concurrency: int | None = None
     worker_pool_start_method: Literal["fork", "forkserver", "spawn"] | None = None  # None: what the application needs
     worker_prefetch_multiplier: float = 4
@@ -327,7 +328,6 @@ _ABSENT = {
     "task_annotations": "give the options to @app.task(...), or a base class",
     "task_default_rate_limit": "give limits to running workers: `fastq control rate_limit <task> 10/m`",
     "worker_disable_rate_limits": "there are none but those given by `fastq control rate_limit`",
-    "worker_pool": "calls run in processes; worker_concurrency says in how many",
     "worker_autoscaler": "use --autoscale",
     "task_reject_on_worker_lost": "fastq_reliable, the default, runs a call again whose process died",
     "task_acks_on_": "a call that failed or ran too long is acknowledged",

@@ -49,8 +49,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastq.worker")
 
+_POOLS = "What runs the tasks: prefork (default), threads, asyncio, gevent, eventlet, solo, or module:NAME."
+
 #: Celery's pools that there is no other for yet.
-NOT_CARRIED = frozenset({"solo", "custom"})
+NOT_CARRIED = frozenset({"custom"})
 
 
 def _concurrency(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -84,10 +86,10 @@ def _executable(ctx: click.Context, param: click.Parameter, value: str | None) -
         )
 
 
-def _pool(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def _pool(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
     if value in NOT_CARRIED:
         raise Misuse(f"option -P/--pool {value} is not carried by this version of fastq; remove it to use prefork")
-    return value
+    return value or ""
 
 
 #: The help's sections, by an option's parameter; what stands in none of them is general.
@@ -139,7 +141,7 @@ class WorkerCommand(click.Command):
 @click.option("--grace", type=float, help="Seconds that running tasks have to end after a warm stop was asked for.")
 @click.option("--purge", "--discard", is_flag=True, help="Delete what waits in the queues before starting.")
 @click.option("-O", "--optimization", type=click.Choice(["default", "fair"]), default="default", hidden=True)
-@click.option("-P", "--pool", default="prefork", callback=_pool, help="What runs the tasks: prefork, or module:NAME.")
+@click.option("-P", "--pool", callback=_pool, help=_POOLS)
 @click.option("-E", "--task-events", "--events", is_flag=True, default=None, help="Send task events, for monitors.")
 @click.option("--processes", type=click.IntRange(1), metavar="N", help="Processes of threads or coroutines.")
 @click.option("--async-processes", type=click.IntRange(0), metavar="N", help="Children for async tasks. Default: 1.")
@@ -219,7 +221,8 @@ class Start:
         """Drop privileges, load the application, open the files, and run the worker until it ends."""
         drop_privileges(self.uid, self.gid)
         program = self._load_program()
-        find_pool(self.options.pool)  # in the application's folder; before any file is made
+        if self.options.pool:
+            find_pool(self.options.pool)  # in the application's folder; before any file is made
         self._follow_settings(program)
         with Pidfile(expand_path(self.options.pidfile, self.options.hostname)):
             handler = open_handler(self.options.logfile, self.options.hostname)

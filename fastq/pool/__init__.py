@@ -175,6 +175,20 @@ class Pool(ChildHooks, Protocol):
         """Return the stacks that a child has written; "" when it has not, or has ended."""
 
 
+class Serving(Protocol):
+    """What runs the calls of a pool without children, in the thread that calls it."""
+
+    @property
+    def is_stuck(self) -> bool:
+        """Return whether the call that runs was told to end and has not: ``serve`` will not return."""
+
+    def serve(self) -> None:
+        """Run calls until ``close``."""
+
+    def close(self) -> None:
+        """Have ``serve`` return, after the call that runs; from any thread."""
+
+
 @dataclass(frozen=True, slots=True)
 class PoolKind:
     """One kind of pool. Targets are objects, or where they are (``module:name``).
@@ -186,6 +200,9 @@ class PoolKind:
     what ``prepare`` has returned, PoolOptions) and returns a ``Pool``. ``spawn`` is called instead of ``prepare`` where
     children are to be spawned, with ChildSpecs, one for each group, instead of the ChildMain. Where one of the two is
     None, this pool's children are never forked, or never spawned.
+
+    ``runs_here``: calls run in the worker's own process, one at a time. What ``prepare`` has returned is a ``Serving``,
+    and the loop has a thread of its own.
     """
 
     names: tuple[str, ...]
@@ -193,6 +210,7 @@ class PoolKind:
     pool: Target
     calls: str = "one"
     spawn: Target | None = None
+    runs_here: bool = False
 
 
 PREFORK: Final = PoolKind(
@@ -207,9 +225,18 @@ ASYNCIO: Final = replace(PREFORK, names=("asyncio",), calls="loop")
 GEVENT: Final = replace(PREFORK, names=("gevent",), calls="gevent", prepare=None)
 EVENTLET: Final = replace(PREFORK, names=("eventlet",), calls="eventlet", prepare=None)
 
+SOLO: Final = PoolKind(
+    names=("solo",),
+    prepare="fastq.pool.solo:Solo",
+    pool="fastq.pool.solo:Pool",
+    runs_here=True,
+)
+
 #: Every kind of pool that is built in.
-POOLS: Final = (PREFORK, THREADS, ASYNCIO, GEVENT, EVENTLET)
+POOLS: Final = (PREFORK, THREADS, ASYNCIO, GEVENT, EVENTLET, SOLO)
 _OF_NAME: Final = {name: kind for kind in POOLS for name in kind.names}
+#: The names of those that are built in.
+POOL_NAMES: Final = tuple(_OF_NAME)
 
 
 def find_pool(name: str) -> PoolKind:

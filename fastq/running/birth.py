@@ -41,6 +41,9 @@ class ChildSetup(Protocol):
     def renumber(self, before: int, number: int) -> None:
         """Go on with the number of the slot that the child takes its calls in."""
 
+    def here(self) -> None:
+        """Begin in the worker's own process, which has no number."""
+
 
 @dataclass(frozen=True, slots=True)
 class ChildOptions:
@@ -54,6 +57,7 @@ class ChildOptions:
     setup: ChildSetup | None = None  # logging and the like
     calls: str = "one"  # how it runs them (``calls.WAYS``)
     slots: int = 1  # how many at a time
+    keeps_streams: bool = False  # a debugger is to find the terminal there: what is printed does not become records
 
 
 class Signals:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Final
+from typing import Final, cast
 
 from fastq.app import FastQ
+from fastq.brokers import open_publisher
 from fastq.plugins import load
 from fastq.pool.process import set_name
 from fastq.pool.titles import process_name, set_title
 from fastq.results import open_store
 from fastq.running.birth import ChildOptions, Signals, wait_for_threads, write_stacks_to
 from fastq.running.calls import WAYS, CallRunner
-from fastq.running.pipes import PipePublisher, PipeStore
+from fastq.running.pipes import Once, PipePublisher, PipeStore, ThreadPublisher, ThreadStore
 from fastq.running.runner import Runner
 from fastq.wire.pipe import ChildPipe
 
@@ -72,6 +73,15 @@ class ChildProcess:
             stream.flush()
         return code & 0xFF
 
+    def begin_here(self, is_main: bool) -> None:
+        """Get ready to run calls in the worker's own process; ``is_main``: in its main thread."""
+        if is_main and self._options.setup is not None:
+            self._options.setup.here()
+
+    def attach_here(self, pipe: ChildPipe) -> Callable[[], None]:
+        """Have what tasks of this thread send and store go through the pipe; return what undoes it."""
+        return lambda: None
+
     def handle_signals(self, pipe: ChildPipe) -> None:
         """Set the handlers of signals, before any code of the application runs."""
         Signals(pipe)
@@ -106,9 +116,14 @@ class Children:
     def __init__(self, mains: Sequence[ChildProcess]) -> None:
         self._mains = mains
 
+    @property
+    def first(self) -> ChildProcess:
+        """Return those of the first group."""
+        return self._mains[0]
+
     def prepare(self) -> None:
         """Do what can be done once for all children."""
-        self._mains[0].prepare()
+        self.first.prepare()
 
     def __call__(self, sock: int, shared: int, number: int, group: int = 0) -> int:
         """Run calls; returns the exit code."""
@@ -139,3 +154,19 @@ class FastQChild(ChildProcess):
                 super().serve(pipe)
         else:
             super().serve(pipe)
+
+    def attach_here(self, pipe: ChildPipe) -> Callable[[], None]:
+        """Have what tasks of this thread send and store go through the pipe, and all else by connections of its own."""
+        app, sender = self._app, self._app.sender
+        conf = app.conf
+        publisher, store = sender.opened
+        own = Once(lambda: open_publisher(cast("str", conf.broker_url), conf), publisher)
+        own_store = Once(lambda: open_store(conf.result_backend or "", conf), store)
+        app.publisher = ThreadPublisher(PipePublisher(pipe, conf.fastq_max_message_bytes), own)
+        if app.stores_results:
+            app.store = ThreadStore(pipe, own_store)
+
+        def detach() -> None:
+            app.publisher, app.store = own.value, own_store.value
+
+        return detach

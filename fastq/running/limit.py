@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
@@ -32,12 +33,15 @@ class SoftLimit:
     ) -> None:
         self._error = error
         self._is_spared = is_spared
-        self._timer: Timer
+        self._timer: Timer | _ThreadTimer
         self._limited: Call | None = None  # the call that runs under a limit
         self._struck: Call | None = None  # the last one that was past it
 
     def begin(self) -> None:
-        """Get ready in this process, which runs calls from now on: in its main thread."""
+        """Get ready in this thread, which runs calls from now on: the main one, but in the process of a test."""
+        if threading.current_thread() is not threading.main_thread():
+            self._timer = _ThreadTimer(self._on_timer)
+            return
         # Not signal.signal: it looks for an enum's member, which raises exceptions inside and so writes to many pages.
         module: Any = sys.modules["_signal"]
         module.signal(LIMIT_SIGNAL, self._on_signal)
@@ -69,16 +73,26 @@ class SoftLimit:
         return False
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        error = self._due(frame)
+        if error is not None:
+            raise error
+
+    def _on_timer(self, frame: FrameType | None) -> type[Exception] | None:
+        error = self._due(frame)
+        return None if error is None else type(error)
+
+    def _due(self, frame: FrameType | None) -> Exception | None:
+        """Return what is to be raised in the call that runs, which is at that frame."""
         call = self._limited
         # The time is looked at because a signal for the call before may be late.
         if call is None or time.monotonic() - call.started_s < call.soft_time_limit:
-            return
+            return None
         if self._is_spared is not None and self._is_spared(frame):
             self._timer.set(_AGAIN_S)
-            return
+            return None
         self._limited = None
         self._struck = call
-        raise self._error(call)
+        return self._error(call)
 
 
 def plain(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,3 +102,42 @@ def plain(function: Callable[..., Any]) -> Callable[..., Any]:
     from fastq.awaiting import running_here  # an event loop, which few need here
 
     return running_here(function)
+
+
+class _ThreadTimer:
+    """A timer for the thread that makes it, which no signal reaches: ``ask`` says what to raise there, if anything.
+
+    What it raises comes between two steps of the thread's code: one that waits hears of it when the wait is over.
+    """
+
+    def __init__(self, ask: Callable[[FrameType | None], type[Exception] | None]) -> None:
+        self._ask = ask
+        self._ident = threading.get_ident()
+        self._lock = threading.RLock()
+        self._timer: threading.Timer | None = None
+
+    def set(self, seconds: float) -> None:
+        """Ask in so many seconds; 0: not at all, and nothing is raised any more."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if seconds:
+                self._timer = threading.Timer(seconds, self._strike)
+                self._timer.daemon = True
+                self._timer.start()
+            else:
+                self._raise(None)
+
+    def _strike(self) -> None:
+        with self._lock:
+            if threading.current_thread() is self._timer:
+                error = self._ask(sys._current_frames().get(self._ident))
+                if error is not None:
+                    self._raise(error)
+
+    def _raise(self, error: type[Exception] | None) -> None:
+        import ctypes  # of no use to children
+
+        raised = None if error is None else ctypes.py_object(error)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._ident), raised)

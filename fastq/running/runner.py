@@ -18,7 +18,7 @@ from fastq.app import FastQ
 from fastq.codecs import accepted
 from fastq.codecs.json import encode as encode_json
 from fastq.codecs.meta import encode_meta
-from fastq.errors import Ignore, NotRegistered, Reject, RemoteProtocolError, Retry, SoftTimeLimitExceeded
+from fastq.errors import CallEnded, Ignore, NotRegistered, Reject, RemoteProtocolError, Retry, SoftTimeLimitExceeded
 from fastq.request import Request, pop_request, push_request
 from fastq.running.birth import ChildOptions, MemoryLimit
 from fastq.running.calls import make_limit
@@ -230,6 +230,8 @@ class Runner:
     # --- outcomes other than success
 
     def _raised(self, plan: Plan, call: Call, request: Request, error: BaseException) -> None:
+        if isinstance(error, CallEnded):
+            raise error
         if self._pipe.is_terminated:
             # Whatever the task has made of the SystemExit: the main process records that it was revoked.
             raise SystemExit(-signal.SIGTERM) from error

@@ -383,6 +383,11 @@ class Sender:
         self._store = store
         self.forget_envelopes()
 
+    @property
+    def opened(self) -> tuple[Publisher | None, ResultStore | None]:
+        """Return publisher and store as far as they are open, or were set."""
+        return self._publisher, self._store
+
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Have no connections inside a ``with`` block but those that are opened there."""

@@ -14,6 +14,7 @@ def groups_of(options: WorkerOptions, kind: PoolKind, has_async: bool) -> tuple[
     else:
         first = Group(kind.calls, options.processes or 1, options.concurrency or 1)
     # A pool of somebody else's has processes of one kind.
-    if not (has_async and options.async_processes and kind in POOLS and kind is not ASYNCIO):
+    mixes = kind in POOLS and kind is not ASYNCIO and not kind.runs_here
+    if not (mixes and has_async and options.async_processes):
         return (first,)
     return first, Group("loop", options.async_processes, options.async_slots or 1)

@@ -37,7 +37,7 @@ from fastq.worker.options import WorkerOptions
 from fastq.worker.process.exitcodes import EX_FAILURE, EX_OK
 from fastq.worker.process.log import SHOW_INFO
 from fastq.worker.process.logthread import LogThread
-from fastq.worker.process.signals import dump_stacks, install, restart
+from fastq.worker.process.signals import Install, dump_stacks, restart
 from fastq.worker.program import Program
 from fastq.worker.remote.remote import Remote
 from fastq.worker.stop import Stop
@@ -87,19 +87,20 @@ class Life:
         self._stop = Stop()
         self._signum = signal.SIGTERM  # the one that came last
 
-    def run(self, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
-        """Run until stopped and return the exit code."""
-        # What is alive now stays alive: the collector need not look at it, nor at each batch of messages.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 20)
-        self._owns_process = handle_signals
+    def run(self, on_ready: Callable[[], None] | None = None, install: Install | None = None) -> int:
+        """Run until stopped and return the exit code. ``install`` routes signals; None: the process is not ours."""
+        self._owns_process = install is not None
+        if self._owns_process:
+            # What is alive now stays alive: the collector need not look at it, nor at each batch of messages.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(50_000, 20, 20)
         loop = uvloop.new_event_loop()
-        if handle_signals:  # else the process is not ours, nor its logging
+        if install is not None:  # else the process is not ours, nor its logging
             self._thread = LogThread()
             self._thread.take_over()
         try:
-            return loop.run_until_complete(self._main(loop, on_ready, handle_signals))
+            return loop.run_until_complete(self._main(loop, on_ready, install))
         finally:
             loop.close()
             if self._thread is not None:
@@ -115,7 +116,7 @@ class Life:
     # --- the life of a worker
 
     async def _main(
-        self, loop: asyncio.AbstractEventLoop, on_ready: Callable[[], None] | None, handle_signals: bool
+        self, loop: asyncio.AbstractEventLoop, on_ready: Callable[[], None] | None, install: Install | None
     ) -> int:
         options = self.options
         hooks = self.program.hooks(loop)
@@ -124,7 +125,7 @@ class Life:
         self.core = self._make_core(loop, hooks)
         beside = sum(group.processes * group.slots for group in self._groups[1:])
         self._window = Window(options, self.core, self.pool, self.settings.worker_eta_task_limit or 0, beside)
-        uninstall = install(loop, self._actions(), self._note_signal) if handle_signals else lambda: None
+        uninstall = install(loop, self._actions(), self._note_signal) if install is not None else lambda: None
         serving: asyncio.Task[None] | None = None
         self.program.tell("starting", life=self)
         remote = self._remote = Remote(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fastq.errors import SettingsError
+from fastq.pool import find_pool
 from fastq.queues import direct_queue, named_options, names_by_alias, read_by_default
 from fastq.settings import Settings
 
@@ -26,7 +27,7 @@ class WorkerOptions:
     """The options of ``fastq worker``. Raises SettingsError when a number is out of range."""
 
     concurrency: int | None = None
-    pool: str = "prefork"  # or module:NAME, or an entry point of fastq.pools
+    pool: str = ""  # a name of fastq.pool.POOLS, module:NAME, an entry point of fastq.pools; empty: as the settings say
     pool_start_method: str | None = None  # fork, forkserver (the same) or spawn; None: what the application needs
     queues: tuple[str, ...] = ()
     exclude_queues: tuple[str, ...] = ()
@@ -96,10 +97,14 @@ class WorkerOptions:
         # Celery waits for running tasks without end; so does compat, unless somebody asked for a deadline.
         is_patient = not reliable and "fastq_grace_s" not in settings.changes()
         concurrency = _first(self.concurrency, settings.worker_concurrency, available_cpus())
+        pool = self.pool or settings.worker_pool
+        if find_pool(pool).runs_here:
+            concurrency = 1
         if not concurrency:
             raise SettingsError(f"--concurrency is {concurrency}; it must be 1 or more")
         return self.changed(
             concurrency=concurrency,
+            pool=pool,
             pool_start_method=_first(self.pool_start_method, settings.worker_pool_start_method),
             queues=chosen_queues(self.queues, self.exclude_queues, settings, self.hostname),
             prefetch_multiplier=_first(self.prefetch_multiplier, settings.worker_prefetch_multiplier),

@@ -6,22 +6,27 @@ process with a loop or a thread ever forks.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import fastq.pool
 from fastq.brokers import find_broker
 from fastq.errors import SettingsError
 from fastq.plugins import load
-from fastq.pool import ChildSpec, Group, PoolKind, find_pool
+from fastq.pool import ChildSpec, Group, PoolKind, Serving, find_pool
 from fastq.pool.titles import set_title
 from fastq.running.birth import ChildOptions
 from fastq.running.child import Children
+from fastq.running.here import Here
 from fastq.worker.groups import groups_of
 from fastq.worker.options import WorkerOptions
+from fastq.worker.process.exitcodes import exit_code_of
 from fastq.worker.process.log import child_logging
 from fastq.worker.program import Program
 
@@ -42,18 +47,23 @@ class Worker:
         self, program: Program, options: WorkerOptions, imported: Sequence[threading.Thread] | None = None
     ) -> None:
         self.program = program
-        self.options = options
         self.kind = find_pool(options.pool)
-        self.groups = groups_of(options, self.kind, bool(program.async_names))
+        self.options = _without_children(options) if self.kind.runs_here else options
+        self.groups = groups_of(self.options, self.kind, bool(program.async_names))
         self._imported = imported
+        self._keeps_streams = False
         self.life: Life | None = None
 
     def run(self, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
         """Run until stopped and return the exit code. Call it before the process has threads or an event loop."""
         return self.run_with(self.prepare_pool(), on_ready, handle_signals)
 
-    def prepare_pool(self) -> Any:
-        """Return what the pool needs that must be made before there is a thread or a loop, for ``run_with``."""
+    def prepare_pool(self, owns_process: bool = True) -> Any:
+        """Return what the pool needs that must be made before there is a thread or a loop, for ``run_with``.
+
+        Where the process is somebody else's, its streams stay as they are.
+        """
+        self._keeps_streams = not owns_process or (self.kind.runs_here and _has_terminal())
         if fastq.pool.is_spawning:
             raise SettingsError(
                 "a spawned child has run this program anew, which starts a worker: put that under "
@@ -82,7 +92,7 @@ class Worker:
             set_title(self.program.process_title, self.options.hostname, "zygote")
             children.prepare()
 
-        return load(kind.prepare)(children, begin, self.program.companion)
+        return load(kind.prepare)(Here(children) if kind.runs_here else children, begin, self.program.companion)
 
     def _spawning(self, kind: PoolKind, specs: Sequence[ChildSpec]) -> Any:
         """Have each child begin as an interpreter of its own."""
@@ -126,9 +136,44 @@ class Worker:
     def run_with(self, prepared: Any, on_ready: Callable[[], None] | None = None, handle_signals: bool = True) -> int:
         """Run with a pool that was prepared already; this may be another thread than the one that did it."""
         from fastq.worker.life import Life
+        from fastq.worker.process.signals import install
 
         self.life = Life(self.program, self.options, prepared, self.groups)
-        return self.life.run(on_ready, handle_signals)
+        if self.kind.runs_here:
+            return self._run_beside(self.life, prepared, on_ready, handle_signals)
+        return self.life.run(on_ready, install if handle_signals else None)
+
+    def _run_beside(
+        self, life: Life, serving: Serving, on_ready: Callable[[], None] | None, handle_signals: bool
+    ) -> int:
+        """Run calls in this thread, and the life in another one."""
+        from fastq.worker.process.signals import HandlersBeside
+
+        handlers = HandlersBeside() if handle_signals else None
+        ended: list[int | BaseException] = []
+
+        def live() -> None:
+            try:
+                ended.append(life.run(on_ready, handlers.install if handlers is not None else None))
+            except BaseException as error:
+                ended.append(error)
+            finally:
+                serving.close()
+            if serving.is_stuck and handlers is not None:
+                _leave(ended[0])
+
+        thread = threading.Thread(target=live, name="fastq-loop")
+        thread.start()
+        try:
+            serving.serve()
+        finally:
+            thread.join()
+            if handlers is not None:
+                handlers.restore()
+        (end,) = ended
+        if isinstance(end, BaseException):
+            raise end
+        return end
 
     def stop_soon(self, how: str = "warm") -> None:
         """Ask for a warm or cold stop, from any thread."""
@@ -143,7 +188,33 @@ class Worker:
             settings.task_track_started,
             find_broker(str(settings.broker_url)).speaks_amqp,
             self.program.process_title,
-            child_logging(options, settings, group.calls),
+            child_logging(options, settings, group.calls, self._keeps_streams),
             group.calls,
             group.places,
+            self._keeps_streams,
         )
+
+
+def _has_terminal() -> bool:
+    """Return whether a person sits there, to whom `breakpoint()` is to show its prompt, not to log it."""
+    from fastq.worker.process.signals import is_on_terminal
+
+    return is_on_terminal()
+
+
+def _without_children(options: WorkerOptions) -> WorkerOptions:
+    """Return the options without those that have no meaning where calls run in the worker's own process."""
+    for name in ("max_tasks_per_child", "max_memory_per_child"):
+        if getattr(options, name):
+            logger.warning(
+                "--%s has no effect with -P %s: there is no child to replace", name.replace("_", "-"), options.pool
+            )
+    return options.changed(concurrency=1, autoscale=None, max_tasks_per_child=None, max_memory_per_child=None)
+
+
+def _leave(end: int | BaseException) -> NoReturn:
+    """End the process, whose main thread is in a call that does not end."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(end if isinstance(end, int) else exit_code_of(end))

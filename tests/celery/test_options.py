@@ -228,8 +228,7 @@ def test_a_setting_after_the_options_that_cannot_be_read_is_refused(
 
 @pytest.mark.parametrize(
     "options",
-    [["-P", "solo"], ["-Pthreads"], ["-P", "gevent"],
-     ["-P", "eventlet"], ["--pool=custom"], ["--executable=/other/python"]],
+    [["--pool=custom"], ["--executable=/other/python"]],
     ids=" ".join,
 )  # fmt: skip
 def test_what_is_not_carried_says_so_in_one_line(

@@ -16,9 +16,10 @@ APP = "tests.celery.apps.own_signals"
 
 @pytest.mark.parametrize("kind", stages(("redis", "redis")))
 @pytest.mark.parametrize("what", ["is alone", "calls the old one"])
-def test_handlers_of_the_application_stay_its_own(open_stage: Any, kind: Any, what: str) -> None:
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
+def test_handlers_of_the_application_stay_its_own(open_stage: Any, kind: Any, what: str, pool: str) -> None:
     stage = open_stage(*kind)
-    worker = stage.start_worker("-c", "1", app=APP, env={"OWN_SIGNALS": what})
+    worker = stage.start_worker("-c", "1", "-P", pool, app=APP, env={"OWN_SIGNALS": what})
     assert "signal only works in main thread" not in worker.log()
     for count, number in enumerate((signal.SIGUSR2, signal.SIGWINCH, signal.SIGTERM), 1):
         worker.signal(number)

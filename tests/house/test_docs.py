@@ -51,7 +51,9 @@ FILE_NAME = re.compile(r"# ([\w/]+\.py)\n")
 PRINTED = re.compile(r"^ *print\(.*?\)  # (.*)$", re.M)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 #: Names of the same form that are something else.
-NO_SETTINGS = {"task_id", "task_received", "worker_process_init", "worker_ready"}
+NO_SETTINGS = {"task_id", "task_received", "worker_process_init", "worker_ready"} | {
+    *("fastq_app", "fastq_worker", "fastq_worker_options", "fastq_eager")  # fixtures
+}
 SETTING = re.compile(r"`((?:broker|task|worker|result|fastq|accept|enable)_[a-z_]+)")
 
 #: What runs a story, in the story's folder: a worker for the application of the modules, beside it the scripts.
@@ -65,7 +67,7 @@ modules = [importlib.import_module(name) for name in story["modules"]]
 apps = [value for module in modules for value in vars(module).values() if isinstance(value, FastQ)]
 for app in apps[:1]:
     app.load_tasks()
-with worker(apps[0], concurrency=2) if apps else contextlib.nullcontext():
+with worker(apps[0], concurrency=2, pool="prefork") if apps else contextlib.nullcontext():
     scope = {"__name__": "story"}
     for number, script in enumerate(story["scripts"], 1):
         exec(compile(script, f"block {number}", "exec"), scope)
@@ -170,7 +172,9 @@ def test_the_examples_print_what_they_say(story: Story, tmp_path: Path) -> None:
     if story.modules or story.scripts:
         assert run("-c", STAGE, folder=tmp_path, env=env).splitlines() == story.printed
     for name in story.tests:
-        run("-m", "pytest", "-q", "-p", "no:cacheprovider", name, folder=tmp_path, env=env)
+        # The installed package brings it as an entry point; one that is being worked on may not have that yet.
+        words = ("-q", "-p", "no:cacheprovider", "-p", "fastq.pytest_plugin", name)
+        run("-m", "pytest", *words, folder=tmp_path, env={**env, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
 
 
 class Script(WorkerProcess):

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "fastq"
 
 # A part may import parts of lower levels; within a level only what FRIENDS says.
 LEVELS: dict[int, tuple[str, ...]] = {
-    7: ("__init__", "__main__", "cli", "celery", "testing"),
+    7: ("__init__", "__main__", "cli", "celery", "testing", "pytest_plugin"),
     6: ("worker",),
     5: ("running",),
     4: ("shared", "app", "task", "eager", "sending", "steps", "result", "request"),
@@ -37,6 +37,8 @@ FRIENDS = {
     "__main__": {"cli"},
     "cli": {"celery"},  # -A may name a Celery application
     "celery": {"cli"},  # patch(): a program that starts Celery's worker gets the command line's
+    "testing": {"celery"},
+    "pytest_plugin": {"testing", "celery"},  # the fixtures that users' tests get
     "__init__": {"celery"},  # the public names, wherever they stand
     "shared": {"app", "task", "request", "sending"},
     "app": {"task", "result", "request", "sending", "steps"},

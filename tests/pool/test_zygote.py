@@ -104,7 +104,7 @@ app = FastQ("threads", broker="memory://", backend="memory://")
 def add(a, b):
     return a + b
 
-running = worker(app, concurrency=1)
+running = worker(app, concurrency=1, pool="prefork")
 starting = threading.Thread(target=running.__enter__)
 starting.start()
 starting.join()

@@ -29,7 +29,7 @@ class PublisherInTask:
         self._app = FastQ("in_task", broker=url, backend=url, task_default_queue="own", **settings)
         self._use = self._app.task(name="use")(self._in_task)
         self._stack.callback(self._app.close)
-        self._stack.enter_context(worker(self._app, queues=["own"]))
+        self._stack.enter_context(worker(self._app, queues=["own"], pool="prefork"))
 
     def _in_task(self, name: str) -> Any:
         method, arguments = pickle.loads((self._folder / name).read_bytes())

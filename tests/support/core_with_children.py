@@ -9,8 +9,10 @@ import asyncio
 import ctypes
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import uvloop
@@ -46,6 +48,7 @@ def nap() -> int:
 TASKS: dict[str, Callable[..., Any]] = {
     "noop": lambda *args: None,
     "sleep": time.sleep,
+    "leave": sys.exit,
     "die": lambda code=3: os._exit(code),
     "stuck": stuck_in_c,
     "pid": os.getpid,
@@ -287,7 +290,17 @@ def run_loop(
             await pool.stop(1)
             pool.close()
 
-    try:
-        loop.run_until_complete(asyncio.wait_for(main(), timeout_s))
-    finally:
-        loop.close()
+    def run() -> None:
+        try:
+            loop.run_until_complete(asyncio.wait_for(main(), timeout_s))
+        finally:
+            loop.close()
+
+    if not kind.runs_here:
+        run()
+        return
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(run)
+        running.add_done_callback(lambda _: prepared.close())
+        prepared.serve()
+    running.result()

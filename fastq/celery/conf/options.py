@@ -62,7 +62,7 @@ def celery_options(options: WorkerOptions) -> dict[str, Any]:
         **{name: list(given[name]) or None for name in ("queues", "exclude_queues", "include")},
         **{name: given[name] or None for name in ("logfile", "pidfile", "schedule_filename", "scheduler", "statedb")},
         "no_color": True if options.color is False else None,
-        "pool_cls": "prefork",
+        "pool_cls": options.pool or "prefork",
         **options.user,
     }
 

@@ -72,6 +72,19 @@ class CeleryChild(ChildProcess):
         # Over those that the application has set meanwhile.
         self._signals.install()
 
+    def begin_here(self, is_main: bool) -> None:
+        """Do what Celery's own solo pool does."""
+        app = self._app
+        if is_main:
+            watch_handlers(self._connections.exchange)
+            # For the whole process: in a test's, the test may wait for results.
+            _state._set_task_join_will_block(True)
+        super().begin_here(is_main)
+        app.set_current()
+        _state.set_default_app(app)
+        trace._tasks = app._tasks
+        signals.worker_process_init.send(sender=self._options.hostname)
+
     def serve(self, pipe: ChildPipe) -> None:
         """Run calls, inside of the loops that tools have put around that of Celery's pool to hear of a child's end."""
         if is_genuine(Worker.workloop):

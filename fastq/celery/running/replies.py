@@ -13,11 +13,10 @@ from typing import Any
 from celery.backends.rpc import RPCBackend
 
 from fastq.celery.checking.hookpoints import is_genuine
-from fastq.wire.pipe import ChildPipe
 
 
-def divert(pipe: ChildPipe, running: Callable[[], Mapping[str, Any]]) -> None:
-    """Have this process's stores send states about the running call, whose request ``running`` returns, by the pipe.
+def divert(send: Callable[[str, str, bytes], None], running: Callable[[], Mapping[str, Any]]) -> None:
+    """Have this process's stores hand states about the running call, whose request ``running`` returns, to ``send``.
 
     Nothing changes where a tool has put its own code around the store: it sends all states of a call from here.
     """
@@ -39,7 +38,7 @@ def divert(pipe: ChildPipe, running: Callable[[], Mapping[str, Any]]) -> None:
             and len(state) <= _MAX_STATE
         ):
             return original(self, task_id, result, state, traceback=traceback, request=request, **options)
-        pipe.state(task_id, state, _bytes(self.encode(self._to_result(task_id, state, result, traceback, request))))
+        send(task_id, state, _bytes(self.encode(self._to_result(task_id, state, result, traceback, request))))
         return result
 
     RPCBackend.store_result = store_result

@@ -42,7 +42,7 @@ from fastq.wire.pipe import OUTCOME_MALFORMED, OUTCOME_UNKNOWN, ChildPipe
 
 logger = logging.getLogger("celery.app.trace")
 
-#: Of the call that runs; where results are replies alone.
+#: Of the call that runs; where results are replies alone. Other threads than that of the call have none.
 _request: ContextVar[dict[str, Any]] = ContextVar("fastq_celery_request", default={})  # noqa: B039  nobody writes to it
 
 
@@ -67,6 +67,7 @@ class CeleryRunner:
         stores = self._worker_saves and not self._ends.replies
         self._straight = Straight(app, options.hostname, self._ends, self.limit, stores)
         self._traced = Traced(app, options.hostname, self._ends, self.limit)
+        self._has_begun = False
 
     def prepare(self) -> None:
         """Look at every task, before the first fork."""
@@ -74,10 +75,13 @@ class CeleryRunner:
             self._plan_of(name)
 
     def begin(self, pipe: ChildPipe) -> None:
-        """Get ready to run calls in this process and to report on that pipe."""
+        """Get ready to run calls in this process and to report on that pipe; again, to report on another one."""
         self._pipe = self._ends.pipe = pipe
+        if self._has_begun:
+            return
+        self._has_begun = True
         if self._ends.replies:
-            divert(pipe, _request.get)
+            divert(lambda *state: self._pipe.state(*state), _request.get)
         if self._app.conf.get("fastq_reliable"):
             wait_out(self._app)
         if self._has_loop:

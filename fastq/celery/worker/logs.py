@@ -107,6 +107,10 @@ class ChildLogging:
             move(*(expand_path(self.logfile, self.hostname, each) for each in (before, number)))
         self._begin(number)
 
+    def here(self) -> None:
+        """Have records of the worker's own process tell of the task."""
+        self.prepare()
+
     def _begin(self, number: int) -> None:
         if TaskFields.of_process is not None:
             TaskFields.of_process.process_name = process_name(number, self.calls)

@@ -23,7 +23,7 @@ from kombu.utils.encoding import safe_repr
 
 from fastq.celery.checking.hookpoints import REQUEST, STRATEGY, has_own
 from fastq.celery.cli.client import check_urls
-from fastq.celery.conf.carried import warnings_of
+from fastq.celery.conf.carried import pool_of, warnings_of
 from fastq.celery.conf.options import as_celery_means, celery_options, overrides_of, read_user_options
 from fastq.celery.conf.serializers import register_serializers
 from fastq.celery.conf.settings import blaming, number_of, own_store, settings_of_app
@@ -184,10 +184,11 @@ class CeleryProgram:
         self._loaded = dict(self.app.conf.changes)
 
     def complete(self, options: WorkerOptions) -> WorkerOptions:
-        """Return the options with ``worker_logfile`` and ``worker_pidfile`` where the command line names none."""
+        """Return the options with the files and the pool that the settings name where the command line names none."""
         conf = self.app.conf
+        options = options.changed(pool=options.pool or pool_of(self.app))
         files = {name: getattr(options, name) or conf.get(f"worker_{name}") or "" for name in ("logfile", "pidfile")}
-        self._options = self._options.changed(**files)
+        self._options = self._options.changed(pool=options.pool, **files)
         return options.changed(**files)
 
     @property
@@ -273,14 +274,14 @@ class CeleryProgram:
         """Return what runs in each child."""
         from fastq.celery.running.child import CeleryChild
 
-        self._redirect()
+        self._redirect(options)
         options = replace(options, setup=logs.ChildLogging(self.app, self._logfile, self._hostname, options.calls))
         return CeleryChild(self.app, options, self.results)
 
     def child_spec(self, options: WorkerOptions, child: ChildOptions) -> ChildSpec:
         """Return how a spawned child makes what ``child_main`` returns."""
         place = None if self._origin.is_default else place_of(self.app, self._origin.named)
-        self._redirect()
+        self._redirect(child)
         arguments = {
             "place": place,
             "overrides": list(self._overrides),
@@ -292,9 +293,9 @@ class CeleryProgram:
         program = "" if place is None else place.program
         return ChildSpec("fastq.celery.worker.spawned:make_child", arguments, program)
 
-    def _redirect(self) -> None:
+    def _redirect(self, options: ChildOptions) -> None:
         """Turn what is printed from now on into records, unless the application sees to its logging."""
-        if not self._has_own_logging:
+        if not self._has_own_logging and not options.keeps_streams:
             logs.redirect(self.app)
 
     @property

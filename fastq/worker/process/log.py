@@ -273,6 +273,12 @@ class ChildLogging:
             move(*(expand_path(self.logfile, self.hostname, each) for each in (before, number)))
         self._begin(number)
 
+    def here(self) -> None:
+        """Begin in the worker's own process: records tell of the task, and what is printed becomes records."""
+        self.prepare()
+        if self.redirect_level:
+            redirect_stdouts(logging.getLevelName(self.redirect_level))
+
     def _begin(self, number: int) -> None:
         name = process_name(number, self.calls)
         if self.handler is not None and isinstance(self.handler.formatter, Formatter):
@@ -297,10 +303,12 @@ class ChildLogging:
             root.addHandler(own)
 
 
-def child_logging(options: WorkerOptions, settings: Settings, calls: str = "one") -> ChildLogging:
+def child_logging(
+    options: WorkerOptions, settings: Settings, calls: str = "one", keeps_streams: bool = False
+) -> ChildLogging:
     """Return what a child does to the logging that stands now."""
     handler = next((each for each in logging.getLogger().handlers if isinstance(each, logging.StreamHandler)), None)
-    redirects = handler is not None and settings.worker_redirect_stdouts
+    redirects = handler is not None and not keeps_streams and settings.worker_redirect_stdouts
     level = settings.worker_redirect_stdouts_level if redirects else ""
     return ChildLogging(handler, options.logfile, options.hostname, level, calls)
 

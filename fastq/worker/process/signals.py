@@ -6,15 +6,17 @@ Source: Celery's worker signals, with Sidekiq's and nginx's TTIN/TTOU for one pr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from functools import partial, update_wrapper
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, TypeAlias, cast
 
 from fastq.errors import SettingsError
 from fastq.pool.process import DUMP_SIGNAL
@@ -22,6 +24,11 @@ from fastq.worker.process.daemon import START_DIRECTORY
 from fastq.worker.process.log import log_stream
 
 Action = Literal["warm", "cold", "restart", "dump", "grow", "shrink", "ignore"]
+
+#: Routes the signals to a worker on its loop and returns what undoes it: ``install``, or ``HandlersBeside.install``.
+Install: TypeAlias = Callable[
+    [asyncio.AbstractEventLoop, Mapping[str, Callable[[], None]], Callable[[signal.Signals], None]], Callable[[], None]
+]
 
 #: TERM's entry can be remapped and HUP's depends on the terminal: ask ``action_table``.
 SIGNALS: Final[Mapping[signal.Signals, Action]] = {
@@ -38,6 +45,8 @@ SIGNALS: Final[Mapping[signal.Signals, Action]] = {
 
 #: Celery has nothing there: a handler that the application has set before the worker began stays.
 _LEFT_TO_OTHERS: Final = ("ignore", "grow", "shrink")
+#: Interrupts the main thread where it runs calls. Nobody's but ours; ``fastq.pool`` has the ones above it.
+_JOBS_SIGNAL: Final = signal.SIGRTMAX - 5
 #: How long a thread waits for its handler to be set. Chosen: the loop is never busy for so long.
 _SET_S: Final = 10.0
 
@@ -97,7 +106,7 @@ def install(
         return lambda signum, frame: loop.call_soon_threadsafe(on_signal, known, action)
 
     set_signal: Any = signal.signal
-    signal.signal = cast("Any", _in_main_thread(loop, take, set_signal))
+    signal.signal = cast("Any", _in_main_thread(loop.call_soon_threadsafe, take, set_signal))
 
     def uninstall() -> None:
         signal.signal = set_signal
@@ -107,10 +116,90 @@ def install(
     return uninstall
 
 
+class HandlersBeside:
+    """Handlers in the main thread, which runs calls, for a loop in another one. Make and undo it in the main thread.
+
+    They run between any two steps of a call, and interrupt nothing. What a call forks has the defaults again.
+    """
+
+    def __init__(self) -> None:
+        self._table = action_table(is_on_terminal())
+        self._pass_on: Callable[[signal.Signals], object] | None = None
+        self._early: list[signal.Signals] = []
+        self._pid = os.getpid()
+        self._before: dict[signal.Signals, Any] = {}
+        for number, action in list(self._table.items()):
+            before = signal.getsignal(number)
+            if action in _LEFT_TO_OTHERS and callable(before):
+                continue  # the application's own
+            self._before[number] = before
+            signal.signal(number, self._on_signal)
+        self._jobs: deque[Callable[[], None]] = deque()
+        signal.signal(_JOBS_SIGNAL, self._on_jobs)
+        self._set_signal: Any = signal.signal
+        signal.signal = cast("Any", _in_main_thread(self._run, self._set_signal, self._set_signal))
+        os.register_at_fork(after_in_child=self.restore)
+
+    def install(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        actions: Mapping[str, Callable[[], None]],
+        note: Callable[[signal.Signals], None],
+    ) -> Callable[[], None]:
+        """Have the signals reach the loop, those that came before too; the same as the function of that name."""
+        handler = _Handler(actions)
+
+        def on_loop(number: signal.Signals) -> None:
+            note(number)
+            handler.on_signal(self._table[number])
+
+        def pass_on(number: signal.Signals) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(on_loop, number)
+
+        def uninstall() -> None:
+            self._pass_on = None
+
+        self._pass_on = pass_on
+        while self._early:
+            pass_on(self._early.pop(0))
+        return uninstall
+
+    def restore(self) -> None:
+        """Set the handlers that were there before, where ours are there still."""
+        signal.signal = self._set_signal
+        for number, before in self._before.items():
+            if signal.getsignal(number) == self._on_signal:
+                is_forked = os.getpid() != self._pid
+                signal.signal(number, signal.SIG_DFL if is_forked and callable(before) else before)
+
+    def _run(self, job: Callable[[], None]) -> None:
+        """Have it done in the main thread, whatever runs there."""
+        self._jobs.append(job)
+        signal.pthread_kill(cast("int", threading.main_thread().ident), _JOBS_SIGNAL)
+
+    def _on_jobs(self, signum: int, frame: object) -> None:
+        while self._jobs:
+            self._jobs.popleft()()
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        number = signal.Signals(signum)
+        if os.getpid() != self._pid:  # it came between the fork and `restore`
+            self.restore()
+            os.kill(os.getpid(), signum)
+        elif self._pass_on is not None:
+            self._pass_on(number)
+        else:
+            self._early.append(number)
+
+
 def _in_main_thread(
-    loop: asyncio.AbstractEventLoop, take: Callable[[int, Any], Any], set_signal: Callable[[int, Any], Any]
+    run: Callable[[Callable[[], None]], object], take: Callable[[int, Any], Any], set_signal: Callable[[int, Any], Any]
 ) -> Callable[[int, Any], Any]:
-    """Return ``signal.signal`` for users' code: it runs in other threads than the one that may set handlers."""
+    """Return ``signal.signal`` for users' code: it runs in other threads than the one that may set handlers.
+
+    ``run`` has something done in the main thread.
+    """
 
     def signal_(signalnum: int, handler: Any) -> Any:
         if threading.current_thread() is threading.main_thread():
@@ -123,7 +212,7 @@ def _in_main_thread(
             except Exception as error:  # it is the caller's
                 done.set_exception(error)
 
-        loop.call_soon_threadsafe(set_it)
+        run(set_it)
         return done.result(_SET_S)
 
     return update_wrapper(signal_, set_signal)
@@ -151,8 +240,9 @@ def dump_stacks(children: Iterable[int]) -> None:
     Children have registered ``faulthandler`` for that, which works even while they are stuck in C.
     """
     log = log_stream()
-    pids = list(children)
-    print(f"Stacks of the main process, {os.getpid()}; its children {pids} write theirs below:", file=log, flush=True)
+    pids = [pid for pid in children if pid != os.getpid()]
+    those = f"; its children {pids} write theirs below" if pids else ""
+    print(f"Stacks of the main process, {os.getpid()}{those}:", file=log, flush=True)
     faulthandler.dump_traceback(log, all_threads=True)
     for pid in pids:
         try:

@@ -9,6 +9,7 @@ import time
 from typing import Any, Final
 
 from fastq.bus import NAMESAKE
+from fastq.pool import find_pool
 from fastq.worker.remote.commands.command import Command, WorkerView, failed, ok
 from fastq.worker.remote.commands.revoking import publish
 from fastq.worker.report import broker_info
@@ -83,11 +84,16 @@ def stats(view: WorkerView, **_: object) -> dict[str, Any]:
 def _pool(view: WorkerView) -> dict[str, Any]:
     options = view.options
     runs = sum(task.runs for task in view.core.tasks.values())
-    share = f"{1 / view.pool.size:.2f}" if view.pool.size else "0.00"
-    return {
+    base = {
         "implementation": f"{type(view.pool).__module__}:{type(view.pool).__name__}",
         "max-concurrency": view.pool.size,
         "processes": view.pool.pids,
+    }
+    if find_pool(options.pool).runs_here:
+        return {**base, "max-tasks-per-child": None, "put-guarded-by-semaphore": True, "timeouts": []}
+    share = f"{1 / view.pool.size:.2f}" if view.pool.size else "0.00"
+    return {
+        **base,
         "max-tasks-per-child": options.max_tasks_per_child or "N/A",
         "put-guarded-by-semaphore": False,
         "timeouts": [options.soft_time_limit or 0, options.time_limit or 0],
