@@ -1,4 +1,4 @@
-"""Workers of every kind of pool, each with a FastQ and a Celery application: the rows of the suite in tests/worker/kinds.
+"""Workers of every kind of pool, with a FastQ and a Celery application: the rows of the suite in tests/worker/kinds.
 
 A new kind is one more entry of ``KINDS``.
 """
@@ -155,6 +155,14 @@ class Field:
     def wait_for_running(self, numbers: Sequence[int]) -> None:
         """Return when all these calls have begun and not ended."""
         until(lambda: set(numbers) <= self.ledger.running().keys(), PATIENCE_S, f"{numbers} run, as the ledger says")
+
+    def error_of(self, result: AsyncResult[Any]) -> str:
+        """Wait for the end and return the name of the error, as fastq calls it; "" when there is none."""
+        value = result.get(timeout=2 * PATIENCE_S, propagate=False)
+        if not isinstance(value, Exception):
+            return ""
+        name = type(value).__name__
+        return {"TaskRevokedError": "TaskRevoked"}.get(name, name)
 
     def last(self, count: int) -> list[int]:
         """Return the numbers of the calls that were sent last."""

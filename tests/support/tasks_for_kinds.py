@@ -1,4 +1,4 @@
-"""Tasks that every kind of pool has to run, for a FastQ and for a Celery application: plain, and as coroutine functions.
+"""Tasks that every kind of pool has to run, for a FastQ and a Celery application: plain, and as coroutine functions.
 
 A body is a generator that yields for how many seconds the task is to wait. Of each body two tasks are made: ``name``
 sleeps in its thread, ``name_async`` awaits. ``support.kinds`` knows which of them a kind runs.
@@ -127,7 +127,7 @@ def add_tasks(app: Any, words: Words) -> None:
 
     @task()
     def who(self: Any, number: int, gate: str) -> Steps:
-        """Return everything that this call is taken for while others run, and whether it was another one at any time."""
+        """Return everything that this call is taken for, at any time, while others run."""
         record_start(LEDGER, number)
         before, _ = _mark.get(), _mark.set(number)
         seen = set()

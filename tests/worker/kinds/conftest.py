@@ -13,7 +13,7 @@ from tests.support.kinds import ROWS, Field, Row, open_field
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run for every row what asks for a field and does not say for which."""
     if "row" in metafunc.fixturenames and not any(
-        mark.name == "parametrize" for mark in metafunc.definition.iter_markers()
+        mark.name == "parametrize" and mark.args[0] == "row" for mark in metafunc.definition.iter_markers()
     ):
         metafunc.parametrize("row", ROWS, ids=str, scope="module")
 

@@ -22,7 +22,7 @@ def test_outcomes_reach_their_callers_in_any_order(shared: Field) -> None:
     results = [shared.call("until", str(gate)) for gate in gates]
     numbers = shared.last(CALLS)
     shared.wait_for_running(numbers)
-    for gate, result, number in reversed([*zip(gates, results, numbers)]):
+    for gate, result, number in reversed([*zip(gates, results, numbers, strict=True)]):
         gate.touch()
         assert result.get(timeout=PATIENCE_S) == number
         # Those that began before go on.
@@ -37,8 +37,11 @@ def test_each_call_is_itself_while_others_run(shared: Field) -> None:
     shared.wait_for_running(numbers)
     gate.touch()
     name = shared.kind.task("who")
-    for number, result in zip(numbers, results):
-        assert result.get(timeout=PATIENCE_S) == {"before": None, "seen": [[result.id, result.id, name, number, number]]}
+    for number, result in zip(numbers, results, strict=True):
+        assert result.get(timeout=PATIENCE_S) == {
+            "before": None,
+            "seen": [[result.id, result.id, name, number, number]],
+        }
 
 
 @sharing_rows  # where calls come one after the other, a variable stays as Celery's does
