@@ -36,6 +36,7 @@ class Kind:
     name             the test's
     options          what ``fastq worker`` is given, after ``-c`` (or what stands for it) and the calls at a time
     is_async         its calls are those of coroutine functions
+    others           how many calls of other tasks run beside them
     shares           its calls share a process
     """
 
@@ -44,6 +45,7 @@ class Kind:
     is_async: bool = False
     shares: bool = True
     count: str = "-c"
+    others: int = 0
 
     def arguments(self, calls: int) -> tuple[str, ...]:
         """Return the options of a worker that runs so many calls at a time."""
@@ -58,7 +60,7 @@ KINDS: Final = (
     Kind("prefork", ("--async-processes", "0"), shares=False),
     Kind("threads", ("-P", "threads")),
     Kind("asyncio", ("-P", "asyncio"), is_async=True),
-    Kind("loop", ("-c", "1", "--async-processes", "1"), is_async=True, count="--async-slots"),
+    Kind("loop", ("-c", "1", "--async-processes", "1"), is_async=True, count="--async-slots", others=1),
 )
 
 

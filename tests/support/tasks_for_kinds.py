@@ -7,6 +7,7 @@ sleeps in its thread, ``name_async`` awaits. ``support.kinds`` knows which of th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from tests.support.task_ledger import record, record_done, record_start
 LEDGER = os.environ.get("FASTQ_TEST_LEDGER", "ledger.bin")
 STOPPED = b"stopped\0"  # a soft limit was seen inside of the task
 PAUSE_S = 0.01
+SENT_BY_TASKS = 10_000
 
 Steps: TypeAlias = "Generator[float, None, Any]"
 Body: TypeAlias = "Callable[..., Steps]"
@@ -39,7 +41,7 @@ class Words:
 
     soft_limit: type[Exception]
     ignore: type[Exception]
-    reject: type[Exception]
+    reject: Callable[..., Exception]
     current_task: Callable[[], Any]
     logger: Any
 
@@ -180,11 +182,11 @@ def add_tasks(app: Any, words: Words) -> None:
     @task()
     def stuck(self: Any, number: int, seconds: float) -> Steps:
         """Block in C, a coroutine too."""
+        yield PAUSE_S
         record_start(LEDGER, number)
         time.sleep(seconds)
         record_done(LEDGER, number)
         return number
-        yield
 
     @task()
     def kill(self: Any, number: int) -> Steps:
@@ -253,10 +255,11 @@ def add_tasks(app: Any, words: Words) -> None:
         return number
 
     @task()
-    def sends(self: Any, number: int, count: int, dies: bool = False) -> Steps:
-        """Send calls of ``work`` with the numbers that follow; ``dies`` in the first run, once they are sent."""
+    def sends(self: Any, number: int, count: int) -> Steps:
+        """Send so many calls of ``work``, whose numbers are larger by ``SENT_BY_TASKS`` each; return their ids."""
         record_start(LEDGER, number)
-        results = [other(self, "work").delay(number + index + 1) for index in range(count)]
+        numbers = [number + SENT_BY_TASKS * index for index in range(1, count + 1)]
+        results = [other(self, "work").delay(each) for each in numbers]
         yield PAUSE_S
         record_done(LEDGER, number)
         return [result.id for result in results]
@@ -270,6 +273,126 @@ def add_tasks(app: Any, words: Words) -> None:
             yield PAUSE_S
         words.logger.warning("number %d goes", number)
         record_done(LEDGER, number)
+
+
+def add_coroutines(app: Any, words: Words) -> None:
+    """Give the application tasks that only a coroutine function can be, and one that stands beside them."""
+
+    def task(function: Callable[..., Any]) -> Callable[..., Any]:
+        app.task(name=function.__name__, bind=True)(function)
+        return function
+
+    @task
+    async def loop_is(self: Any, number: int) -> str:
+        """Return what kind of loop runs this."""
+        return type(asyncio.get_running_loop()).__module__
+
+    @task
+    async def times_out(self: Any, number: int) -> str:
+        """Wait for something too long, by each of the library's ways."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.sleep(60), 0.02)
+        if sys.version_info >= (3, 11):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.02):
+                    await asyncio.sleep(60)
+        return "timed out"
+
+    @task
+    async def groups(self: Any, number: int, seconds: float = 0.02) -> list[str]:
+        """Return the ids that parts of this call, which run at a time, see as theirs."""
+        seen = []
+
+        async def part() -> None:
+            await asyncio.sleep(seconds)
+            seen.append(self.request.id)
+
+        record_start(LEDGER, number)
+        if sys.version_info >= (3, 11):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(part())
+                group.create_task(part())
+        else:
+            await asyncio.gather(part(), part())
+        record_done(LEDGER, number)
+        return seen
+
+    @task
+    async def group_fails(self: Any, number: int) -> None:
+        """Have one part fail while another one runs."""
+
+        async def bad() -> None:
+            raise ValueError(f"number {number} is bad")
+
+        await asyncio.gather(asyncio.sleep(60), bad())
+
+    @task
+    async def anyio_scopes(self: Any, number: int) -> list[str]:
+        """Use a task group, a scope that is cancelled and a thread of anyio's."""
+        import anyio
+        import anyio.to_thread
+
+        seen = []
+
+        async def part(name: str) -> None:
+            await anyio.sleep(0.01)
+            seen.append(name)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(part, "first")
+            group.start_soon(part, "second")
+        with anyio.move_on_after(0.02) as scope:
+            await anyio.sleep(60)
+        if scope.cancelled_caught:
+            seen.append("moved on")
+        seen.append(await anyio.to_thread.run_sync(lambda: self.request.id))
+        return seen
+
+    @task
+    async def cancels_itself(self: Any, number: int, how: str) -> None:
+        """End as a call that was cancelled, though nobody has asked for that."""
+        await asyncio.sleep(PAUSE_S)
+        if how == "raise":
+            raise asyncio.CancelledError("by the task itself")
+        running = asyncio.current_task()
+        assert running is not None
+        running.cancel("by the task itself")
+        await asyncio.sleep(60)
+
+    @task
+    async def calls_another(self: Any, number: int) -> list[Any]:
+        """Await another task directly, and be this one again afterwards."""
+        before = self.request.id
+        value = await app.tasks["groups"](number)
+        return [value, before == self.request.id, words.current_task().name]
+
+    @task
+    async def exits(self: Any, number: int) -> None:
+        """Raise what ends an interpreter."""
+        await asyncio.sleep(PAUSE_S)
+        raise SystemExit(3)
+
+    @task
+    async def leaves_a_task(self: Any, number: int) -> int:
+        """Return while something that it has started runs on, and fails."""
+
+        async def fails_later() -> None:
+            await asyncio.sleep(PAUSE_S)
+            raise ValueError("nobody waits for this")
+
+        _tasks.append(asyncio.create_task(fails_later()))
+        return number
+
+    @task
+    def plain_beside(self: Any, number: int, seconds: float) -> list[Any]:
+        """Block a thread, in a task that is no coroutine function."""
+        record_start(LEDGER, number)
+        time.sleep(seconds)
+        record_done(LEDGER, number)
+        return [self.request.id, words.current_task().name]
+
+
+_tasks: list[asyncio.Task[None]] = []
 
 
 def _pieces(seconds: float) -> Generator[float, None, None]:
