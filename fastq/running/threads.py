@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
 from functools import wraps
 from types import FrameType
 from typing import Any, Final
@@ -168,15 +169,17 @@ class Workers:
             self._calls.put(None)
 
     def _work(self) -> None:
-        run, strikes, pipe = self._runner.run, self._strikes, self._pipe
+        context, pipe = copy_context(), self._pipe
         while (call := self._calls.get()) is not None:
-            running_call.set(call)
             try:
-                strikes.run(call, run)
+                context.copy().run(self._run, call)  # what one call sets is not there for the next one
             except BaseException:
                 logging.getLogger("fastq.worker").critical("a child ends because of an internal error", exc_info=True)
                 os._exit(EX_INTERNAL)
-            running_call.set(None)
             self._free.put(None)
             if self._calls.empty():
                 pipe.flush()
+
+    def _run(self, call: Call) -> None:
+        running_call.set(call)
+        self._strikes.run(call, self._runner.run)

@@ -1,0 +1,401 @@
+"""Tasks that every kind of pool has to run, for a FastQ and a Celery application: plain, and as coroutine functions.
+
+A body is a generator that yields for how many seconds the task is to wait. Of each body two tasks are made: ``name``
+sleeps in its thread, ``name_async`` awaits. ``support.kinds`` knows which of them a kind runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeAlias
+
+from tests.support.task_ledger import record, record_done, record_start
+
+LEDGER = os.environ.get("FASTQ_TEST_LEDGER", "ledger.bin")
+STOPPED = b"stopped\0"  # a soft limit was seen inside of the task
+PAUSE_S = 0.01
+SENT_BY_TASKS = 10_000
+
+Steps: TypeAlias = "Generator[float, None, Any]"
+Body: TypeAlias = "Callable[..., Steps]"
+
+_mark: ContextVar[int | None] = ContextVar("mark", default=None)
+_kept: list[bytearray] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What the two kinds of application call differently. ``current_task()`` returns the task that runs."""
+
+    soft_limit: type[Exception]
+    ignore: type[Exception]
+    reject: Callable[..., Exception]
+    current_task: Callable[[], Any]
+    logger: Any
+
+
+def settings() -> dict[str, Any]:
+    """Return the settings that the test has asked for."""
+    found: dict[str, Any] = json.loads(os.environ.get("FASTQ_TEST_SETTINGS", "{}"))
+    return found
+
+
+def sleeping(body: Body) -> Callable[..., Any]:
+    """Return the plain function of a body."""
+
+    @wraps(body)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        steps = body(*args, **kwargs)
+        try:
+            pause = next(steps)
+            while True:
+                try:
+                    time.sleep(pause)
+                except Exception as error:
+                    pause = steps.throw(error)
+                else:
+                    pause = next(steps)
+        except StopIteration as end:
+            return end.value
+
+    return run
+
+
+def awaiting(body: Body) -> Callable[..., Any]:
+    """Return the coroutine function of a body."""
+
+    @wraps(body)
+    async def run(*args: Any, **kwargs: Any) -> Any:
+        steps = body(*args, **kwargs)
+        try:
+            pause = next(steps)
+            while True:
+                try:
+                    await asyncio.sleep(pause)
+                except Exception as error:
+                    pause = steps.throw(error)
+                else:
+                    pause = next(steps)
+        except StopIteration as end:
+            return end.value
+
+    return run
+
+
+def add_tasks(app: Any, words: Words) -> None:
+    """Give the application every task, in both ways."""
+
+    def task(**options: Any) -> Callable[[Body], Body]:
+        def add(body: Body) -> Body:
+            app.task(name=body.__name__, bind=True, **options)(sleeping(body))
+            app.task(name=f"{body.__name__}_async", bind=True, **options)(awaiting(body))
+            return body
+
+        return add
+
+    def other(self: Any, name: str) -> Any:
+        """Return the task of that name which runs in the same way as this one."""
+        return app.tasks[f"{name}_async" if self.name.endswith("_async") else name]
+
+    @task()
+    def work(self: Any, number: int, seconds: float = 0.0) -> Steps:
+        """Take that long and return the number."""
+        record_start(LEDGER, number)
+        if seconds:
+            yield seconds
+        record_done(LEDGER, number)
+        return number
+
+    @task()
+    def until(self: Any, number: int, gate: str) -> Steps:
+        """Wait until a file exists."""
+        record_start(LEDGER, number)
+        while not os.path.exists(gate):
+            yield PAUSE_S
+        record_done(LEDGER, number)
+        return number
+
+    @task()
+    def who(self: Any, number: int, gate: str) -> Steps:
+        """Return everything that this call is taken for, at any time, while others run."""
+        record_start(LEDGER, number)
+        before, _ = _mark.get(), _mark.set(number)
+        seen = set()
+        while True:
+            is_over = os.path.exists(gate)
+            running = words.current_task()
+            seen.add((self.request.id, running.request.id, running.name, self.request.args[0], _mark.get()))
+            if is_over:
+                break
+            yield PAUSE_S
+        record_done(LEDGER, number)
+        return {"before": before, "seen": sorted(seen)}
+
+    @task()
+    def where(self: Any, number: int) -> Steps:
+        """Return the process, and what it is like for the task's code."""
+        yield 0
+        program = "import signal; print(signal.getsignal(signal.SIGTERM).name, len(signal.pthread_sigmask(0, ())))"
+        child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        return {
+            "pid": os.getpid(),
+            "stdin": os.readlink("/proc/self/fd/0"),
+            "subprocess": child.stdout.split(),
+            "thread": threading.current_thread().name,
+        }
+
+    @task()
+    def stops_in_time(self: Any, number: int, seconds: float) -> Steps:
+        """Clean up when the soft limit comes, which takes a moment, and return normally."""
+        record_start(LEDGER, number)
+        try:
+            yield from _pieces(seconds)
+        except words.soft_limit:
+            record(LEDGER, STOPPED, number)
+            yield PAUSE_S
+            return "stopped in time"
+        return "was not stopped"
+
+    @task()
+    def ignores_soft_limit(self: Any, number: int, seconds: float) -> Steps:
+        """Go on after the soft limit."""
+        record_start(LEDGER, number)
+        try:
+            yield from _pieces(seconds)
+        except words.soft_limit:
+            record(LEDGER, STOPPED, number)
+        yield from _pieces(seconds)
+        record_done(LEDGER, number)
+
+    @task()
+    def stuck(self: Any, number: int, seconds: float) -> Steps:
+        """Block in C, a coroutine too."""
+        yield PAUSE_S
+        record_start(LEDGER, number)
+        time.sleep(seconds)
+        record_done(LEDGER, number)
+        return number
+
+    @task()
+    def kill(self: Any, number: int) -> Steps:
+        """End the process that runs this, as a segmentation fault or the memory killer does."""
+        record_start(LEDGER, number)
+        yield PAUSE_S
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield 60
+
+    @task()
+    def grow(self: Any, number: int, mebibytes: int) -> Steps:
+        """Keep that much memory for the rest of the process's life; return the process."""
+        record_start(LEDGER, number)
+        yield PAUSE_S
+        _kept.append(bytearray(b"x") * (mebibytes << 20))
+        record_done(LEDGER, number)
+        return os.getpid()
+
+    @task()
+    def fail(self: Any, number: int) -> Steps:
+        """Raise."""
+        yield PAUSE_S
+        raise ValueError(f"number {number} is bad")
+
+    @task(throws=(KeyError,), max_retries=2, default_retry_delay=0.01)
+    def again(self: Any, number: int) -> Steps:
+        """Retry until it may not."""
+        record_start(LEDGER, number)
+        yield PAUSE_S
+        if self.request.retries < 2:
+            raise self.retry(countdown=0, exc=KeyError(number))
+        record_done(LEDGER, number)
+        return self.request.retries
+
+    @task(autoretry_for=(OSError,), retry_backoff=False, default_retry_delay=0, max_retries=2)
+    def again_by_itself(self: Any, number: int, good_after: int) -> Steps:
+        """Raise an error that is retried, so often."""
+        record_start(LEDGER, number)
+        yield PAUSE_S
+        if self.request.retries < good_after:
+            raise OSError(f"attempt {self.request.retries}")
+        return self.request.retries
+
+    @task()
+    def rejects(self: Any, number: int) -> Steps:
+        """Have the broker drop the message."""
+        record_start(LEDGER, number)
+        yield PAUSE_S
+        raise words.reject("not wanted", requeue=False)
+
+    @task()
+    def ignores(self: Any, number: int) -> Steps:
+        """Leave the state to whoever has set it."""
+        yield PAUSE_S
+        self.update_state(state="BY_HAND", meta={"number": number})
+        yield PAUSE_S
+        raise words.ignore()
+
+    @task()
+    def progresses(self: Any, number: int, gate: str) -> Steps:
+        """Tell of its progress, and wait."""
+        yield PAUSE_S
+        self.update_state(state="PROGRESS", meta={"number": number})
+        while not os.path.exists(gate):
+            yield PAUSE_S
+        return number
+
+    @task()
+    def sends(self: Any, number: int, count: int) -> Steps:
+        """Send so many calls of ``work``, whose numbers are larger by ``SENT_BY_TASKS`` each; return their ids."""
+        record_start(LEDGER, number)
+        numbers = [number + SENT_BY_TASKS * index for index in range(1, count + 1)]
+        results = [other(self, "work").delay(each) for each in numbers]
+        yield PAUSE_S
+        record_done(LEDGER, number)
+        return [result.id for result in results]
+
+    @task()
+    def logs(self: Any, number: int, gate: str) -> Steps:
+        """Write a line before and after a wait."""
+        record_start(LEDGER, number)
+        words.logger.warning("number %d is here", number)
+        while not os.path.exists(gate):
+            yield PAUSE_S
+        words.logger.warning("number %d goes", number)
+        record_done(LEDGER, number)
+
+
+def add_coroutines(app: Any, words: Words) -> None:
+    """Give the application tasks that only a coroutine function can be, and one that stands beside them."""
+
+    def task(function: Callable[..., Any]) -> Callable[..., Any]:
+        app.task(name=function.__name__, bind=True)(function)
+        return function
+
+    @task
+    async def loop_is(self: Any, number: int) -> str:
+        """Return what kind of loop runs this."""
+        return type(asyncio.get_running_loop()).__module__
+
+    @task
+    async def times_out(self: Any, number: int) -> str:
+        """Wait for something too long, by each of the library's ways."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.sleep(60), 0.02)
+        if sys.version_info >= (3, 11):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.02):
+                    await asyncio.sleep(60)
+        return "timed out"
+
+    @task
+    async def groups(self: Any, number: int, seconds: float = 0.02) -> list[str]:
+        """Return the ids that parts of this call, which run at a time, see as theirs."""
+        seen = []
+
+        async def part() -> None:
+            await asyncio.sleep(seconds)
+            seen.append(self.request.id)
+
+        record_start(LEDGER, number)
+        if sys.version_info >= (3, 11):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(part())
+                group.create_task(part())
+        else:
+            await asyncio.gather(part(), part())
+        record_done(LEDGER, number)
+        return seen
+
+    @task
+    async def group_fails(self: Any, number: int) -> None:
+        """Have one part fail while another one runs."""
+
+        async def bad() -> None:
+            raise ValueError(f"number {number} is bad")
+
+        await asyncio.gather(asyncio.sleep(60), bad())
+
+    @task
+    async def anyio_scopes(self: Any, number: int) -> list[str]:
+        """Use a task group, a scope that is cancelled and a thread of anyio's."""
+        import anyio
+        import anyio.to_thread
+
+        seen = []
+
+        async def part(name: str) -> None:
+            await anyio.sleep(0.01)
+            seen.append(name)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(part, "first")
+            group.start_soon(part, "second")
+        with anyio.move_on_after(0.02) as scope:
+            await anyio.sleep(60)
+        if scope.cancelled_caught:
+            seen.append("moved on")
+        seen.append(await anyio.to_thread.run_sync(lambda: self.request.id))
+        return seen
+
+    @task
+    async def cancels_itself(self: Any, number: int, how: str) -> None:
+        """End as a call that was cancelled, though nobody has asked for that."""
+        await asyncio.sleep(PAUSE_S)
+        if how == "raise":
+            raise asyncio.CancelledError("by the task itself")
+        running = asyncio.current_task()
+        assert running is not None
+        running.cancel("by the task itself")
+        await asyncio.sleep(60)
+
+    @task
+    async def calls_another(self: Any, number: int) -> list[Any]:
+        """Await another task directly, and be this one again afterwards."""
+        before = self.request.id
+        value = await app.tasks["groups"](number)
+        return [value, before == self.request.id, words.current_task().name]
+
+    @task
+    async def exits(self: Any, number: int) -> None:
+        """Raise what ends an interpreter."""
+        await asyncio.sleep(PAUSE_S)
+        raise SystemExit(3)
+
+    @task
+    async def leaves_a_task(self: Any, number: int) -> int:
+        """Return while something that it has started runs on, and fails."""
+
+        async def fails_later() -> None:
+            await asyncio.sleep(PAUSE_S)
+            raise ValueError("nobody waits for this")
+
+        _tasks.append(asyncio.create_task(fails_later()))
+        return number
+
+    @task
+    def plain_beside(self: Any, number: int, seconds: float) -> list[Any]:
+        """Block a thread, in a task that is no coroutine function."""
+        record_start(LEDGER, number)
+        time.sleep(seconds)
+        record_done(LEDGER, number)
+        return [self.request.id, words.current_task().name]
+
+
+_tasks: list[asyncio.Task[None]] = []
+
+
+def _pieces(seconds: float) -> Generator[float, None, None]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        yield PAUSE_S

@@ -1,0 +1,134 @@
+"""Coroutine functions as tasks: the loop they run on, libraries that look at it, and what can go wrong on it."""
+
+from __future__ import annotations
+
+import sys
+
+from tests.support.kinds import CALLS, PATIENCE_S, Field, async_rows, rows
+from tests.support.stage import until
+
+pytestmark = async_rows
+
+
+def test_the_loop_is_uvloop(shared: Field) -> None:
+    assert shared.stage.call("loop_is").get(timeout=PATIENCE_S) == "uvloop"
+
+
+def test_timeouts_of_asyncio_end_what_they_surround(shared: Field) -> None:
+    assert shared.stage.call("times_out").get(timeout=PATIENCE_S) == "timed out"
+
+
+def test_timeouts_work_under_a_soft_limit(shared: Field) -> None:
+    result = shared.stage.call("times_out", soft_time_limit=20)
+    assert result.get(timeout=PATIENCE_S) == "timed out"
+
+
+def test_parts_of_a_call_belong_to_it(shared: Field) -> None:
+    results = [shared.stage.call("groups") for _ in range(CALLS)]
+    for result in results:
+        assert result.get(timeout=PATIENCE_S) == [result.id, result.id]
+
+
+def test_a_soft_limit_ends_the_parts_of_a_call_too(shared: Field) -> None:
+    result = shared.stage.call("groups", 60, soft_time_limit=0.5)
+    ended = result.get(timeout=PATIENCE_S, propagate=False)
+    assert type(ended).__name__ == "SoftTimeLimitExceeded", repr(ended)
+
+
+def test_a_hard_limit_ends_the_parts_of_a_call_too(shared: Field) -> None:
+    assert shared.error_of(shared.stage.call("groups", 60, time_limit=0.5)) == "TimeLimitExceeded"
+    assert shared.call("work").get(timeout=PATIENCE_S) == shared.stage.sent[-1]
+
+
+def test_a_part_that_fails_fails_its_call(shared: Field) -> None:
+    result = shared.stage.call("group_fails")
+    assert shared.error_of(result) == "ValueError"
+    assert result.state == "FAILURE"
+
+
+def test_anyio_works(shared: Field) -> None:
+    result = shared.stage.call("anyio_scopes")
+    seen = result.get(timeout=PATIENCE_S)
+    assert (sorted(seen[:2]), seen[2:]) == (["first", "second"], ["moved on", result.id])
+
+
+def test_a_task_can_await_another_one(shared: Field) -> None:
+    result = shared.stage.call("calls_another")
+    value, is_same, name = result.get(timeout=PATIENCE_S)
+    assert len(value) == 2
+    assert is_same
+    assert name == "calls_another"
+
+
+def test_a_task_that_cancels_itself_has_failed(shared: Field) -> None:
+    gate = shared.gate()
+    other = shared.call("until", str(gate))
+    number = shared.stage.sent[-1]
+    shared.wait_for_running([number])
+    for how in ("raise", "cancel"):
+        result = shared.stage.call("cancels_itself", how)
+        assert shared.error_of(result) == "CancelledError", how
+        assert result.state == "FAILURE"
+    gate.touch()
+    assert other.get(timeout=PATIENCE_S) == number
+
+
+def test_what_a_task_leaves_running_harms_nobody(shared: Field) -> None:
+    assert shared.stage.call("leaves_a_task").get(timeout=PATIENCE_S) == shared.stage.sent[-1]
+    results = shared.call_many(CALLS, "work", 0.05)
+    assert [result.get(timeout=PATIENCE_S) for result in results] == shared.last(CALLS)
+    assert shared.stage.workers[0].exit_code is None
+
+
+def test_a_loop_that_does_not_turn_is_told_of(field: Field) -> None:
+    worker = field.start()
+    result = field.call("stuck", 2.5)
+    worker.wait_for_log(r"(?s)the event loop of pid:\d+ has taken no turn for [\d.]+ s.*in stuck", PATIENCE_S)
+    assert result.get(timeout=PATIENCE_S) == 0
+
+
+def test_a_loop_that_never_turns_is_replaced(field: Field) -> None:
+    """Its other calls run again, and are no part of what it died of."""
+    worker = field.start_reliable(fastq_loop_stall_s=2, fastq_max_child_deaths=2)
+    others = field.call_many(CALLS - 1, "work", 1)
+    numbers = field.last(CALLS - 1)
+    field.wait_for_running(numbers)
+    stuck = field.call("stuck", 600)
+    assert field.error_of(stuck) == "WorkerLostError"
+    assert [result.get(timeout=PATIENCE_S) for result in others] == numbers
+    assert worker.exit_code is None
+
+
+def test_a_task_that_exits_ends_no_other(field: Field) -> None:
+    worker = field.start_reliable()
+    gate = field.gate()
+    other = field.call("until", str(gate))
+    field.wait_for_running([0])
+    exits = field.stage.call("exits")
+    assert field.error_of(exits) != ""
+    gate.touch()
+    assert other.get(timeout=PATIENCE_S) == 0
+    assert worker.exit_code is None
+
+
+def test_plain_functions_do_not_stop_the_loop(field: Field) -> None:
+    """They run in threads beside it, or in children of their own."""
+    field.start(calls=2)
+    plain = field.stage.call("plain_beside", 2)
+    until(lambda: 0 in field.ledger.running(), PATIENCE_S, "the plain function runs")
+    assert field.call("work", 0.1).get(timeout=PATIENCE_S) == 1
+    assert 0 in field.ledger.running()
+    assert plain.get(timeout=PATIENCE_S) == [plain.id, "plain_beside"]
+    if sys.version_info >= (3, 11):
+        assert "took no turn" not in field.stage.workers[0].log()
+
+
+@rows(lambda row: row.kind.is_async and row.program == "fastq")
+def test_handlers_that_are_coroutine_functions_are_awaited(shared: Field) -> None:
+    worker = shared.stage.workers[0]
+    good = shared.stage.call("handled", False)
+    number = good.get(timeout=PATIENCE_S)
+    worker.wait_for_log(rf"handlers: \['before_start', 'on_success', {number}\]", PATIENCE_S)
+    bad = shared.stage.call("handled", True)
+    assert shared.error_of(bad) == "ValueError"
+    worker.wait_for_log(rf"handlers: \['before_start', 'on_failure', 'number {number + 1} is bad'\]", PATIENCE_S)
