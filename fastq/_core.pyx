@@ -58,8 +58,9 @@ _STATES = ("SUCCESS", "FAILURE", "RETRY", "IGNORED", "REJECTED", "REJECTED", "RE
 cdef class Core(Ledger):
     """The message loop of one worker.
 
-    ``tasks`` are the TaskRules by name; ``are_many`` says for each group whether its children run several calls at a time. ``hooks`` (``interfaces.CallHooks``) and ``pool`` (``interfaces.ChildHooks``) are called
-    for what is rare. Limits are in seconds, 0 = none.
+    ``tasks`` are the TaskRules by name; ``are_many`` says for each group whether its children run several calls at a time.
+    ``hooks`` (``interfaces.CallHooks``) and ``pool`` (``interfaces.ChildHooks``) are called for what is rare. Limits are in
+    seconds, 0 = none.
     """
 
     def __init__(self, object loop, list tasks, object hooks, object pool, *, bint reliable=True, int max_deliveries=20,

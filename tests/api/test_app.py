@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -272,10 +272,11 @@ def test_what_is_no_function_cannot_be_a_task() -> None:
     with pytest.raises(TypeError, match="options are given by name"):
         app.task("name")  # type: ignore[call-overload]
 
-    async def coroutine() -> None: ...
+    async def generator() -> AsyncIterator[int]:
+        yield 1
 
-    with pytest.raises(TypeError, match="coroutine function"):
-        app.task(coroutine)
+    with pytest.raises(TypeError, match="generator function"):
+        app.task(generator)
 
 
 def test_an_unknown_option_is_named_with_the_nearest_one() -> None:

@@ -143,8 +143,7 @@ def test_a_command_of_celery_s_that_is_not_carried_says_so(fastq: Run) -> None:
         ["-B"],
         ["-s", "beat.db"],
         ["--scheduler", "x:Y"],
-        ["--pool", "threads"],
-        ["-P", "gevent"],
+        ["--pool", "custom"],
         ["--executable", "/usr/bin/python3"],
     ],
     ids=" ".join,
@@ -327,8 +326,8 @@ def test_another_working_directory_is_where_modules_are_found(fastq: Run, projec
 def test_options_come_from_the_environment_as_well(fastq: Run) -> None:
     assert "no results here" in fastq("result", "x", FASTQ_APP="shop").error
     assert "no results here" in fastq("result", "x", APP="shop").error
-    done = fastq("worker", FASTQ_APP="shop", FASTQ_WORKER_POOL="threads")
-    assert "option -P/--pool threads is not carried" in done.error
+    done = fastq("worker", FASTQ_APP="shop", FASTQ_WORKER_POOL="custom")
+    assert "option -P/--pool custom is not carried" in done.error
 
 
 def test_a_broker_alone_is_enough_to_send_and_ask(fastq: Run) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from fastq import FastQ
 from fastq.errors import SettingsError
-from fastq.pool import PREFORK, SOLO, ChildMain, ChildSpec, PoolKind, find_pool
+from fastq.pool import POOL_NAMES, PREFORK, SOLO, ChildMain, ChildSpec, PoolKind, find_pool
 from fastq.pool.starter import start_starter
 from fastq.pool.zygote import Zygote
 from fastq.testing import worker
@@ -58,7 +58,7 @@ def test_a_pool_is_found_by_module_and_name_and_by_entry_point(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("puddle", "no pool is known by the name 'puddle'; known: prefork, processes, solo, module:NAME"),
+        ("puddle", f"no pool is known by the name 'puddle'; known: {', '.join(POOL_NAMES)}, module:NAME"),
         ("tests.toys.toy_pool:LAKE", "'tests.toys.toy_pool:LAKE' cannot be imported"),
         ("tests.toys.no_pool:POOL", "'tests.toys.no_pool:POOL' cannot be imported"),
         ("tests.toys.toy_pool:ToyPool", "'tests.toys.toy_pool:ToyPool' is a type; expected a fastq.pool.PoolKind"),

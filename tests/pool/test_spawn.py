@@ -215,7 +215,7 @@ def add(a, b):
     return [a + b, __name__]
 
 def main():
-    with worker(app, pool_start_method="spawn"):
+    with worker(app, pool="prefork", pool_start_method="spawn"):
         print(add.name, *add.delay(1, 2).get(timeout=30), flush=True)
 
 """
@@ -243,7 +243,7 @@ def test_a_program_that_does_so_in_any_case_is_told_what_is_wrong(tmp_path: Path
 def test_an_application_that_no_module_holds_cannot_be_spawned() -> None:
     app = FastQ("nowhere", broker="memory://")
     with pytest.raises(SettingsError, match=r"no module holds the application .* Make it a variable of a module"):
-        worker_of(app, pool_start_method="spawn").__enter__()
+        worker_of(app, pool="prefork", pool_start_method="spawn").__enter__()
 
 
 def test_an_application_is_found_where_a_command_has_found_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +272,7 @@ import os, socket, threading
 from socket import create_connection
 
 def make(seconds=0):
-    def child_main(sock, shared, number):
+    def child_main(sock, shared, number, group):
         with socket.socket(fileno=sock) as told:
             told.sendall(f"{create_connection.__module__} {threading.Thread.start.__module__} {number}".encode())
         return 7

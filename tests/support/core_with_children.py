@@ -75,7 +75,7 @@ def child_main(sock: int, shared: int, slot: int, group: int = 0) -> int:
     return 155
 
 
-def child_with_stacks(sock: int, shared: int, slot: int) -> int:
+def child_with_stacks(sock: int, shared: int, slot: int, group: int = 0) -> int:
     """Run calls in a process that says where it is when it is asked."""
     write_stacks_to(shared)
     return child_main(sock, shared, slot)
