@@ -39,6 +39,16 @@ def test_a_long_call_in_a_process_that_is_replaced_ends_there(field: Field) -> N
     assert max(field.ledger.started().values()) == 1
 
 
+def test_no_more_calls_run_while_processes_are_replaced(field: Field) -> None:
+    field.start_reliable("--max-tasks-per-child", str(CALLS))
+    gate = field.gate()
+    results = field.call_many(4 * CALLS, "until", str(gate))
+    field.wait_for_running(range(CALLS))
+    field.stays(lambda: len(field.ledger.running()) == CALLS, 1, "no more run than were asked for")
+    gate.touch()
+    assert [result.get(timeout=PATIENCE_S) for result in results] == [*range(4 * CALLS)]
+
+
 def test_a_process_that_has_grown_is_replaced(field: Field) -> None:
     field.start_reliable("--max-memory-per-child", "250000")
     gate = field.gate()
