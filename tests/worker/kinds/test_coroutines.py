@@ -138,7 +138,7 @@ def test_plain_functions_do_not_stop_the_loop(field: Field) -> None:
         assert "took no turn" not in field.stage.workers[0].log()
 
 
-@rows(lambda row: row.kind.is_async and row.program == "fastq")
+@rows(lambda row: row.program == "fastq")
 def test_handlers_that_are_coroutine_functions_are_awaited(shared: Field) -> None:
     worker = shared.stage.workers[0]
     good = shared.stage.call("handled", False)
