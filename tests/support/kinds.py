@@ -60,6 +60,8 @@ KINDS: Final = (
     Kind("prefork", ("--async-processes", "0"), shares=False),
     Kind("threads", ("-P", "threads", "--async-processes", "0")),
     Kind("asyncio", ("-P", "asyncio"), is_async=True),
+    Kind("gevent", ("-P", "gevent", "--async-processes", "0")),
+    Kind("eventlet", ("-P", "eventlet", "--async-processes", "0")),
     Kind("loop", ("-c", "1", "--async-processes", "1"), is_async=True, count="--async-slots", others=1),
 )
 
