@@ -89,6 +89,7 @@ cdef class ManyChild(Child):
     cdef dict limits                        # the hard limits of calls that have one, by number
     cdef dict cancelled                     # calls that were told to end, by number: (kind, detail, monotonic time)
     cdef readonly bint gives_up             # a call that does not end when it is told to is left behind; else the process is killed
+    cdef bint is_stuck                      # it is killed as its loop stands still, and nobody knows for which call
     cdef readonly bint sacrificed           # it is killed for the sake of one call: the others run again, uncounted
     cdef bint alone                         # it runs one call, which may be what has killed children
     cdef int64_t unstarted_since_ns         # when it was first seen not to take what it was given

@@ -227,7 +227,7 @@ cdef class Core(Ledger):
         if cancelled is not None:
             self.end_cancelled(delivery, cancelled[0], cancelled[1])
             return True
-        if child.sacrificed and (delivery.settled or (<TaskRules> delivery.options).requeue_lost):
+        if child.sacrificed and not child.is_stuck and (delivery.settled or (<TaskRules> delivery.options).requeue_lost):
             self.release(delivery)
             return True
         return False
@@ -457,14 +457,26 @@ cdef class Core(Ledger):
     # --- dispatch
 
     cdef Child pick_among_many(self, Delivery delivery):
-        """The child of several calls at a time to give the next call to: the one that has the fewest."""
-        cdef Child best = None
+        """The child of several calls at a time to give the next call to: the one that has the fewest.
+
+        None while those that are to end still run as many calls as those that take their places would.
+        """
+        cdef ManyChild child, best = None
         cdef TaskRules task = <TaskRules> delivery.options
         cdef bint alone = delivery.deaths >= self.last_death()
+        cdef uint32_t running = 0, places = 0
         for each in self.children:
-            if ((<Child> each).group == task.group and (<Child> each).accepting and not (<Child> each).limited
-                    and (<Child> each).has_free_place() and (best is None or (<Child> each).outstanding() < best.outstanding())):
-                best = <Child> each
+            if (<Child> each).group != task.group:
+                continue
+            child = <ManyChild> each
+            running += child.outstanding()
+            if not child.accepting:
+                continue
+            places += child.most
+            if not child.limited and child.has_free_place() and (best is None or child.outstanding() < best.outstanding()):
+                best = child
+        if running >= places:
+            return None
         return None if best is not None and alone and best.outstanding() else best
 
     cdef Child pick(self, TaskRules task):
@@ -979,6 +991,7 @@ cdef class Core(Ledger):
             child.stalls += 1
             self.hooks.stalled(child, (now - last) * 1e-9)
         if now - last > child.stall_ns:
+            child.is_stuck = True
             self.sacrifice(child, f"its event loop has taken no turn for {(now - last) * 1e-9:.0f} s")
         return 0
 

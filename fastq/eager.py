@@ -23,7 +23,7 @@ class Runnable(Protocol):
     is_async: bool
 
 
-def _finished(value: Any) -> Any:
+def finished(value: Any) -> Any:
     """Return a value, of a coroutine what it returns."""
     if not inspect.iscoroutine(value):
         return value
@@ -50,7 +50,7 @@ def run_here(
         try:
             state, value, einfo = _execute(task, request, around)
             for after in around.after[state]:
-                _finished(after(state, value, task_id, request.args, request.kwargs, einfo))
+                finished(after(state, value, task_id, request.args, request.kwargs, einfo))
         finally:
             pop_request()
         if state != RETRY:
@@ -63,9 +63,9 @@ def _execute(task: Runnable, request: Request, around: Around) -> tuple[str, Any
     args, kwargs = request.args, request.kwargs
     try:
         for before in around.before:
-            _finished(before(cast("str", request.id), args, kwargs))
+            finished(before(cast("str", request.id), args, kwargs))
         value = task.run(*args, **kwargs)
-        return SUCCESS, _finished(value) if task.is_async else value, None
+        return SUCCESS, finished(value) if task.is_async else value, None
     except Exception as raised:
         error = around.end_of(raised)
     if isinstance(error, Retry):

@@ -12,12 +12,14 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import wraps
 from typing import Any
 
 from fastq.app import FastQ
 from fastq.codecs import accepted
 from fastq.codecs.json import encode as encode_json
 from fastq.codecs.meta import encode_meta
+from fastq.eager import finished
 from fastq.errors import CallEnded, Ignore, NotRegistered, Reject, RemoteProtocolError, Retry, SoftTimeLimitExceeded
 from fastq.request import Request, pop_request, push_request
 from fastq.running.birth import ChildOptions, MemoryLimit
@@ -64,8 +66,17 @@ class Plan:
 
             self.function = running_here(self.function)
         self.around = Around(task, steps)
+        if not (self.is_async and has_loop):
+            self._finish_handlers()
         self.before = self.around.before
         self.after_success = self.around.after[SUCCESS]
+
+    def _finish_handlers(self) -> None:
+        """Have handlers that are coroutine functions run to their end where no loop awaits them."""
+        if any(inspect.iscoroutinefunction(getattr(self.task, name)) for name in self.task.handlers):
+            around = self.around
+            around.before = tuple(map(_finishing, around.before))
+            around.after = {state: tuple(map(_finishing, after)) for state, after in around.after.items()}
 
 
 class End:
@@ -314,6 +325,14 @@ class Runner:
             extended=extended,
             parent_id=request.parent_id if self._extended else None,
         )
+
+
+def _finishing(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def run(*args: Any) -> None:
+        finished(function(*args))
+
+    return run
 
 
 async def _awaited(function: Callable[..., Any], *args: Any) -> None:

@@ -20,15 +20,15 @@ class Handled(Protocol):
         """What is called before a run."""
 
     @property
-    def on_success(self) -> Callable[..., None]:
+    def on_success(self) -> Callable[..., object]:
         """What is called with a value."""
 
     @property
-    def on_failure(self) -> Callable[..., None]:
+    def on_failure(self) -> Callable[..., object]:
         """What is called with an exception."""
 
     @property
-    def on_retry(self) -> Callable[..., None]:
+    def on_retry(self) -> Callable[..., object]:
         """What is called with the reason of a retry."""
 
     @property
@@ -62,21 +62,21 @@ class AfterReturn(Step):
         return task.after_return if state in (SUCCESS, FAILURE, RETRY) and "after_return" in task.handlers else None
 
 
-def _of_value(handler: Callable[..., None]) -> After:
+def _of_value(handler: Callable[..., object]) -> After:
     def after(
         state: str, value: Any, task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any], einfo: object
-    ) -> None:
-        handler(value, task_id, args, kwargs)
+    ) -> object:
+        return handler(value, task_id, args, kwargs)  # of a coroutine function: whoever calls this awaits it
 
     after.__qualname__ = handler.__qualname__
     return after
 
 
-def _of_exception(handler: Callable[..., None]) -> After:
+def _of_exception(handler: Callable[..., object]) -> After:
     def after(
         state: str, value: Any, task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any], einfo: object
-    ) -> None:
-        handler(value, task_id, args, kwargs, einfo)
+    ) -> object:
+        return handler(value, task_id, args, kwargs, einfo)
 
     after.__qualname__ = handler.__qualname__
     return after

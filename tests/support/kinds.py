@@ -58,8 +58,10 @@ class Kind:
 
 KINDS: Final = (
     Kind("prefork", ("--async-processes", "0"), shares=False),
-    Kind("threads", ("-P", "threads")),
+    Kind("threads", ("-P", "threads", "--async-processes", "0")),
     Kind("asyncio", ("-P", "asyncio"), is_async=True),
+    Kind("gevent", ("-P", "gevent", "--async-processes", "0")),
+    Kind("eventlet", ("-P", "eventlet", "--async-processes", "0")),
     Kind("loop", ("-c", "1", "--async-processes", "1"), is_async=True, count="--async-slots", others=1),
 )
 
@@ -89,7 +91,6 @@ def rows(where: Callable[[Row], bool] = lambda row: True) -> pytest.MarkDecorato
     return pytest.mark.parametrize("row", [row for row in ROWS if where(row)], ids=str, scope="module")
 
 
-async_rows = rows(lambda row: row.kind.is_async)
 sharing_rows = rows(lambda row: row.kind.shares)
 
 

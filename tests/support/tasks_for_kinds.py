@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
@@ -273,6 +275,83 @@ def add_tasks(app: Any, words: Words) -> None:
             yield PAUSE_S
         words.logger.warning("number %d goes", number)
         record_done(LEDGER, number)
+
+    @task()
+    def large(self: Any, number: int, size: int) -> Steps:
+        """Return that many characters."""
+        yield PAUSE_S
+        return str(number % 10) * size
+
+    @task()
+    def chatters(self: Any, number: int, count: int) -> Steps:
+        """Set states as fast as it can, and write lines and send calls in between."""
+        record_start(LEDGER, number)
+        for index in range(count):
+            self.update_state(state="PROGRESS", meta={"number": number, "index": index, "filling": "x" * 1000})
+            if index % 10 == 0:
+                other(self, "work").apply_async((number + SENT_BY_TASKS,), ignore_result=True)
+                yield 0
+        record_done(LEDGER, number)
+        return number
+
+    @task()
+    def raises(self: Any, number: int, name: str) -> Steps:
+        """Raise what is no Exception."""
+        record_start(LEDGER, number)
+        yield PAUSE_S
+        raise {"SystemExit": SystemExit, "KeyboardInterrupt": KeyboardInterrupt, "Own": Own}[name](number)
+
+    @task()
+    def strange(self: Any, number: int, what: str) -> Steps:
+        """Return or raise what is not easily told to others."""
+        yield PAUSE_S
+        if what == "error":
+            raise Silent
+        if what == "depth":
+            return _deep(0)
+        return {"object": object(), "generator": iter("x")}[what]
+
+    @task(track_started=True)
+    def tracked(self: Any, number: int, gate: str) -> Steps:
+        """Wait, and be told of from the start."""
+        while not os.path.exists(gate):
+            yield PAUSE_S
+        return number
+
+    @task()
+    def forks(self: Any, number: int) -> Steps:
+        """Return what a process says that the standard library has forked, and what a pool of threads does."""
+        yield PAUSE_S
+        reader, writer = multiprocessing.get_context("fork").Pipe(duplex=False)
+        process = multiprocessing.get_context("fork").Process(target=writer.send, args=(number,))
+        process.start()
+        said = reader.recv()
+        process.join(10)
+        with ThreadPoolExecutor(2) as pool:
+            sums = list(pool.map(sum, [(1, 2), (3, 4)]))
+        yield PAUSE_S
+        return [said, process.exitcode, sums]
+
+
+class Own(BaseException):
+    """What no task should raise."""
+
+
+class Silent(Exception):
+    """It cannot be shown, nor pickled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __str__(self) -> str:
+        raise ValueError("it has no text")
+
+    __repr__ = __str__
+
+
+def _deep(depth: int) -> int:
+    return _deep(depth + 1) + 1
 
 
 def add_coroutines(app: Any, words: Words) -> None:

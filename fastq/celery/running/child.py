@@ -109,8 +109,11 @@ def _on_soft_limit(signum: int, frame: object) -> None:
 
 
 def _become(number: int, calls: str) -> None:
-    """Make billiard and multiprocessing know this process as that child of a pool: by name, index, daemon flag."""
-    child: Any = ForkProcess(daemon=True)
+    """Make billiard and multiprocessing know this process as that child of a pool: by name, index, daemon flag.
+
+    As in Celery, the flag keeps tasks from starting processes with the standard library in prefork alone.
+    """
+    child: Any = ForkProcess(daemon=calls == "one")
     _name(child, number, calls)
     child._parent_pid = os.getppid()
     process._process_counter = itertools.count(1)

@@ -116,7 +116,7 @@ class CeleryRunner:
             self._choose(plan, call, args, kwargs, request, embed)
         except MemoryError:
             raise
-        except SystemExit as error:
+        except (SystemExit, KeyboardInterrupt) as error:
             if not self.limit.guards_all:
                 raise
             if self.limit.is_cancelled(call):

@@ -4,54 +4,63 @@ from __future__ import annotations
 
 import sys
 
-from tests.support.kinds import CALLS, PATIENCE_S, Field, async_rows, rows
+from tests.support.kinds import CALLS, PATIENCE_S, Field, rows
 from tests.support.stage import until
 
-pytestmark = async_rows
+async_rows = rows(lambda row: row.kind.is_async)
 
 
+@async_rows
 def test_the_loop_is_uvloop(shared: Field) -> None:
     assert shared.stage.call("loop_is").get(timeout=PATIENCE_S) == "uvloop"
 
 
+@async_rows
 def test_timeouts_of_asyncio_end_what_they_surround(shared: Field) -> None:
     assert shared.stage.call("times_out").get(timeout=PATIENCE_S) == "timed out"
 
 
+@async_rows
 def test_timeouts_work_under_a_soft_limit(shared: Field) -> None:
     result = shared.stage.call("times_out", soft_time_limit=20)
     assert result.get(timeout=PATIENCE_S) == "timed out"
 
 
+@async_rows
 def test_parts_of_a_call_belong_to_it(shared: Field) -> None:
     results = [shared.stage.call("groups") for _ in range(CALLS)]
     for result in results:
         assert result.get(timeout=PATIENCE_S) == [result.id, result.id]
 
 
+@async_rows
 def test_a_soft_limit_ends_the_parts_of_a_call_too(shared: Field) -> None:
     result = shared.stage.call("groups", 60, soft_time_limit=0.5)
     ended = result.get(timeout=PATIENCE_S, propagate=False)
     assert type(ended).__name__ == "SoftTimeLimitExceeded", repr(ended)
 
 
+@async_rows
 def test_a_hard_limit_ends_the_parts_of_a_call_too(shared: Field) -> None:
     assert shared.error_of(shared.stage.call("groups", 60, time_limit=0.5)) == "TimeLimitExceeded"
     assert shared.call("work").get(timeout=PATIENCE_S) == shared.stage.sent[-1]
 
 
+@async_rows
 def test_a_part_that_fails_fails_its_call(shared: Field) -> None:
     result = shared.stage.call("group_fails")
     assert shared.error_of(result) == "ValueError"
     assert result.state == "FAILURE"
 
 
+@async_rows
 def test_anyio_works(shared: Field) -> None:
     result = shared.stage.call("anyio_scopes")
     seen = result.get(timeout=PATIENCE_S)
     assert (sorted(seen[:2]), seen[2:]) == (["first", "second"], ["moved on", result.id])
 
 
+@async_rows
 def test_a_task_can_await_another_one(shared: Field) -> None:
     result = shared.stage.call("calls_another")
     value, is_same, name = result.get(timeout=PATIENCE_S)
@@ -60,6 +69,7 @@ def test_a_task_can_await_another_one(shared: Field) -> None:
     assert name == "calls_another"
 
 
+@async_rows
 def test_a_task_that_cancels_itself_has_failed(shared: Field) -> None:
     gate = shared.gate()
     other = shared.call("until", str(gate))
@@ -73,6 +83,7 @@ def test_a_task_that_cancels_itself_has_failed(shared: Field) -> None:
     assert other.get(timeout=PATIENCE_S) == number
 
 
+@async_rows
 def test_what_a_task_leaves_running_harms_nobody(shared: Field) -> None:
     assert shared.stage.call("leaves_a_task").get(timeout=PATIENCE_S) == shared.stage.sent[-1]
     results = shared.call_many(CALLS, "work", 0.05)
@@ -80,6 +91,7 @@ def test_what_a_task_leaves_running_harms_nobody(shared: Field) -> None:
     assert shared.stage.workers[0].exit_code is None
 
 
+@async_rows
 def test_a_loop_that_does_not_turn_is_told_of(field: Field) -> None:
     worker = field.start()
     result = field.call("stuck", 2.5)
@@ -87,6 +99,7 @@ def test_a_loop_that_does_not_turn_is_told_of(field: Field) -> None:
     assert result.get(timeout=PATIENCE_S) == 0
 
 
+@async_rows
 def test_a_loop_that_never_turns_is_replaced(field: Field) -> None:
     """Its other calls run again, and are no part of what it died of."""
     worker = field.start_reliable(fastq_loop_stall_s=2, fastq_max_child_deaths=2)
@@ -99,6 +112,7 @@ def test_a_loop_that_never_turns_is_replaced(field: Field) -> None:
     assert worker.exit_code is None
 
 
+@async_rows
 def test_a_task_that_exits_ends_no_other(field: Field) -> None:
     worker = field.start_reliable()
     gate = field.gate()
@@ -111,6 +125,7 @@ def test_a_task_that_exits_ends_no_other(field: Field) -> None:
     assert worker.exit_code is None
 
 
+@async_rows
 def test_plain_functions_do_not_stop_the_loop(field: Field) -> None:
     """They run in threads beside it, or in children of their own."""
     field.start(calls=2)
@@ -123,7 +138,7 @@ def test_plain_functions_do_not_stop_the_loop(field: Field) -> None:
         assert "took no turn" not in field.stage.workers[0].log()
 
 
-@rows(lambda row: row.kind.is_async and row.program == "fastq")
+@rows(lambda row: row.program == "fastq")
 def test_handlers_that_are_coroutine_functions_are_awaited(shared: Field) -> None:
     worker = shared.stage.workers[0]
     good = shared.stage.call("handled", False)

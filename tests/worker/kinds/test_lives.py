@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import psutil
-import pytest
 
 from tests.support.kinds import CALLS, PATIENCE_S, Field, rows, sharing_rows
 from tests.support.stage import until
@@ -39,6 +38,16 @@ def test_a_long_call_in_a_process_that_is_replaced_ends_there(field: Field) -> N
     assert max(field.ledger.started().values()) == 1
 
 
+def test_no_more_calls_run_while_processes_are_replaced(field: Field) -> None:
+    field.start_reliable("--max-tasks-per-child", str(CALLS))
+    gate = field.gate()
+    results = field.call_many(4 * CALLS, "until", str(gate))
+    field.wait_for_running(range(CALLS))
+    field.stays(lambda: len(field.ledger.running()) == CALLS, 1, "no more run than were asked for")
+    gate.touch()
+    assert [result.get(timeout=PATIENCE_S) for result in results] == [*range(4 * CALLS)]
+
+
 def test_a_process_that_has_grown_is_replaced(field: Field) -> None:
     field.start_reliable("--max-memory-per-child", "250000")
     gate = field.gate()
@@ -60,13 +69,12 @@ def test_processes_keep_the_numbers_of_those_they_replace(field: Field) -> None:
     numbers = field.send(40, "logs", str(gate))
     field.stage.wait_for(numbers, 2 * PATIENCE_S)
     named = {int(number) for number in re.findall(r"PoolWorker-(\d+)\] logs\S*: number", worker.log())}
-    # One that takes calls while the one before it ends has a number of its own.
-    assert named <= set(range(1, 2 * len(field.processes()) + 1))
+    # Those that take calls while the ones before them end have numbers of their own.
+    assert named <= set(range(1, CALLS + len(field.processes()) + 1))
 
 
+@rows(lambda row: not row.kind.others)
 def test_the_pool_grows_and_shrinks(field: Field) -> None:
-    if field.kind.others:
-        pytest.skip("what grows is the pool of the others")
     field.start_reliable()
     field.ask("pool_grow", n=CALLS)
     gate = field.gate()
