@@ -55,6 +55,7 @@ COLD_S = 2.0
 STORE_WAIT_S = 2.0  # chosen: a worker that stops waits so long for a result store that is away
 HANDLERS_S = 10.0  # chosen: what users' code has for its last work
 LOOK_EVERY_S = 0.2
+COLLECT_S = 1.0  # after a lost connection: when the other ones that went with it have ended too
 MAX_NAMED = 100  # running tasks in a line of the log
 
 
@@ -186,6 +187,8 @@ class Life:
             lost_at = time.monotonic()
             logger.warning(messages.CONNECTION_LOST, reason)
             await self._disconnect()
+            # The connection and the error that ended it refer to each other; the collector comes too rarely by itself.
+            self._stop.loop.call_later(COLLECT_S, gc.collect)
             if self.settings.worker_cancel_long_running_tasks_on_connection_loss:
                 self.core.cancel_lost(signal.SIGTERM)
             # A connection that ends as soon as it stands is not made again in a tight loop.
