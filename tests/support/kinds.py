@@ -86,6 +86,10 @@ ROWS: Final = tuple(
 )
 
 
+#: The same with one application for each kind of greenlet: what they share with other kinds is tried by those.
+SOME_ROWS: Final = tuple(row for row in ROWS if str(row) not in ("gevent-fastq", "eventlet-celery"))
+
+
 def rows(where: Callable[[Row], bool] = lambda row: True) -> pytest.MarkDecorator:
     """Return what makes a test run for these rows."""
     return pytest.mark.parametrize("row", [row for row in ROWS if where(row)], ids=str, scope="module")

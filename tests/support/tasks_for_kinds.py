@@ -65,7 +65,7 @@ def sleeping(body: Body) -> Callable[..., Any]:
             while True:
                 try:
                     time.sleep(pause)
-                except Exception as error:
+                except BaseException as error:
                     pause = steps.throw(error)
                 else:
                     pause = next(steps)
@@ -86,7 +86,7 @@ def awaiting(body: Body) -> Callable[..., Any]:
             while True:
                 try:
                     await asyncio.sleep(pause)
-                except Exception as error:
+                except BaseException as error:
                     pause = steps.throw(error)
                 else:
                     pause = next(steps)
@@ -189,6 +189,18 @@ def add_tasks(app: Any, words: Words) -> None:
         time.sleep(seconds)
         record_done(LEDGER, number)
         return number
+
+    @task()
+    def stubborn(self: Any, number: int, seconds: float) -> Steps:
+        """Go on whatever is raised in it, for that long."""
+        record_start(LEDGER, number)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                yield PAUSE_S
+            except BaseException:
+                continue
+        record_done(LEDGER, number)
 
     @task()
     def kill(self: Any, number: int) -> Steps:

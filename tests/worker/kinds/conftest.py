@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.kinds import ROWS, Field, Row, open_field
+from tests.support.kinds import ROWS, SOME_ROWS, Field, Row, open_field
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -15,7 +15,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "row" in metafunc.fixturenames and not any(
         mark.name == "parametrize" and mark.args[0] == "row" for mark in metafunc.definition.iter_markers()
     ):
-        metafunc.parametrize("row", ROWS, ids=str, scope="module")
+        # Tests that share a worker cost little.
+        chosen = ROWS if "shared" in metafunc.fixturenames else SOME_ROWS
+        metafunc.parametrize("row", chosen, ids=str, scope="module")
 
 
 @pytest.fixture

@@ -87,9 +87,10 @@ def test_a_connection_that_is_cut_loses_nothing(field: Field, fault_proxy: Calla
     target = urlsplit(field.stage.url)
     proxy = fault_proxy(target.hostname or "", target.port or 0)
     field.start_reliable(calls=MANY if field.kind.shares else CALLS, url=proxy.url(field.stage.url))
-    results = field.call_many(300, "work", 0.05)
+    results = []
     for _ in range(2):
-        field.ledger.wait_for_done(len(field.ledger.done()) + 20, PATIENCE_S)
+        results += field.call_many(150, "work", 0.05)
+        field.ledger.wait_for_done(len(results) - 130, PATIENCE_S)
         proxy.cut()
     field.stage.wait_for(field.stage.sent, 2 * PATIENCE_S)
     field.stage.wait_for_settled(PATIENCE_S)

@@ -12,7 +12,9 @@ from tests.support.stage import until
 
 def test_a_process_is_replaced_after_so_many_calls(field: Field) -> None:
     worker = field.start_reliable("--max-tasks-per-child", "7")
-    field.send(80, "work", 0.01)
+    gate = field.gate()
+    gate.touch()
+    field.send(50, "logs", str(gate))
     field.stage.wait_for(field.stage.sent, 2 * PATIENCE_S)
     field.stage.wait_for_settled()
     verdict = field.stage.verdict("--max-tasks-per-child 7")
@@ -22,6 +24,9 @@ def test_a_process_is_replaced_after_so_many_calls(field: Field) -> None:
     counts = {pid: sum(entry.pid == pid for entry in entries) for pid in {entry.pid for entry in entries}}
     assert max(counts.values()) <= 7, counts
     assert worker.exit_code is None
+    named = {int(number) for number in re.findall(r"PoolWorker-(\d+)\] logs\S*: number", worker.log())}
+    # Those that take calls while the ones before them end have numbers of their own.
+    assert named <= set(range(1, CALLS + len(field.processes()) + 1))
     until(lambda: not {*counts} - {*field.processes()} & {*psutil.pids()}, PATIENCE_S, "those that were replaced ended")
 
 
@@ -62,17 +67,6 @@ def test_a_process_that_has_grown_is_replaced(field: Field) -> None:
     until(lambda: not {*pids} & {*psutil.pids()}, PATIENCE_S, "those that have grown have ended")
 
 
-def test_processes_keep_the_numbers_of_those_they_replace(field: Field) -> None:
-    worker = field.start_reliable("--max-tasks-per-child", "3")
-    gate = field.gate()
-    gate.touch()
-    numbers = field.send(40, "logs", str(gate))
-    field.stage.wait_for(numbers, 2 * PATIENCE_S)
-    named = {int(number) for number in re.findall(r"PoolWorker-(\d+)\] logs\S*: number", worker.log())}
-    # Those that take calls while the ones before them end have numbers of their own.
-    assert named <= set(range(1, CALLS + len(field.processes()) + 1))
-
-
 @rows(lambda row: not row.kind.others)
 def test_the_pool_grows_and_shrinks(field: Field) -> None:
     field.start_reliable()
@@ -106,3 +100,18 @@ def test_the_children_for_other_tasks_grow_and_shrink(field: Field) -> None:
     field.ask("pool_shrink", n=2)
     assert field.ask("stats")["pool"]["max-concurrency"] == before
     field.stage.wait_for(field.stage.sent, PATIENCE_S)
+
+
+def test_all_processes_can_be_replaced_at_once(field: Field) -> None:
+    worker = field.start_reliable(worker_pool_restarts=True)
+    gate = field.gate()
+    results = field.call_many(CALLS, "until", str(gate))
+    field.wait_for_running(range(CALLS))
+    before = {*field.ledger.running().values()}
+    field.ask("pool_restart")
+    gate.touch()
+    assert [result.get(timeout=PATIENCE_S) for result in results] == [*range(CALLS)]
+    assert field.ledger.started() == dict.fromkeys(range(CALLS), 1)
+    until(lambda: not before & {*psutil.pids()}, PATIENCE_S, "they have ended")
+    assert field.call("work").get(timeout=PATIENCE_S) == CALLS
+    assert worker.exit_code is None
