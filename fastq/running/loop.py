@@ -53,6 +53,9 @@ class LoopLimit(ThreadLimit):
         timer = asyncio.get_running_loop().call_later(max(0.0, left_s), limited.strike, task)
         try:
             return await limited
+        except tuple(_CLASSES.values()) as error:
+            # By now it cancels nothing any more, and what awaits this takes it for what it is.
+            raise type(error).__bases__[0](*error.args).with_traceback(error.__traceback__) from None
         finally:
             timer.cancel()
             if limited.is_struck:
