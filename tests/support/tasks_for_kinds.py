@@ -191,6 +191,24 @@ def add_tasks(app: Any, words: Words) -> None:
         return number
 
     @task()
+    def plus(self: Any, number: int, *others: int) -> Steps:
+        """Return the sum."""
+        yield PAUSE_S
+        return number + sum(others)
+
+    @task()
+    def total(self: Any, numbers: list[int], more: int = 0) -> Steps:
+        """Return the sum of a list."""
+        yield PAUSE_S
+        return sum(numbers) + more
+
+    @task()
+    def told(self: Any, task_id: str) -> Steps:
+        """Write down whose failure it was called for."""
+        yield PAUSE_S
+        words.logger.warning("told of %s", task_id)
+
+    @task()
     def stubborn(self: Any, number: int, seconds: float) -> Steps:
         """Go on whatever is raised in it, for that long."""
         record_start(LEDGER, number)
