@@ -165,6 +165,8 @@ cdef class Core(Ledger):
                 unstarted.append(delivery)
             elif delivery.seq == started or child.slots > 1:
                 self.lost(delivery, child, reason)
+            else:
+                unstarted.append(delivery)  # its answer made no sense
         for delivery in reversed(unstarted):
             self.release(delivery)
         child.sent = [None] * (child.mask + 1)
@@ -177,7 +179,9 @@ cdef class Core(Ledger):
             return 0
         if delivery.source.dead and not delivery.settled:
             self.move(delivery, SETTLED)
-        elif self.stopping and not delivery.settled:
+        elif self.stopping and delivery.settled:
+            self.fail(delivery, "lost", "the worker stops, and its process has ended before it had begun", ACK)
+        elif self.stopping:
             self.settle(delivery, RETURN)
         else:
             self.move(delivery, RECEIVED)
@@ -1021,6 +1025,11 @@ cdef class Core(Ledger):
             return 0
         if started < child.first:
             started = child.first
+        if child.slots > 1:
+            # What was acknowledged early is not taken back: nobody else has it any more.
+            for delivery in child.held():
+                if delivery.settled and delivery.seq > started:
+                    started = delivery.seq
         store32(&child.reader.shared.limit, started)
         child.limited = True
         # What has started since is decided by the child's answer; what is beyond that cannot start any more.

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Coroutine
 from contextvars import copy_context
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -22,10 +22,15 @@ class _Own(threading.local):
 
 
 _own = _Own()
+#: What calls a function in another thread while greenlets run, in a process that gevent or eventlet has patched.
+in_thread: Callable[[Callable[[], Any]], Any] | None = None
 
 
 def run_here(coroutine: Coroutine[Any, Any, T]) -> T:
     """Return what the coroutine returns. Where this thread's loop runs already, another thread runs it meanwhile."""
+    if in_thread is not None:
+        result: T = in_thread(partial(copy_context().run, asyncio.run, coroutine))
+        return result
     if asyncio._get_running_loop() is not None:
         return _elsewhere(coroutine)
     if _own.loop is None or _own.pid != os.getpid():

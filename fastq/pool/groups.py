@@ -77,8 +77,8 @@ class Groups:
 
     @property
     def size(self) -> int:
-        """Return how many calls run at a time, of all groups."""
-        return sum(pool.size for pool in self._pools)
+        """Return how many calls of the first group run at a time."""
+        return self._first.size
 
     @property
     def pids(self) -> list[int]:

@@ -156,7 +156,7 @@ class Pool:
         """Add slots: as many as so many more calls need."""
         for _ in range(-(-n // self.group.slots)):
             # A child that was dropped and still runs a call goes on counting: never more calls at once than slots.
-            running = self._dropped.pop() if self._dropped else None
+            running = self._dropped.pop() if self._dropped and not self.group.is_many else None
             self.slots.append(Slot(running))
         self._fill()
 
@@ -165,7 +165,7 @@ class Pool:
         for _ in range(min(n // self.group.slots, len(self.slots) - 1)):
             slot = min(reversed(self.slots), key=worth)
             self.slots.remove(slot)
-            if slot.member is not None and not slot.is_due:
+            if slot.member is not None and (not slot.is_due or self.group.is_many):
                 self._dismiss(slot.member)
         self._fill()
 
@@ -198,9 +198,12 @@ class Pool:
         member = self._by_child.get(child)
         if not child.busy:
             self.child_drained(child)
-        elif child.slots > 1 and member is not None and (slot := self._slot_of(member)) is not None:
-            slot.is_due = True
-            self._fill()
+        elif self.group.is_many and member is not None and len(self._dropped) < len(self.slots):
+            # Not without bound: those that end slowly do not pile up.
+            slot = self._slot_of(member)
+            if slot is not None:
+                slot.is_due = True
+                self._fill()
 
     def child_drained(self, child: Child) -> None:
         """The child has finished its last call: a spare takes its place."""
@@ -220,6 +223,9 @@ class Pool:
 
     def dump_stack(self, child: Child) -> None:
         """Have the child write the stacks of its threads, for ``stacks``."""
+        member = self._by_child.get(child)
+        if member is not None and member.reader is not None:
+            member.reader.clear_stacks()
         self.terminate(child, STACKS_SIGNAL)
 
     def stacks(self, child: Child) -> str:

@@ -60,8 +60,8 @@ class CallRunner(Protocol):
     def is_async(self, call: Call) -> bool:
         """Return whether the call is one for ``run_async``, where a loop runs calls."""
 
-    def run_async(self, call: Call) -> Coroutine[Any, Any, None]:
-        """Run a call of a coroutine function in the same way, on the loop that runs."""
+    def run_async(self, call: Call) -> Coroutine[Any, Any, bool]:
+        """Run a call of a coroutine function in the same way, on the loop that runs. False: ``run`` is to do it."""
 
     def lifespan(self) -> AbstractAsyncContextManager[None]:
         """Return what surrounds all calls of a loop."""

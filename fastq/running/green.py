@@ -12,6 +12,7 @@ from functools import wraps
 from types import FrameType
 from typing import Any, Final, Protocol
 
+from fastq import awaiting
 from fastq.pool.zygote import EX_INTERNAL
 from fastq.running.calls import CallRunner, running_call
 from fastq.running.limit import plain
@@ -33,9 +34,6 @@ class Library(Protocol):
     def current(self) -> Any:
         """Return the greenlet that runs."""
 
-    def throw(self, greenlet: Any, error: BaseException) -> None:
-        """Have an exception raised in a greenlet at its next turn; does not wait."""
-
     def later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Callable[[], None]:
         """Call a function after that time; return what cancels that."""
 
@@ -44,6 +42,9 @@ class Library(Protocol):
 
     def sleep(self, seconds: float) -> None:
         """Let others run."""
+
+    def in_thread(self, function: Callable[[], Any]) -> Any:
+        """Return what the function returns, called in a thread of the system's, while other greenlets run."""
 
 
 class Gevent:
@@ -58,10 +59,7 @@ class Gevent:
         self.sleep = gevent.sleep
         self.wait_read = socket.wait_read
         self._hub = gevent.get_hub()
-
-    def throw(self, greenlet: Any, error: BaseException) -> None:
-        """Have an exception raised in a greenlet at its next turn."""
-        self._hub.loop.run_callback(greenlet.throw, error)
+        self.in_thread = self._hub.threadpool.apply
 
     def later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Callable[[], None]:
         """Call a function after that time."""
@@ -80,21 +78,18 @@ class Eventlet:
 
     def __init__(self) -> None:
         import eventlet
-        from eventlet import hubs
+        from eventlet import hubs, tpool
         from eventlet.greenthread import getcurrent
 
         self.spawn = eventlet.spawn_n
         self.current = getcurrent
         self.sleep = eventlet.sleep
         self._hubs = hubs
+        self.in_thread = tpool.execute
 
     def wait_read(self, fd: int) -> None:
         """Return when there is something to read."""
         self._hubs.trampoline(fd, read=True)
-
-    def throw(self, greenlet: Any, error: BaseException) -> None:
-        """Have an exception raised in a greenlet at its next turn."""
-        self._hubs.get_hub().schedule_call_global(0, greenlet.throw, error)
 
     def later(self, seconds: float, function: Callable[..., Any], *args: Any) -> Callable[[], None]:
         """Call a function after that time."""
@@ -148,7 +143,8 @@ class GreenLimit:
         """Call what calls the task's own function under the call's limit, if it has one."""
         if not call.soft_time_limit:
             return function(*args, **kwargs)
-        cancel = self.library.later(call.soft_time_limit, self._strike_late, call)
+        # In a greenlet of its own: what is called there may wait, which the hub must not.
+        cancel = self.library.later(call.soft_time_limit, self.library.spawn, self._strike_late, call)
         try:
             return function(*args, **kwargs)
         finally:
@@ -184,14 +180,16 @@ class GreenLimit:
         self._strike(call.seq, self._error(call))
 
     def _strike(self, seq: int, error: BaseException) -> None:
-        """Raise an exception in a call where it waits; it runs in the hub, so that nothing else does."""
+        """Raise an exception in a call where it waits, at the hub's next turn."""
+        self.library.later(0, self._throw, seq, error)
+
+    def _throw(self, seq: int, error: BaseException) -> None:
+        """Do it, in the hub: nothing comes between the look and the throw."""
         entry = self.running.get(seq)
-        if entry is None:
-            return
-        if entry.is_inside:
+        if entry is not None and entry.is_inside:
             entry.is_struck = True
-            self.library.throw(entry.greenlet, error)
-        else:
+            entry.greenlet.throw(error)
+        elif entry is not None:
             entry.wanted = error
 
     def has_struck(self, call: Call) -> bool:
@@ -233,6 +231,8 @@ class _Greenlets:
 
     def serve(self) -> None:
         pipe, library = self._pipe, self._library
+        # One thread has one running event loop, whichever greenlet runs it.
+        awaiting.in_thread = library.in_thread
         pipe.owner = running_call.get
         pipe.on_cancel = lambda seq, signum: self._limit.cancel(seq)
         self._runner.begin(pipe)

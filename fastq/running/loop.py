@@ -10,7 +10,6 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
-from concurrent.futures import CancelledError
 from functools import wraps
 from typing import Any, Final
 
@@ -20,7 +19,7 @@ from fastq.pool.zygote import EX_INTERNAL
 from fastq.running.calls import CallRunner, running_call
 from fastq.running.threads import ThreadLimit, Workers
 from fastq.wire.call import Call
-from fastq.wire.pipe import ChildPipe
+from fastq.wire.pipe import OUTCOME_FAILURE, ChildPipe
 
 #: How often the loop says that it turns, while calls run.
 _TURN_S: Final = 0.25
@@ -36,7 +35,9 @@ class LoopLimit(ThreadLimit):
         self._error = error
         self.loop: asyncio.AbstractEventLoop
         self.tasks: dict[int, asyncio.Task[Any]] = {}  # of the coroutines that run, by their calls' numbers
-        self.bridged: set[int] = set()  # calls whose coroutine a thread waits for
+        self._bridged: dict[int, asyncio.Task[Any]] = {}  # those that a thread waits for
+        #: Whether a call's function is a coroutine function; asked of those that a thread runs.
+        self.has_coroutine: Callable[[Call], bool] = lambda call: False
         self.cancelled: set[int] = set()
         self._struck: set[int] = set()
 
@@ -46,7 +47,7 @@ class LoopLimit(ThreadLimit):
         """Await the coroutine function under the call's limit."""
         if not call.soft_time_limit:
             return await function(*args, **kwargs)
-        limited = _Limited(function(*args, **kwargs), call, self._error)
+        limited = _Limited(function(*args, **kwargs), call, self._error, self.is_cancelled)
         task = asyncio.current_task()
         assert task is not None
         left_s = call.started_s + call.soft_time_limit - _now_s()
@@ -63,7 +64,7 @@ class LoopLimit(ThreadLimit):
 
     def around(self, call: Call, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call what calls the task's own function, under the call's limit: a coroutine has its own."""
-        if call.seq in self.bridged:
+        if self.has_coroutine(call):
             return function(*args, **kwargs)
         return super().around(call, function, args, kwargs)
 
@@ -80,24 +81,32 @@ class LoopLimit(ThreadLimit):
             call = running_call.get()
             if asyncio._get_running_loop() is not None or call is None:
                 return function(*args, **kwargs)
-            loop = self.loop
-            waiting = asyncio.run_coroutine_threadsafe(self._run_bridged(call, function, args, kwargs), loop)
-            try:
-                return waiting.result()
-            except CancelledError:
-                if self.is_cancelled(call):
-                    raise SystemExit from None
-                raise
+            bridged = self._run_bridged(call, function, args, kwargs)
+            value, error = asyncio.run_coroutine_threadsafe(bridged, self.loop).result()
+            if self.is_cancelled(call):
+                raise SystemExit
+            if error is not None:
+                raise error
+            return value
 
         return run
 
     async def _run_bridged(
         self, call: Call, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Any:
+    ) -> tuple[Any, BaseException | None]:
+        """Return what the coroutine returns, and what it raises: as a value, for the thread that waits for it."""
         task = asyncio.current_task()
         assert task is not None
-        self.tasks.setdefault(call.seq, task)
-        return await self.run_async(call, function, args, kwargs)
+        try:
+            if self.is_cancelled(call):
+                return None, None
+            self._bridged[call.seq] = task
+            return await self.run_async(call, function, args, kwargs), None
+        except BaseException as error:
+            return None, error
+        finally:
+            self._bridged.pop(call.seq, None)
+            self._struck.discard(call.seq)
 
     def has_struck(self, call: Call) -> bool:
         """Return whether this call, which runs, was past its limit."""
@@ -109,11 +118,12 @@ class LoopLimit(ThreadLimit):
 
     def cancel(self, seq: int) -> None:
         """Have a call end."""
-        task = self.tasks.get(seq)
-        if task is None:
-            self.strikes.cancel(seq)
-        else:
+        if (task := self.tasks.get(seq)) is not None:
             self.cancelled.add(seq)
+            task.cancel()
+            return
+        self.strikes.cancel(seq)
+        if (task := self._bridged.get(seq)) is not None:
             task.cancel()
 
     def forget(self, call: Call) -> None:
@@ -121,7 +131,6 @@ class LoopLimit(ThreadLimit):
         self.tasks.pop(call.seq, None)
         self.cancelled.discard(call.seq)
         self._struck.discard(call.seq)
-        self.bridged.discard(call.seq)
 
 
 def _now_s() -> float:
@@ -142,7 +151,14 @@ def _awaited(error: Exception) -> BaseException:
 class _Limited:
     """A coroutine in which an error is raised, at its next await, once its time is up."""
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], call: Call, error: Callable[[Call], Exception]) -> None:
+    def __init__(
+        self,
+        coroutine: Coroutine[Any, Any, Any],
+        call: Call,
+        error: Callable[[Call], Exception],
+        is_cancelled: Callable[[Call], bool],
+    ) -> None:
+        self._is_cancelled = is_cancelled
         self._coroutine = coroutine
         self._call = call
         self._error = error
@@ -159,7 +175,9 @@ class _Limited:
 
     def step(self, send: Callable[[Any], Any], value: Any) -> Any:
         """Go one step, by sending or throwing a value."""
-        if self._due and not self.is_struck and isinstance(value, asyncio.CancelledError):
+        if not self._due or self.is_struck or self._is_cancelled(self._call):
+            return send(value)
+        if isinstance(value, asyncio.CancelledError):
             self.is_struck = True
             if (task := asyncio.current_task()) is not None and hasattr(task, "uncancel"):  # since Python 3.11
                 task.uncancel()
@@ -245,10 +263,16 @@ class _Loop:
     async def _run(self, call: Call) -> None:
         running_call.set(call)
         try:
-            await self._runner.run_async(call)
+            if not await self._runner.run_async(call):
+                self._limit.forget(call)
+                self._workers.start(call)  # by Celery's tracer, which blocks
+                return
         except asyncio.CancelledError:
-            if not self._pipe.has_answered(call):
+            if self._limit.is_cancelled(call):
                 self._pipe.cancelled(call)
+            elif not self._pipe.has_answered(call):
+                logging.getLogger("fastq.worker").critical("call %s ended without an outcome", call, exc_info=True)
+                self._pipe.finish(call, OUTCOME_FAILURE)
         except BaseException:
             logging.getLogger("fastq.worker").critical("a child ends because of an internal error", exc_info=True)
             os._exit(EX_INTERNAL)
@@ -264,7 +288,7 @@ class _Loop:
     def _turn(self) -> None:
         """Say that the loop turns, for as long as calls run."""
         self._pipe.turn()
-        has_calls = self._limit.tasks or self._turns is None
+        has_calls = self._limit.tasks or len(self._limit.strikes) or self._turns is None
         self._turns = self._loop.call_later(_TURN_S, self._turn) if has_calls else None
 
     async def _until_idle(self) -> None:

@@ -120,6 +120,8 @@ class Runner:
         self._plans = {name: Plan(task, steps, options.calls == "loop") for name, task in app.tasks.items()}
         self.limit = make_limit(options.calls, lambda call: SoftTimeLimitExceeded())
         self._guards_all: bool = self.limit.guards_all
+        # What a handler raises: a SystemExit, say, ends the process, unless other calls run in that.
+        self._caught: type[BaseException] = BaseException if self._guards_all else Exception
         self._log = TaskLog(logger)
         self._logs_info = logger.isEnabledFor(logging.INFO)
 
@@ -163,7 +165,7 @@ class Runner:
                 for after in plan.after_success:
                     try:
                         after(SUCCESS, value, call.id, args, kwargs, None)
-                    except Exception as error:
+                    except self._caught as error:
                         _log_failed(after, error)
             report = self._tell(call, request, value) if self._logs_info or call.wants_report else None
             self._pipe.finish(call, OUTCOME_SUCCESS, meta, report, self._memory.flag() if self._memory.limit_kib else 0)
@@ -175,14 +177,14 @@ class Runner:
         plan = self._plans.get(call.name)
         return plan is not None and plan.is_async
 
-    async def run_async(self, call: Call) -> None:
+    async def run_async(self, call: Call) -> bool:
         """Run a call of a coroutine function as ``run`` does others; its handlers may be coroutine functions, too."""
         plan = self._plans[call.name]
         try:
             args, kwargs, embed = decode_call(call, self._accept)
         except Malformed as error:
             self._pipe.finish(call, OUTCOME_MALFORMED, None, error.report)
-            return
+            return True
         request = Request.from_call(call, args, kwargs, self._hostname, embed)
         push_request(request)  # in a context that ends with the call
         try:
@@ -196,22 +198,28 @@ class Runner:
         except BaseException as error:
             if self.limit.is_cancelled(call):
                 self._pipe.cancelled(call)
-                return
+                return True
             end = End(plan, error)
             for after in plan.around.after[end.state]:
-                try:
-                    await _awaited(after, end.state, end.value, call.id, args, kwargs, end.info)
-                except Exception as raised:
-                    _log_failed(after, raised)
+                await self._after_async(after, call, end.state, end.value, args, kwargs, end.info)
             self._report(plan, call, request, end)
-            return
+            return True
         for after in plan.after_success:
-            try:
-                await _awaited(after, SUCCESS, value, call.id, args, kwargs, None)
-            except Exception as error:
-                _log_failed(after, error)
+            await self._after_async(after, call, SUCCESS, value, args, kwargs, None)
         report = self._tell(call, request, value) if self._logs_info or call.wants_report else None
         self._pipe.finish(call, OUTCOME_SUCCESS, meta, report, self._memory.flag() if self._memory.limit_kib else 0)
+        return True
+
+    async def _after_async(
+        self, after: After, call: Call, state: str, value: Any, args: Any, kwargs: Any, info: ExceptionInfo | None
+    ) -> None:
+        """Await a handler behind the task: the task's outcome stands, whatever it raises, unless the call is to end."""
+        try:
+            await _awaited(after, state, value, call.id, args, kwargs, info)
+        except BaseException as error:
+            if self.limit.is_cancelled(call):
+                raise
+            _log_failed(after, error)
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -253,7 +261,7 @@ class Runner:
         for after in plan.around.after[end.state]:
             try:
                 after(end.state, end.value, call.id, request.args, request.kwargs, end.info)
-            except Exception as raised:
+            except self._caught as raised:
                 _log_failed(after, raised)
         self._report(plan, call, request, end)
 
@@ -342,7 +350,7 @@ async def _awaited(function: Callable[..., Any], *args: Any) -> None:
         await value
 
 
-def _log_failed(after: After, error: Exception) -> None:
+def _log_failed(after: After, error: BaseException) -> None:
     """Log what a function that is called behind a task raises: the task's outcome stands already."""
     logger.error("task handler %r failed", getattr(after, "__qualname__", after), exc_info=error)
 

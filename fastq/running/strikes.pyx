@@ -43,12 +43,19 @@ cdef class Strikes:
         cdef Entry each
         return sum([each.is_cancelled for each in self.entries.values()])
 
-    def run(self, Call call not None, function) -> None:
-        """Call the function with the call, which can be struck by its number meanwhile."""
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def expect(self, Call call not None) -> None:
+        """Know a call that is about to be run by some thread: it may be cancelled before that."""
         cdef Entry entry = Entry.__new__(Entry)
         entry.call = call
-        entry.thread = threading.get_ident()
         self.entries[call.seq] = entry
+
+    def run(self, Call call not None, function) -> None:
+        """Call the function with the call that was expected; it can be struck by its number meanwhile."""
+        cdef Entry entry = self.entries[call.seq]
+        entry.thread = threading.get_ident()
         try:
             function(call)
         finally:

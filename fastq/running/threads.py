@@ -155,6 +155,7 @@ class Workers:
 
     def start(self, call: Call) -> None:
         """Have a thread run a call, at once."""
+        self._strikes.expect(call)
         try:
             self._free.get_nowait()
         except queue.Empty:

@@ -96,6 +96,11 @@ cdef class RingReader:
             close(self.fd)
         free(self.scratch)
 
+    def clear_stacks(self) -> None:
+        """Have the child write its stacks in the place of those that it has written before."""
+        os.ftruncate(self.fd, self.size)
+        os.lseek(self.fd, self.size, os.SEEK_SET)   # the child's file is the same one
+
     def stacks(self) -> str:
         """Return the stacks that the child has written, up to a bound; "" when there are none."""
         return os.pread(self.fd, MAX_STACKS, self.size).decode("utf-8", "replace")
@@ -467,6 +472,8 @@ cdef class ChildPipe:
         cdef bytes large
         cdef uint8_t *p
         cdef Py_ssize_t meta_size = 0 if meta is None else PyBytes_GET_SIZE(meta)
+        if call.answered and self.slots > 1:
+            return      # it was cancelled: the main process has no such call any more
         if reason is not None:
             reason_text = PyUnicode_AsUTF8AndSize(reason, &reason_size)
         self.check_size(sizeof(OutcomeRecord) + meta_size + reason_size)

@@ -61,6 +61,8 @@ class CeleryRunner:
         is_many = options.calls != "one"
         self._has_loop = options.calls == "loop"
         self._encloses = False
+        #: What was read of calls that came to the loop and go through the tracer.
+        self._reads: dict[int, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {}
         self.connections = Connections(app, is_many)
         self.limit = make_limit(options.calls, _past_limit, is_tracing, self.connections.exchange)
         self._ends = Ends(results == "rpc://", options.max_memory_kib)
@@ -88,6 +90,7 @@ class CeleryRunner:
             separate(self._app)
             self._plans.clear()
             self.prepare()  # anew, as it knows the stacks
+            self.limit.has_coroutine = self._has_coroutine
         self._encloses = True
         for plan in self._plans.values():
             self._enclose(plan)
@@ -131,6 +134,10 @@ class CeleryRunner:
         if self.connections.has_old:
             self.connections.close_old()
 
+    def _has_coroutine(self, call: Call) -> bool:
+        plan = self._plans.get(call.name)
+        return not call.is_own and plan is not None and plan.is_async
+
     def is_async(self, call: Call) -> bool:
         """Return whether the call runs on the loop: one of a coroutine function that goes the straight way."""
         if call.is_own:
@@ -138,28 +145,29 @@ class CeleryRunner:
         plan = self._plans.get(call.name) or self._plan_of(call.name)
         return plan is not None and plan.is_async and not plan.is_traced
 
-    async def run_async(self, call: Call) -> None:
-        """Run a call of a coroutine function, and report how it ended; through the tracer it runs in a thread."""
-        import asyncio  # here it has been imported
-
+    async def run_async(self, call: Call) -> bool:
+        """Run a call of a coroutine function, and report how it ended. False: it is one for the tracer, in a thread."""
         enter(call.seq)
         plan = self._plans[call.name]
         read = self._read(call)
         if read is None:
-            return
+            return True
         args, kwargs, embed, request = read
+        if not self._is_straight(plan, call, request, embed):
+            self._reads[call.seq] = read
+            return False
         if self._ends.replies:
             _request.set(request)
         try:
-            if self._is_straight(plan, call, request, embed):
-                await self._straight.run_async(plan, call, args, kwargs, request)
-            else:
-                self.limit.bridged.add(call.seq)
-                await asyncio.to_thread(self._choose, plan, call, args, kwargs, request, embed)
+            await self._straight.run_async(plan, call, args, kwargs, request)
         except Exception as error:
+            if self.limit.is_cancelled(call):
+                self._pipe.cancelled(call)
+                return True
             if self._pipe.has_answered(call):
                 raise
             self._internal_error(plan.task, call, request, error)
+        return True
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -181,6 +189,8 @@ class CeleryRunner:
 
     def _read(self, call: Call) -> tuple[Any, Any, dict[str, Any], dict[str, Any]] | None:
         """Return arguments, follow-ups and request of a call; None: it cannot be read, which is reported."""
+        if call.seq in self._reads:
+            return self._reads.pop(call.seq)
         try:
             args, kwargs, embed = self._bodies.read(call)
             return args, kwargs, embed, request_fields(call, args, kwargs, embed, self._hostname, self._is_amqp)

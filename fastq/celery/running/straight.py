@@ -75,17 +75,21 @@ class Straight:
                 end = self._raised(plan.task, call, fields, request, error)
             else:
                 end = value, SUCCESS, meta, None, False
-                end = self._succeeded(plan, call, request, value, meta)
+                end = self._succeeded(plan, call, args, kwargs, request, value, meta)
         finally:
             self._leave(plan, call, args, kwargs, end)
         self._ends.finish(call, *end[1:])
 
     async def run_async(self, plan: Plan, call: Call, args: Any, kwargs: Any, fields: dict[str, Any]) -> None:
-        """Run a call of a coroutine function in the same way."""
+        """Run a call of a coroutine function in the same way. What asks a result store or a broker runs in a thread."""
+        import asyncio  # here it has been imported
+
         request = self._enter(plan, fields)
         end: End | None = None
         try:
-            if plan.track_started or self._init_task is not None or signals.task_prerun.receivers:
+            if plan.track_started:
+                await asyncio.to_thread(self._begin, plan, call, args, kwargs, fields, request)
+            elif self._init_task is not None or signals.task_prerun.receivers:
                 self._begin(plan, call, args, kwargs, fields, request)
             try:
                 if plan.before_start is not None:
@@ -95,20 +99,25 @@ class Straight:
             except BaseException as error:
                 if self._limit.is_cancelled(call):
                     raise
-                other = retried(plan.task, error, args, kwargs)
-                if other is error:
-                    end = self._raised(plan.task, call, fields, request, error)
-                else:
-                    try:  # Celery's code looks for the exception that is being handled
-                        raise other
-                    except BaseException as retry:
-                        end = self._raised(plan.task, call, fields, request, retry)
+                end = await asyncio.to_thread(self._ended, plan.task, call, fields, request, error)
             else:
                 end = value, SUCCESS, meta, None, False
-                end = self._succeeded(plan, call, request, value, meta)
+                end = self._succeeded(plan, call, args, kwargs, request, value, meta)
         finally:
             self._leave(plan, call, args, kwargs, end)
         self._ends.finish(call, *end[1:])
+
+    def _ended(self, task: Any, call: Call, fields: dict[str, Any], request: Context, error: BaseException) -> End:
+        """Record an exception in another thread than that which has raised it."""
+        # Celery's code clears the frames of the traceback: not that of the coroutine which waits for this.
+        traceback = error.__traceback__ = None if error.__traceback__ is None else error.__traceback__.tb_next
+        other = retried(task, error, request.args, request.kwargs)
+        try:  # Celery's code looks for the exception that is being handled
+            raise other
+        except BaseException as raised:
+            if raised is error:
+                raised.__traceback__ = traceback
+            return self._raised(task, call, fields, request, raised)
 
     def _enter(self, plan: Plan, fields: dict[str, Any]) -> Context:
         request = to_context(fields)
@@ -128,7 +137,9 @@ class Straight:
             started = {"pid": os.getpid(), "hostname": self._hostname}
             task.backend.store_result(call.id, started, STARTED, request=request)
 
-    def _succeeded(self, plan: Plan, call: Call, request: Context, value: Any, meta: bytes | None) -> End:
+    def _succeeded(
+        self, plan: Plan, call: Call, args: Any, kwargs: Any, request: Context, value: Any, meta: bytes | None
+    ) -> End:
         """Tell who listens of a success."""
         task_id = call.id
         report = None
@@ -137,7 +148,7 @@ class Straight:
             # Whoever is called now may end the process: the success is to be known before.
             self._ends.pipe.state(task_id, SUCCESS, meta)
         if plan.on_success is not None:
-            self._handler(plan.on_success, value, task_id, request.args, request.kwargs)
+            self._handler(plan.on_success, value, task_id, args, kwargs)
         if signals.task_success.receivers:
             signals.task_success.send(sender=plan.task, result=value, runtime=runtime)
         if self._logs_info or call.wants_report:
@@ -146,7 +157,7 @@ class Straight:
             if self._logs_info:
                 self._log_success(plan.task, request, text, runtime)
         if plan.after_return is not None:
-            self._handler(plan.after_return, SUCCESS, value, task_id, request.args, request.kwargs, None)
+            self._handler(plan.after_return, SUCCESS, value, task_id, args, kwargs, None)
         return value, SUCCESS, meta, report, False
 
     def _leave(self, plan: Plan, call: Call, args: Any, kwargs: Any, end: End | None) -> None:
