@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import pickle
 import socket
 import struct
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ import pytest
 
 from fastq import FastQ
 from fastq.errors import Ignore, Reject
-from fastq.running.birth import ChildOptions
+from fastq.running.birth import ChildOptions, wait_for_threads
 from fastq.running.child import serve as serve_calls
 from fastq.running.runner import Runner
 from fastq.task import Task
@@ -280,3 +282,19 @@ def _catch_soft_limit() -> str:
     except SoftTimeLimitExceeded:
         return "caught"
     return "not interrupted"
+
+
+def test_a_thread_that_python_has_not_started_is_not_waited_for() -> None:
+    known, end = threading.Event(), threading.Event()
+
+    def attach() -> None:
+        threading.current_thread()  # as when a library's own thread calls Python
+        known.set()
+        end.wait(10)
+
+    _thread.start_new_thread(attach, ())
+    assert known.wait(10)
+    try:
+        wait_for_threads()
+    finally:
+        end.set()
