@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from contextvars import copy_context
 from functools import partial, wraps
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -36,15 +36,22 @@ def run_here(coroutine: Coroutine[Any, Any, T]) -> T:
     if _own.loop is None or _own.pid != os.getpid():
         _own.loop, _own.pid = asyncio.new_event_loop(), os.getpid()
     loop = _own.loop
-    task = loop.create_task(coroutine)
-    try:
-        return loop.run_until_complete(task)
-    except BaseException:  # of a limit for one: what the coroutine has open is closed before it goes on
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                loop.run_until_complete(task)
-        raise
+    interruptible = Interruptible(coroutine)
+    task = loop.create_task(interruptible.run())
+    while True:
+        try:
+            return loop.run_until_complete(task)
+        except Exception as error:
+            if task.done():
+                raise
+            # A limit has struck the loop: the coroutine is to see it where it waits, as a function would.
+            interruptible.interrupt(task, error)
+        except BaseException:  # what the coroutine has open is closed before it goes on
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    loop.run_until_complete(task)
+            raise
 
 
 def _elsewhere(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -73,3 +80,77 @@ def running_here(function: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..
         return run_here(function(*args, **kwargs))
 
     return run
+
+
+_CLASSES: dict[type[Exception], type[Exception]] = {}
+
+
+def _cancelling(error: Exception) -> BaseException:
+    """Return the error as one that cancels, too: what waits for others (task groups, scopes) then ends them as well."""
+    cls = type(error)
+    try:
+        if cls not in _CLASSES:
+            _CLASSES[cls] = type(cls.__name__, (cls, asyncio.CancelledError), {"__module__": cls.__module__})
+        return _CLASSES[cls](*error.args)
+    except TypeError:  # a class that nothing can be derived from in this way
+        return error
+
+
+class Interruptible(Generic[T]):
+    """A coroutine in which an error can be raised from outside, at its next await."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T]) -> None:
+        self._coroutine = coroutine
+        self._error: Exception | None = None
+        self.is_interrupted = False
+
+    async def run(self) -> T:
+        """Await the coroutine."""
+        try:
+            return await self
+        except asyncio.CancelledError as error:
+            if self._error is None or not isinstance(error, type(self._error)):
+                raise
+            # By now it cancels nothing any more, and what awaits this takes it for what it is.
+            raise self._error.with_traceback(error.__traceback__) from None
+
+    def interrupt(self, task: asyncio.Task[T], error: Exception) -> None:
+        """Raise the error in the coroutine, which that task runs."""
+        self._error = error
+        self.is_interrupted = False
+        task.cancel()
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return _Steps(self)
+
+    def _throw(self, value: Any) -> Any:
+        if self._error is not None and not self.is_interrupted and isinstance(value, asyncio.CancelledError):
+            self.is_interrupted = True
+            if (task := asyncio.current_task()) is not None and hasattr(task, "uncancel"):  # since Python 3.11
+                task.uncancel()
+            value = _cancelling(self._error)
+        return self._coroutine.throw(value)
+
+
+class _Steps(Generator[Any, Any, T]):
+    """The iterator behind ``Interruptible``."""
+
+    def __init__(self, interruptible: Interruptible[T]) -> None:
+        self._throw = interruptible._throw
+        self._coroutine = interruptible._coroutine
+
+    def __next__(self) -> Any:
+        return self._coroutine.send(None)
+
+    def send(self, value: Any) -> Any:
+        """Go on with a value."""
+        return self._coroutine.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """Go on with an exception."""
+        value = error[0] if len(error) == 1 or error[1] is None else error[1]
+        return self._throw(value() if isinstance(value, type) else value)
+
+    def close(self) -> None:
+        """End it."""
+        self._coroutine.close()

@@ -146,6 +146,6 @@ def wait_for_threads() -> None:
         return
     deadline = time.monotonic() + _THREADS_S
     for thread in threading.enumerate():
-        # Python has not started those that it calls dummies (a library has, or they are greenlets): nobody can join them.
+        # Nobody can join those that Python has not started: a library has, or they are greenlets.
         if thread is not threading.current_thread() and not isinstance(thread, threading._DummyThread):
             thread.join(max(0.0, deadline - time.monotonic()))

@@ -9,12 +9,13 @@ import asyncio
 import inspect
 import logging
 import os
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, Final
 
 import uvloop
 
+from fastq.awaiting import Interruptible
 from fastq.pool.zygote import EX_INTERNAL
 from fastq.running.calls import CallRunner, running_call
 from fastq.running.threads import ThreadLimit, Workers
@@ -47,19 +48,18 @@ class LoopLimit(ThreadLimit):
         """Await the coroutine function under the call's limit."""
         if not call.soft_time_limit:
             return await function(*args, **kwargs)
-        limited = _Limited(function(*args, **kwargs), call, self._error, self.is_cancelled)
+        limited = Interruptible(function(*args, **kwargs))
         task = asyncio.current_task()
         assert task is not None
         left_s = call.started_s + call.soft_time_limit - _now_s()
-        timer = asyncio.get_running_loop().call_later(max(0.0, left_s), limited.strike, task)
+        timer = asyncio.get_running_loop().call_later(
+            max(0.0, left_s), lambda: limited.interrupt(task, self._error(call))
+        )
         try:
-            return await limited
-        except tuple(_CLASSES.values()) as error:
-            # By now it cancels nothing any more, and what awaits this takes it for what it is.
-            raise type(error).__bases__[0](*error.args).with_traceback(error.__traceback__) from None
+            return await limited.run()
         finally:
             timer.cancel()
-            if limited.is_struck:
+            if limited.is_interrupted:
                 self._struck.add(call.seq)
 
     def around(self, call: Call, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -135,83 +135,6 @@ class LoopLimit(ThreadLimit):
 
 def _now_s() -> float:
     return asyncio.get_running_loop().time()
-
-
-_CLASSES: dict[type[Exception], type[Exception]] = {}
-
-
-def _awaited(error: Exception) -> BaseException:
-    """Return the error as one that cancels, too: what waits for others (task groups, scopes) then ends them as well."""
-    cls = type(error)
-    if cls not in _CLASSES:
-        _CLASSES[cls] = type(cls.__name__, (cls, asyncio.CancelledError), {"__module__": cls.__module__})
-    return _CLASSES[cls](*error.args)
-
-
-class _Limited:
-    """A coroutine in which an error is raised, at its next await, once its time is up."""
-
-    def __init__(
-        self,
-        coroutine: Coroutine[Any, Any, Any],
-        call: Call,
-        error: Callable[[Call], Exception],
-        is_cancelled: Callable[[Call], bool],
-    ) -> None:
-        self._is_cancelled = is_cancelled
-        self._coroutine = coroutine
-        self._call = call
-        self._error = error
-        self._due = False
-        self.is_struck = False
-
-    def strike(self, task: asyncio.Task[None]) -> None:
-        """The time is up: wake the task that awaits this."""
-        self._due = True
-        task.cancel()
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        return _Steps(self)
-
-    def step(self, send: Callable[[Any], Any], value: Any) -> Any:
-        """Go one step, by sending or throwing a value."""
-        if not self._due or self.is_struck or self._is_cancelled(self._call):
-            return send(value)
-        if isinstance(value, asyncio.CancelledError):
-            self.is_struck = True
-            if (task := asyncio.current_task()) is not None and hasattr(task, "uncancel"):  # since Python 3.11
-                task.uncancel()
-            return self._coroutine.throw(_awaited(self._error(self._call)))
-        return send(value)
-
-
-class _Steps:
-    """The iterator behind ``_Limited``."""
-
-    def __init__(self, limited: _Limited) -> None:
-        self._limited = limited
-        self._coroutine = limited._coroutine
-
-    def __iter__(self) -> _Steps:
-        return self
-
-    def __next__(self) -> Any:
-        return self._coroutine.send(None)
-
-    def send(self, value: Any) -> Any:
-        """Go on with a value."""
-        return self._coroutine.send(value)
-
-    def throw(self, *error: Any) -> Any:
-        """Go on with an exception."""
-        value = error[0] if len(error) == 1 or error[1] is None else error[1]
-        if isinstance(value, type):
-            value = value()
-        return self._limited.step(self._coroutine.throw, value)
-
-    def close(self) -> None:
-        """End it."""
-        self._coroutine.close()
 
 
 def serve(pipe: ChildPipe, runner: CallRunner) -> None:

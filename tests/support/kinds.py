@@ -6,6 +6,7 @@ A new kind is one more entry of ``KINDS``.
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Kind:
     options          what ``fastq worker`` is given, after ``-c`` (or what stands for it) and the calls at a time
     is_async         its calls are those of coroutine functions
     others           how many calls of other tasks run beside them
+    has_loop         a loop of the process's own awaits them
     shares           its calls share a process
     """
 
@@ -46,6 +48,7 @@ class Kind:
     shares: bool = True
     count: str = "-c"
     others: int = 0
+    has_loop: bool = False
 
     def arguments(self, calls: int) -> tuple[str, ...]:
         """Return the options of a worker that runs so many calls at a time."""
@@ -59,10 +62,16 @@ class Kind:
 KINDS: Final = (
     Kind("prefork", ("--async-processes", "0"), shares=False),
     Kind("threads", ("-P", "threads", "--async-processes", "0")),
-    Kind("asyncio", ("-P", "asyncio"), is_async=True),
+    Kind("asyncio", ("-P", "asyncio"), is_async=True, has_loop=True),
     Kind("gevent", ("-P", "gevent", "--async-processes", "0")),
     Kind("eventlet", ("-P", "eventlet", "--async-processes", "0")),
-    Kind("loop", ("-c", "1", "--async-processes", "1"), is_async=True, count="--async-slots", others=1),
+    Kind("loop", ("-c", "1", "--async-processes", "1"), is_async=True, count="--async-slots", others=1, has_loop=True),
+)
+#: Functions in pools that are made for others; too many to be run each time.
+MORE_KINDS: Final = (
+    Kind("asyncio:plain", ("-P", "asyncio")),
+    Kind("prefork:async", ("--async-processes", "0"), is_async=True, shares=False),
+    Kind("threads:async", ("-P", "threads", "--async-processes", "0"), is_async=True),
 )
 
 
@@ -78,16 +87,19 @@ class Row:
         return f"{self.kind.name}-{self.program}"
 
 
+#: Set to "all", every kind is tried with every application in every test.
+ALL: Final = os.environ.get("FASTQ_TEST_KINDS") == "all"
+
 # Each kind and each application meets both brokers.
 ROWS: Final = tuple(
     Row(kind, program, ("amqp", "redis")[(index + turn) % 2])
-    for index, kind in enumerate(KINDS)
+    for index, kind in enumerate((*KINDS, *MORE_KINDS) if ALL else KINDS)
     for turn, program in enumerate(APPS)
 )
 
 
 #: The same with one application for each kind of greenlet: what they share with other kinds is tried by those.
-SOME_ROWS: Final = tuple(row for row in ROWS if str(row) not in ("gevent-fastq", "eventlet-celery"))
+SOME_ROWS: Final = tuple(row for row in ROWS if ALL or str(row) not in ("gevent-fastq", "eventlet-celery"))
 
 
 def rows(where: Callable[[Row], bool] = lambda row: True) -> pytest.MarkDecorator:

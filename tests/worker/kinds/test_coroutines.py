@@ -7,7 +7,7 @@ import sys
 from tests.support.kinds import CALLS, PATIENCE_S, Field, rows
 from tests.support.stage import until
 
-async_rows = rows(lambda row: row.kind.is_async)
+async_rows = rows(lambda row: row.kind.has_loop)
 
 
 @async_rows

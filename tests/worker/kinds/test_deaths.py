@@ -25,6 +25,7 @@ def test_all_calls_of_a_process_that_is_killed_run_again(field: Field) -> None:
         until(lambda: len(alive(field)) == MANY, PATIENCE_S, "all run")
         (pid,) = set(alive(field).values())
         os.kill(pid, signal.SIGKILL)
+        until(lambda: not alive(field) or pid not in alive(field).values(), PATIENCE_S, "it is gone")  # noqa: B023
     gate.touch()
     field.stage.wait_for(field.stage.sent, PATIENCE_S)
     field.stage.wait_for_settled()
