@@ -81,6 +81,11 @@ class Groups:
         return self._first.size
 
     @property
+    def beside(self) -> int:
+        """Return how many calls of the other groups run at a time."""
+        return sum(pool.size for pool in self._pools[1:])
+
+    @property
     def pids(self) -> list[int]:
         """Return the process ids of the children that run calls, group by group."""
         return [pid for pool in self._pools for pid in pool.pids]

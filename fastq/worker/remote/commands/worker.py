@@ -86,7 +86,8 @@ def _pool(view: WorkerView) -> dict[str, Any]:
     runs = sum(task.runs for task in view.core.tasks.values())
     base = {
         "implementation": f"{type(view.pool).__module__}:{type(view.pool).__name__}",
-        "max-concurrency": view.pool.size,
+        # Pools with children of one kind have none beside.
+        "max-concurrency": view.pool.size + getattr(view.pool, "beside", 0),
         "processes": view.pool.pids,
     }
     if find_pool(options.pool).runs_here:
