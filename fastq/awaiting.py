@@ -99,8 +99,9 @@ def _cancelling(error: Exception) -> BaseException:
 class Interruptible(Generic[T]):
     """A coroutine in which an error can be raised from outside, at its next await."""
 
-    def __init__(self, coroutine: Coroutine[Any, Any, T]) -> None:
+    def __init__(self, coroutine: Coroutine[Any, Any, T], is_cancelled: Callable[[], bool] = lambda: False) -> None:
         self._coroutine = coroutine
+        self._is_cancelled = is_cancelled  # by somebody else, for good
         self._error: Exception | None = None
         self.is_interrupted = False
 
@@ -124,7 +125,9 @@ class Interruptible(Generic[T]):
         return _Steps(self)
 
     def _throw(self, value: Any) -> Any:
-        if self._error is not None and not self.is_interrupted and isinstance(value, asyncio.CancelledError):
+        if self._error is None or self.is_interrupted or self._is_cancelled():
+            return self._coroutine.throw(value)
+        if isinstance(value, asyncio.CancelledError):
             self.is_interrupted = True
             if (task := asyncio.current_task()) is not None and hasattr(task, "uncancel"):  # since Python 3.11
                 task.uncancel()

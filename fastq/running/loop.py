@@ -48,7 +48,7 @@ class LoopLimit(ThreadLimit):
         """Await the coroutine function under the call's limit."""
         if not call.soft_time_limit:
             return await function(*args, **kwargs)
-        limited = Interruptible(function(*args, **kwargs))
+        limited = Interruptible(function(*args, **kwargs), lambda: self.is_cancelled(call))
         task = asyncio.current_task()
         assert task is not None
         left_s = call.started_s + call.soft_time_limit - _now_s()
