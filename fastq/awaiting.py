@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import copy_context
 from functools import partial, wraps
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -19,6 +20,8 @@ class _Own(threading.local):
 
     loop: asyncio.AbstractEventLoop | None = None
     pid = 0
+    #: Has an error raised in the coroutine that runs.
+    interrupt: Callable[[Exception], object] | None = None
 
 
 _own = _Own()
@@ -38,6 +41,7 @@ def run_here(coroutine: Coroutine[Any, Any, T]) -> T:
     loop = _own.loop
     interruptible = Interruptible(coroutine)
     task = loop.create_task(interruptible.run())
+    _own.interrupt = lambda error: loop.call_soon_threadsafe(interruptible.interrupt, task, error)
     while True:
         try:
             return loop.run_until_complete(task)
@@ -52,6 +56,21 @@ def run_here(coroutine: Coroutine[Any, Any, T]) -> T:
                 with contextlib.suppress(asyncio.CancelledError, Exception):
                     loop.run_until_complete(task)
             raise
+        finally:
+            if task.done():
+                _own.interrupt = None
+
+
+def interrupt_here(error: Exception, frame: FrameType | None) -> bool:
+    """Have an error raised in the coroutine that runs, for the handler of a signal that has come at that frame.
+
+    False: it is to raise it itself. Code of the loop would swallow it.
+    """
+    place = "" if frame is None else str(frame.f_globals.get("__name__"))
+    if _own.interrupt is None or not place.startswith(("asyncio.", "selectors")):
+        return False
+    _own.interrupt(error)
+    return True
 
 
 def _elsewhere(coroutine: Coroutine[Any, Any, T]) -> T:

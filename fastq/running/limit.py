@@ -74,7 +74,10 @@ class SoftLimit:
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         error = self._due(frame)
-        if error is not None:
+        if error is None:
+            return
+        awaiting: Any = sys.modules.get("fastq.awaiting")
+        if awaiting is None or not awaiting.interrupt_here(error, frame):
             raise error
 
     def _on_timer(self, frame: FrameType | None) -> type[Exception] | None:
