@@ -93,7 +93,11 @@ class Window:
                 grown_at, pause_s = now, GROW_EVERY_S
             elif wanted * 4 <= current and now - grown_at < HOLD_S:
                 continue  # the flood may go on
-            if grown or wanted >= 2 * current or wanted * 4 <= current:
+            # What runs in the children for coroutine functions holds its place: all that is above is room for more.
+            rises = bool(self._beside) and wanted > current
+            if rises:
+                pause_s = GROW_EVERY_S
+            if grown or rises or wanted >= 2 * current or wanted * 4 <= current:
                 # A new consumer's window counts from zero: what waits for its time does not fill it.
                 current, counted, parked, shelved = wanted, core.scheduled_count, core.parked, unsaved
                 received_at_first = core.received

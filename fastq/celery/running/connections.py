@@ -26,7 +26,7 @@ class Connections:
     ``are_shared``: other calls that run use them too, so that they are not closed, only given to nobody any more.
     """
 
-    def __init__(self, app: celery.Celery, are_shared: bool) -> None:
+    def __init__(self, app: celery.Celery, are_shared: bool = False) -> None:
         self._app = app
         self._are_shared = are_shared
         #: What closes connections that nobody gets any more.
