@@ -58,8 +58,9 @@ class Window:
         """Return how many messages may be here now, those that wait for their time not counted."""
         core = self._core
         if self._beside:
-            # As many as run there may be here besides, and some more to begin with: it doubles while they are taken.
-            base += min(self._beside, 2 * core.outstanding_beside() + FIRST_BESIDE)
+            # Twice as many as run there, and some to begin with: sources that are asked for messages are asked for more
+            # when half of the window is free.
+            base += 2 * core.outstanding_beside() + FIRST_BESIDE
         if not (core.reliable and self._options.adapts_prefetch and core.run_ns >= 0):
             return base
         per_child = min(MOST, WORK_NS / max(core.run_ns, 1.0))
