@@ -60,7 +60,7 @@ class Window:
         if self._beside:
             # Twice as many as run there, and some to begin with: sources that are asked for messages are asked for more
             # when half of the window is free.
-            base += 2 * core.outstanding_beside() + FIRST_BESIDE
+            base += 2 * min(core.outstanding_beside(), self._beside) + FIRST_BESIDE
         if not (core.reliable and self._options.adapts_prefetch and core.run_ns >= 0):
             return base
         per_child = min(MOST, WORK_NS / max(core.run_ns, 1.0))
