@@ -34,11 +34,11 @@ class Plan:
         self.on_success = task.on_success if task_has_custom(task, "on_success") else None
         self.after_return = task.after_return if task_has_custom(task, "after_return") else None
         self.cleanup = _cleanups(task, app)
+        self.has_handlers = self.on_success is not None or self.after_return is not None or bool(self.cleanup)
 
     def has_listeners(self) -> bool:
         """Return whether somebody's code runs behind the task's own."""
-        handlers = self.on_success is not None or self.after_return is not None or bool(self.cleanup)
-        return handlers or bool(signals.task_success.receivers or signals.task_postrun.receivers)
+        return self.has_handlers or bool(signals.task_success.receivers or signals.task_postrun.receivers)
 
 
 def ignores(task: Any, fields: dict[str, Any]) -> bool:

@@ -75,10 +75,18 @@ class Straight:
                 end = self._raised(plan.task, call, fields, request, error)
             else:
                 end = value, SUCCESS, meta, None, False
-                end = self._succeeded(plan, call, args, kwargs, request, value, meta)
+                if (
+                    plan.has_handlers
+                    or self._logs_info
+                    or call.wants_report
+                    or signals.task_success.receivers
+                    or signals.task_postrun.receivers
+                ):
+                    end = self._succeeded(plan, call, args, kwargs, request, value, meta)
         finally:
             self._leave(plan, call, args, kwargs, end)
-        self._ends.finish(call, *end[1:])
+        _, state, meta, report, requeues = end
+        self._ends.finish(call, state, meta, report, requeues)
 
     async def run_async(self, plan: Plan, call: Call, args: Any, kwargs: Any, fields: dict[str, Any]) -> None:
         """Run a call of a coroutine function in the same way. What asks a result store or a broker runs in a thread."""
