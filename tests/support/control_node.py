@@ -138,7 +138,7 @@ class View:
         self.settings = settings
         self.options = WorkerOptions(hostname=hostname).resolved(settings)
         self.core = CoreOfRows(self.done)
-        self.pool: Any = Recorded(self.done, pids=[11, 12], size=2)
+        self.pool: Any = Recorded(self.done, pids=[11, 12], size=2, beside=0)
         self.consumer: Any = Queues(settings)
         self.events: Any = PlainEvents()
         self.autoscale: Any = None
