@@ -98,6 +98,22 @@ class SoftLimit:
         return self._error(call)
 
 
+def _step() -> None:
+    for _ in range(8):
+        pass
+
+
+def absorb() -> None:
+    """Have an exception arrive that was raised in this thread from outside and comes too late: here it harms nobody.
+
+    Python's own way to take it back leaves a flag set that has every step of code look for such exceptions, for ever.
+    """
+    try:
+        _step()
+    except BaseException:  # it is for nobody any more
+        pass
+
+
 def plain(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function; for a coroutine function one that runs it to its end."""
     if not inspect.iscoroutinefunction(function):
@@ -118,6 +134,7 @@ class _ThreadTimer:
         self._ident = threading.get_ident()
         self._lock = threading.RLock()
         self._timer: threading.Timer | None = None
+        self._has_raised = False
 
     def set(self, seconds: float) -> None:
         """Ask in so many seconds; 0: not at all, and nothing is raised any more."""
@@ -129,18 +146,19 @@ class _ThreadTimer:
                 self._timer = threading.Timer(seconds, self._strike)
                 self._timer.daemon = True
                 self._timer.start()
-            else:
-                self._raise(None)
+            elif self._has_raised:
+                self._has_raised = False
+                absorb()
 
     def _strike(self) -> None:
         with self._lock:
             if threading.current_thread() is self._timer:
                 error = self._ask(sys._current_frames().get(self._ident))
                 if error is not None:
+                    self._has_raised = True
                     self._raise(error)
 
-    def _raise(self, error: type[Exception] | None) -> None:
+    def _raise(self, error: type[Exception]) -> None:
         import ctypes  # of no use to children
 
-        raised = None if error is None else ctypes.py_object(error)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._ident), raised)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._ident), ctypes.py_object(error))

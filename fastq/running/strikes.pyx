@@ -12,6 +12,8 @@ from fastq.wire.call cimport Call
 
 import threading
 
+from fastq.running.limit import absorb
+
 cdef extern from "Python.h":
     int PyThreadState_SetAsyncExc(unsigned long thread, PyObject *exception)
 
@@ -76,7 +78,10 @@ cdef class Strikes:
         finally:
             entry.is_inside = False
             if entry.is_struck:
-                PyThreadState_SetAsyncExc(entry.thread, NULL)   # one that has not arrived
+                try:
+                    absorb()
+                except BaseException:   # it has arrived at that function's first step
+                    pass
 
     def strike(self, uint32_t seq, exception) -> None:
         """Raise an exception, given as its class, in a call; when its function begins, if it has not."""
