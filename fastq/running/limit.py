@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 import threading
@@ -108,10 +109,8 @@ def absorb() -> None:
 
     Python's own way to take it back leaves a flag set that has every step of code look for such exceptions, for ever.
     """
-    try:
+    with contextlib.suppress(BaseException):
         _step()
-    except BaseException:  # it is for nobody any more
-        pass
 
 
 def plain(function: Callable[..., Any]) -> Callable[..., Any]:
