@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Final, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
 from fastq.plugins import Target, load
+from fastq.pool.zygote import EX_INTERNAL
 from fastq.wire.call import Call
 from fastq.wire.pipe import ChildPipe
 
 #: The call for which code runs, where several run at a time: of this thread, greenlet or coroutine.
 running_call: ContextVar[Call | None] = ContextVar("fastq_running_call", default=None)
+
+
+#: How often it is looked at the end of a process whether calls run on, and for how long at those that were cancelled.
+LOOK_S: Final = 0.01
+CANCELLED_S: Final = 1.0
+
+
+class LastCalls:
+    """The end of a process of several calls: it waits for them, but not for ever for those that were cancelled."""
+
+    def __init__(self) -> None:
+        self._patience_s = CANCELLED_S
+
+    def are_over(self, running: int, cancelled: int) -> bool:
+        """Return whether it may end; to be asked every ``LOOK_S``."""
+        if running > cancelled:
+            return False
+        self._patience_s -= LOOK_S
+        return not running or self._patience_s < 0
+
+
+def end_process() -> NoReturn:
+    """End a process of several calls because of the internal error that is being handled."""
+    logging.getLogger("fastq.worker").critical("a child ends because of an internal error", exc_info=sys.exc_info())
+    os._exit(EX_INTERNAL)
 
 
 class Limit(Protocol):

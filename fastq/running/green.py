@@ -5,24 +5,19 @@ A greenlet gives way where it waits in patched code; what an exception from outs
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from types import FrameType
 from typing import Any, Final, Protocol
 
 from fastq import awaiting
-from fastq.pool.zygote import EX_INTERNAL
-from fastq.running.calls import CallRunner, running_call
+from fastq.running.calls import LOOK_S, CallRunner, LastCalls, end_process, running_call
 from fastq.running.limit import plain
 from fastq.wire.call import Call
 from fastq.wire.pipe import ChildPipe
 
 #: How often the process says that its greenlets take turns, while calls run.
 _TURN_S: Final = 0.25
-#: How long calls that were cancelled hold up the end of the process.
-_CANCELLED_S: Final = 1.0
 
 
 class Library(Protocol):
@@ -243,14 +238,10 @@ class _Greenlets:
                 library.spawn(self._run, call)
             if not self._turns:
                 self._turn()
-        patience = _CANCELLED_S
-        while not pipe.closed:
-            library.sleep(0.01)
-            running = len(self._limit.running)
-            if running <= self._limit.cancelled:
-                if not running or patience <= 0:
-                    return
-                patience -= 0.01
+        last = LastCalls()
+        library.sleep(LOOK_S)  # what was taken last begins
+        while not pipe.closed and not last.are_over(len(self._limit.running), self._limit.cancelled):
+            library.sleep(LOOK_S)
             pipe.take()  # calls that run may still be cancelled
 
     def _run(self, call: Call) -> None:
@@ -259,8 +250,7 @@ class _Greenlets:
         try:
             self._runner.run(call)
         except BaseException:
-            logging.getLogger("fastq.worker").critical("a child ends because of an internal error", exc_info=True)
-            os._exit(EX_INTERNAL)
+            end_process()
         del self._limit.running[call.seq]
         if not self._flushes:
             self._flushes = True

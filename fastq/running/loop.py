@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, Final
@@ -16,16 +15,13 @@ from typing import Any, Final
 import uvloop
 
 from fastq.awaiting import Interruptible
-from fastq.pool.zygote import EX_INTERNAL
-from fastq.running.calls import CallRunner, running_call
+from fastq.running.calls import LOOK_S, CallRunner, LastCalls, end_process, running_call
 from fastq.running.threads import ThreadLimit, Workers
 from fastq.wire.call import Call
 from fastq.wire.pipe import OUTCOME_FAILURE, ChildPipe
 
 #: How often the loop says that it turns, while calls run.
 _TURN_S: Final = 0.25
-#: How long calls that were cancelled hold up the end of the process.
-_CANCELLED_S: Final = 1.0
 
 
 class LoopLimit(ThreadLimit):
@@ -33,7 +29,6 @@ class LoopLimit(ThreadLimit):
 
     def __init__(self, error: Callable[[Call], Exception], *others: Any) -> None:
         super().__init__(error, *others)
-        self._error = error
         self.loop: asyncio.AbstractEventLoop
         self.tasks: dict[int, asyncio.Task[Any]] = {}  # of the coroutines that run, by their calls' numbers
         self._bridged: dict[int, asyncio.Task[Any]] = {}  # those that a thread waits for
@@ -197,8 +192,7 @@ class _Loop:
                 logging.getLogger("fastq.worker").critical("call %s ended without an outcome", call, exc_info=True)
                 self._pipe.finish(call, OUTCOME_FAILURE)
         except BaseException:
-            logging.getLogger("fastq.worker").critical("a child ends because of an internal error", exc_info=True)
-            os._exit(EX_INTERNAL)
+            end_process()
         self._limit.forget(call)
         if not self._flushes:
             self._flushes = True
@@ -217,11 +211,9 @@ class _Loop:
     async def _until_idle(self) -> None:
         """Wait until all calls have ended, but those that were cancelled and do not."""
         self._workers.stop()
-        patience = _CANCELLED_S
+        last, limit = LastCalls(), self._limit
         while not self._pipe.closed:
-            running = len(self._limit.tasks) + self._workers.running
-            if running <= len(self._limit.cancelled) + self._limit.strikes.cancelled:
-                if not running or patience <= 0:
-                    return
-                patience -= 0.01
-            await asyncio.sleep(0.01)
+            running = len(limit.tasks) + self._workers.running
+            if last.are_over(running, len(limit.cancelled) + limit.strikes.cancelled):
+                return
+            await asyncio.sleep(LOOK_S)

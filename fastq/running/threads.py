@@ -7,8 +7,6 @@ call is left behind by the main process, which replaces this one when its other 
 from __future__ import annotations
 
 import heapq
-import logging
-import os
 import queue
 import threading
 import time
@@ -18,19 +16,14 @@ from functools import wraps
 from types import FrameType
 from typing import Any, Final
 
-from fastq.pool.zygote import EX_INTERNAL
-from fastq.running.calls import CallRunner, running_call
+from fastq.running.calls import LOOK_S, CallRunner, LastCalls, end_process, running_call
 from fastq.running.limit import plain
 from fastq.running.strikes import Strikes
 from fastq.wire.call import Call
 from fastq.wire.pipe import ChildPipe
 
-#: How often it is looked at the end of a process whether calls run on.
-_AGAIN_S: Final = 0.01
 #: So many ended calls may stand in the heap of limits before it is made anew.
 _MOST_ENDED: Final = 64
-#: How long calls that were cancelled hold up the end of the process.
-_CANCELLED_S: Final = 1.0
 
 
 class ThreadLimit:
@@ -126,14 +119,9 @@ def serve(pipe: ChildPipe, runner: CallRunner) -> None:
         for call in pipe.take(waits=True):
             workers.start(call)
     workers.stop()
-    patience = _CANCELLED_S
-    while not pipe.closed:
-        # Calls that were cancelled and do not end are left behind.
-        if workers.running <= runner.limit.strikes.cancelled:
-            if not workers.running or patience <= 0:
-                return
-            patience -= _AGAIN_S
-        time.sleep(_AGAIN_S)
+    last = LastCalls()
+    while not pipe.closed and not last.are_over(workers.running, runner.limit.strikes.cancelled):
+        time.sleep(LOOK_S)
         pipe.take()  # those that run may still be cancelled
 
 
@@ -175,8 +163,7 @@ class Workers:
             try:
                 context.copy().run(self._run, call)  # what one call sets is not there for the next one
             except BaseException:
-                logging.getLogger("fastq.worker").critical("a child ends because of an internal error", exc_info=True)
-                os._exit(EX_INTERNAL)
+                end_process()
             self._free.put(None)
             if self._calls.empty():
                 pipe.flush()
