@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import queue
@@ -29,6 +28,7 @@ from fastq.guard import guarded
 from fastq.interfaces import ChildHooks
 from fastq.pool import ChildMain, CompanionMain, PoolOptions
 from fastq.pool.companion import Companion
+from fastq.pool.outside import absorb, raise_in
 from fastq.pool.zygote import EX_INTERNAL, Zygote, start_zygote
 from fastq.wire.pipe import SHARED_SIZE, RingReader
 
@@ -80,6 +80,7 @@ class Solo:
         self._current: Place | None = None
         self._thread = 0
         self._by_signal = False
+        self._is_struck = False  # from outside, not by a signal
         self._lock = threading.Lock()
 
     # --- in the thread that runs calls
@@ -120,8 +121,9 @@ class Solo:
             try:
                 with self._lock:
                     self._current = None
-                    if not self._by_signal:
-                        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), None)
+                    is_struck, self._is_struck = self._is_struck, False
+                if is_struck:
+                    absorb()
                 return
             except CallEnded:  # it came just now
                 continue
@@ -147,8 +149,8 @@ class Solo:
             if self._by_signal:
                 signal.pthread_kill(self._thread, END_SIGNAL)
             else:
-                ended = ctypes.py_object(CallEnded)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), ended)
+                self._is_struck = True
+                raise_in(self._thread, CallEnded)
 
     def stack(self) -> str:
         """Return the stack of the thread that runs calls."""

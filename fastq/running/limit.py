@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import sys
 import threading
@@ -11,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, Final
 
+from fastq.pool.outside import absorb, raise_in
 from fastq.pool.process import LIMIT_SIGNAL, Timer
 from fastq.wire.call import Call
 
@@ -99,20 +99,6 @@ class SoftLimit:
         return self._error(call)
 
 
-def _step() -> None:
-    for _ in range(8):
-        pass
-
-
-def absorb() -> None:
-    """Have an exception arrive that was raised in this thread from outside and comes too late: here it harms nobody.
-
-    Python's own way to take it back leaves a flag set that has every step of code look for such exceptions, for ever.
-    """
-    with contextlib.suppress(BaseException):
-        _step()
-
-
 def plain(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function; for a coroutine function one that runs it to its end."""
     if not inspect.iscoroutinefunction(function):
@@ -155,9 +141,4 @@ class _ThreadTimer:
                 error = self._ask(sys._current_frames().get(self._ident))
                 if error is not None:
                     self._has_raised = True
-                    self._raise(error)
-
-    def _raise(self, error: type[Exception]) -> None:
-        import ctypes  # of no use to children
-
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._ident), ctypes.py_object(error))
+                    raise_in(self._ident, error)

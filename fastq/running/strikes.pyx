@@ -12,7 +12,7 @@ from fastq.wire.call cimport Call
 
 import threading
 
-from fastq.running.limit import absorb
+from fastq.pool.outside import absorb
 
 cdef extern from "Python.h":
     int PyThreadState_SetAsyncExc(unsigned long thread, PyObject *exception)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -42,6 +43,29 @@ def busy(seconds: float) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         time.sleep(0.01)
+
+
+def test_it_leaves_profilers_and_coverage_alone(app: FastQ) -> None:
+    @app.task
+    def soon(seconds: float) -> None:
+        busy(seconds)
+
+    with worker(app):
+        assert soon.delay(0.0).get(timeout=20) is None
+        with pytest.raises(TimeLimitExceeded):
+            soon.apply_async((20.0,), time_limit=0.2).get(timeout=20)
+    steps: list[str] = []
+
+    def profiled() -> None:
+        sys.setprofile(lambda frame, event, argument: steps.append(event))
+        busy(0.02)
+        sys.setprofile(None)
+
+    thread = threading.Thread(target=profiled, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert "call" in steps
 
 
 def test_calls_run_in_a_thread_of_this_process(app: FastQ) -> None:
