@@ -336,8 +336,7 @@ cdef class Core(Ledger):
         if self.revoked_ids is not None and self.is_revoked(delivery):
             return self.fail(delivery, "revoked", None, ACK)
         if delivery.head.eta and delivery.head.eta > read_clock():
-            # Those that are large would take the place of all others before they are many (rules, section 6.2: 64 of 256 MiB).
-            is_full = len(self.later) >= self.max_etas or 4 * delivery.source.held_bytes > delivery.source.max_held_bytes
+            is_full = len(self.later) >= self.max_etas or delivery.source.held_bytes > delivery.source.most_for_later()
             if is_full and delivery.source.postpone is not None and self.postpone(delivery):
                 return 0
             return self.later.put(delivery, delivery.head.eta)
@@ -387,13 +386,17 @@ cdef class Core(Ledger):
         return True
 
     def postpone_far(self) -> None:
-        """The broker keeps messages from now on: give it what is far, beyond the number that is held here anyway."""
+        """The broker keeps messages from now on: give it what is far, beyond what is held here anyway."""
         cdef Delivery delivery
+        cdef Py_ssize_t size, held = 0
         cdef list kept = []
         for entry in self.later.entries():
             delivery = <Delivery> (<tuple> entry)[2]
-            if len(kept) < self.max_etas or delivery.source.postpone is None or not self.postpone(delivery):
+            size = PyBytes_GET_SIZE(delivery.props) + PyBytes_GET_SIZE(delivery.body)
+            is_full = len(kept) >= self.max_etas or held + size > delivery.source.most_for_later()
+            if not is_full or delivery.source.postpone is None or not self.postpone(delivery):
                 kept.append(entry)
+                held += size
         self.later.heap = kept      # sorted, which is a heap
         self.on_batch()
 

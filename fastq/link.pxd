@@ -73,6 +73,7 @@ cdef class Source:
 
     cdef int bind(self, Sink sink) except -1
     cdef int give(self, Delivery delivery) except -1
+    cdef Py_ssize_t most_for_later(self) noexcept
     cdef int tell(self, Delivery delivery, int verdict) except -1
     cdef int forget(self, Delivery delivery) except -1
     cdef int shelve(self, Delivery delivery) except -1

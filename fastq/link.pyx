@@ -77,6 +77,10 @@ cdef class Source:
         self.held_bytes -= PyBytes_GET_SIZE(delivery.props) + PyBytes_GET_SIZE(delivery.body)
         return 0
 
+    cdef Py_ssize_t most_for_later(self) noexcept:
+        """How many bytes may wait here for their time: a few large messages would take the place of all others."""
+        return self.max_held_bytes // 4
+
     cdef int shelve(self, Delivery delivery) except -1:
         """The delivery ran and can be settled only later: it takes no other's place meanwhile."""
         if not delivery.shelved and not delivery.settled:

@@ -259,6 +259,23 @@ def test_what_is_due_later_than_many_others_goes_back_to_the_broker() -> None:
     run_loop(body, window=5000)
 
 
+def test_large_messages_go_back_once_the_broker_can_keep_them() -> None:
+    """They came while it could not, and are few: more is not read as long as they are here."""
+
+    async def body(t: Running) -> None:
+        t.broker.max_held_bytes = 4096
+        for _ in range(8):
+            t.broker.put("pid", "x" * 512, eta=time.time() + 3600)
+        await until(lambda: t.core.stats()["scheduled"] == 8)
+        assert t.broker.held_bytes > t.broker.max_held_bytes
+        t.broker.postpone = lambda found, due: Message("later", "celery", found["props"], found["body"], found["id"])
+        t.core.postpone_far()
+        await until(lambda: t.broker.held_bytes <= 1024)
+        assert t.core.stats()["scheduled"] == 1
+
+    run_loop(body)
+
+
 # --- a store that goes away
 
 
