@@ -176,7 +176,8 @@ class Waiting(Generic[T]):
         try:
             while not is_done and not (self._is_open and self._lead.is_taken):
                 if time.monotonic() >= until:
-                    raise ConnectionLost(f"the result store could not be reached in time: {self._patience.failure}")
+                    why = self._patience.failure or "no attempt has ended yet"
+                    raise ConnectionLost(f"the result store could not be reached in time: {why}")
                 self._lead.lead_or_follow(signal, until, lambda: is_done, catch_up)
         except BaseException as error:
             self._make_good(error)
