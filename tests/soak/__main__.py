@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import json
 import os
 import platform
 import random
@@ -289,6 +290,12 @@ def course(series: Series | None, warm_up_s: float) -> str:
     return f"{first:.{digits}f} → {last:.{digits}f}, most {most:.{digits}f}, line {rise:+.1f}{mark}"
 
 
+def keep_series(soak: Soak, file: Path) -> None:
+    """Write every sample down: (seconds since the start, value), by site and title."""
+    found = {r.site.name: {title: series.samples for title, series in r.series.items()} for r in soak.reports}
+    file.write_text(json.dumps(found), encoding="utf-8")
+
+
 def heading(soak: Soak) -> str:
     """Return what was run, on what."""
     options = soak.options
@@ -319,7 +326,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="what the faults are drawn from")
     parser.add_argument("--program", choices=("fastq", "celery"), default="fastq", help="celery: stock Celery's worker")
     parser.add_argument("--acks-late", action="store_true", help="celery with task_acks_late, reject_on_worker_lost")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where logs and ledgers stay; must not exist")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where logs, ledgers and samples stay; must not exist")
     return parser.parse_args(argv)
 
 
@@ -341,6 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with place(options.keep) as folder, contextlib.ExitStack() as closing:
         soak = Soak(options, folder, closing)
         holds = soak.run()
+        keep_series(soak, folder / "series.json")
         print(f"{heading(soak)}\n\n{table(soak)}\n", flush=True)
     print("holds" if holds else "DOES NOT HOLD")
     return 0 if holds else 1
