@@ -25,6 +25,7 @@ from celery.result import AsyncResult
 from redis import Redis as RedisClient
 
 from tests.celery.proj.app import TASK_MODULES, make_app
+from tests.support.celery_client import close_client
 from tests.support.servers import RabbitMQ, Redis, wait_until
 from tests.support.task_ledger import Ledger
 from tests.support.worker_process import Program, WorkerProcess
@@ -91,7 +92,7 @@ class CeleryStage:
             self.client.loader.import_task_module(module)
         self.client.finalize()
         self.tasks = Tasks(self.client)
-        self._closing.callback(self._close_client)
+        self._closing.callback(close_client, self.client)
 
     def close(self) -> None:
         """Kill what still runs, close the client's connections, remove what the servers keep."""
@@ -298,14 +299,6 @@ class CeleryStage:
             "database": f"db+sqlite:///{self.folder / 'results.db'}",
             "disabled": "disabled://",
         }[self.backend]
-
-    def _close_client(self) -> None:
-        consumer = getattr(self.client.backend, "result_consumer", None)
-        if consumer is not None:
-            with contextlib.suppress(AttributeError):  # one that never waited for anything has nothing to stop
-                consumer.stop()
-            consumer.cancel_for = lambda task_id: None  # results that outlive the stage find nobody to unsubscribe from
-        self.client.close()
 
 
 class _StateSeen(Exception):

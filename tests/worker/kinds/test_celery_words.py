@@ -9,6 +9,7 @@ from typing import Any
 import celery
 import pytest
 
+from tests.support.celery_client import close_client
 from tests.support.kinds import CALLS, PATIENCE_S, Field, Row, open_field, rows
 from tests.support.servers import Redis
 from tests.support.stage import empty_database
@@ -36,7 +37,7 @@ def canvas(
     field = open_field(row, request, tmp_path_factory.mktemp(str(row)))
     made = Canvas(field, empty_database(redis_server))
     yield made
-    made.client.close()
+    close_client(made.client)
     field.close()
 
 
