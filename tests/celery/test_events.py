@@ -363,9 +363,10 @@ def test_the_screen_and_cameras_of_a_celery_application_are_celery_s(run_tool: A
     assert "evcam: Taking snapshots with no.such.Camera" in done[1]()
 
 
-# A process group's leader that opens a terminal has it as its own, and gets its Ctrl-C.
+# A process group's leader that opens a terminal has it as its own, and gets its Ctrl-C, whatever started these tests.
 ON_TERMINAL = (
-    "import os, sys; os.open(os.ttyname(0), os.O_RDWR); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    "import os, signal, sys; os.open(os.ttyname(0), os.O_RDWR); signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 
 
