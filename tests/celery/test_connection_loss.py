@@ -19,6 +19,7 @@ def test_a_late_call_whose_connection_is_lost_is_ended_and_runs_again(open_stage
     early = stage.client.send_task("proj.acks.early", ("hang", 1))
     for result in (late, early):
         stage.wait_for_notes("run", id=result.id)
+    stage.until(lambda: stage.depth() == 1, "one is acknowledged")
     began = time.monotonic()
     assert stage.rabbitmq is not None
     stage.rabbitmq.close_connections()
