@@ -51,9 +51,6 @@ logger = logging.getLogger("fastq.worker")
 
 _POOLS = "What runs the tasks: prefork (default), threads, asyncio, gevent, eventlet, solo, or module:NAME."
 
-#: Celery's pools that there is no other for yet.
-NOT_CARRIED = frozenset({"custom"})
-
 
 def _concurrency(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """Return the number of children; ``auto`` counts the processors that this process may use."""
@@ -84,12 +81,6 @@ def _executable(ctx: click.Context, param: click.Parameter, value: str | None) -
             f"option --executable {value} is not carried by this version of fastq; "
             "remove it and start fastq with the Python that is to be used"
         )
-
-
-def _pool(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
-    if value in NOT_CARRIED:
-        raise Misuse(f"option -P/--pool {value} is not carried by this version of fastq; remove it to use prefork")
-    return value or ""
 
 
 #: The help's sections, by an option's parameter; what stands in none of them is general.
@@ -141,7 +132,7 @@ class WorkerCommand(click.Command):
 @click.option("--grace", type=float, help="Seconds that running tasks have to end after a warm stop was asked for.")
 @click.option("--purge", "--discard", is_flag=True, help="Delete what waits in the queues before starting.")
 @click.option("-O", "--optimization", type=click.Choice(["default", "fair"]), default="default", hidden=True)
-@click.option("-P", "--pool", callback=_pool, help=_POOLS)
+@click.option("-P", "--pool", default="", help=_POOLS)
 @click.option("-E", "--task-events", "--events", is_flag=True, default=None, help="Send task events, for monitors.")
 @click.option("--processes", type=click.IntRange(1), metavar="N", help="Processes of threads or coroutines.")
 @click.option("--async-processes", type=click.IntRange(0), metavar="N", help="Children for async tasks. Default: 1.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from fastq.errors import FastqError, SettingsError
 from fastq.interfaces import ChildHooks
-from fastq.plugins import Target, find_plugin
+from fastq.plugins import Target, find_plugin, load
 
 if TYPE_CHECKING:
     from fastq._child import Child
@@ -40,7 +40,8 @@ class ChildMain(Protocol):
 class Group:
     """Children that are alike: how many, and how each runs its calls.
 
-    ``calls``: "one" at a time, or several by "threads", an event "loop", "gevent" or "eventlet". ``slots``: so many.
+    ``calls``: "one" at a time, or several by "threads", an event "loop", "gevent" or "eventlet", or in a pool that was
+    written for Celery, a ``module:Class``. ``slots``: so many.
     """
 
     calls: str
@@ -241,7 +242,33 @@ POOL_NAMES: Final = tuple(_OF_NAME)
 
 def find_pool(name: str) -> PoolKind:
     """Return the pool that a name stands for. Raises SettingsError for one that is not known."""
-    found = _OF_NAME.get(name) or find_plugin(ENTRY_POINTS, name, PoolKind)
+    found = _OF_NAME.get(name) or _hosted(name) or find_plugin(ENTRY_POINTS, name, PoolKind)
     if found is None:
         raise SettingsError(f"no pool is known by the name {name!r}; known: {', '.join(_OF_NAME)}, module:NAME")
     return found
+
+
+def _hosted(name: str) -> PoolKind | None:
+    """Return the kind of children in each of which there is a pool that was written for Celery; None for another name.
+
+    Raises SettingsError for one whose way to run calls goes with no child.
+    """
+    found = load(name) if ":" in name else None
+    bases = {f"{base.__module__}:{base.__qualname__}" for base in getattr(found, "__mro__", ())}
+    if "celery.concurrency.base:BasePool" not in bases:
+        return None
+    other = next((other for base, other in _OF_CELERYS.items() if base in bases), "")
+    if other:
+        raise SettingsError(
+            f"the pool {name} is one of Celery's {other} with something added, which cannot be hosted in a child; "
+            f"use -P {other}"
+        )
+    return replace(PREFORK, names=(name,), calls=name)
+
+
+#: What only the worker's own process can run, or a process that was patched before all else.
+_OF_CELERYS: Final = {
+    "celery.concurrency.prefork:TaskPool": "prefork",
+    "celery.concurrency.gevent:TaskPool": "gevent",
+    "celery.concurrency.eventlet:TaskPool": "eventlet",
+}

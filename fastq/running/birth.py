@@ -55,7 +55,7 @@ class ChildOptions:
     is_amqp: bool = False  # messages come from a broker that speaks AMQP
     program: str = "fastq"  # what the process's title begins with
     setup: ChildSetup | None = None  # logging and the like
-    calls: str = "one"  # how it runs them (``calls.WAYS``)
+    calls: str = "one"  # how it runs them (``calls.way_of``)
     slots: int = 1  # how many at a time
     keeps_streams: bool = False  # a debugger is to find the terminal there: what is printed does not become records
 

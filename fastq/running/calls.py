@@ -104,7 +104,7 @@ class Way:
     limit: Target
 
 
-#: By ``fastq.pool.Group.calls``.
+#: By ``fastq.pool.Group.calls``; what is not here is a pool that was written for Celery, as ``module:Class``.
 WAYS: Final = {
     "one": Way("fastq.running.child:serve", "fastq.running.limit:SoftLimit"),
     "threads": Way("fastq.running.threads:serve", "fastq.running.threads:ThreadLimit"),
@@ -114,6 +114,19 @@ WAYS: Final = {
 }
 
 
+def is_hosted(calls: str) -> bool:
+    """Return whether calls run in a pool that was written for Celery."""
+    return calls not in WAYS
+
+
+def way_of(calls: str) -> Way:
+    """Return how a process runs calls."""
+    if is_hosted(calls):
+        hosted = "fastq.celery.running.hosted"
+        return Way(load(f"{hosted}:serve_in")(calls), f"{hosted}:HostedLimit")
+    return WAYS[calls]
+
+
 def make_limit(
     calls: str,
     error: Callable[[Call], Exception],
@@ -121,4 +134,4 @@ def make_limit(
     on_strike: Callable[[], None] = lambda: None,
 ) -> Any:
     """Return the limit of a process that runs calls that way."""
-    return load(WAYS[calls].limit)(error, is_spared, on_strike)
+    return load(way_of(calls).limit)(error, is_spared, on_strike)

@@ -1,7 +1,7 @@
 """A child: a process of the pool from its birth to its exit code. Takes calls from the main process; runs none itself.
 
 The seam between taking and running is ``serve``: it takes calls from the pipe and hands each to a ``CallRunner``. The
-one here does so one at a time; others are found by ``calls.WAYS``.
+one here does so one at a time; others are found by ``calls.way_of``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastq.pool.process import set_name
 from fastq.pool.titles import process_name, set_title
 from fastq.results import open_store
 from fastq.running.birth import ChildOptions, Signals, wait_for_threads, write_stacks_to
-from fastq.running.calls import WAYS, CallRunner
+from fastq.running.calls import CallRunner, way_of
 from fastq.running.pipes import Once, PipePublisher, PipeStore, ThreadPublisher, ThreadStore
 from fastq.running.runner import Runner
 from fastq.wire.pipe import ChildPipe
@@ -45,7 +45,7 @@ class ChildProcess:
     def __init__(self, options: ChildOptions, runner: CallRunner) -> None:
         self._options = options
         self._runner = runner
-        self._serve: Callable[[ChildPipe, CallRunner], None] = load(WAYS[options.calls].serve)
+        self._serve: Callable[[ChildPipe, CallRunner], None] = load(way_of(options.calls).serve)
 
     def prepare(self) -> None:
         """Do what can be done once for all children, in the process that forks them."""

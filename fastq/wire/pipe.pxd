@@ -167,6 +167,7 @@ cdef class ChildPipe:
     cdef public object owner    # of several at a time: returns the Call for which this code runs, or None
 
     cdef int fill(self, bint waits) except -1
+    cdef bint has_record(self) noexcept
     cdef uint32_t owner_seq(self) except? 0
     cdef int take_control(self, const uint8_t *record) except -1
     cdef Call parse(self, const uint8_t *record)

@@ -318,21 +318,28 @@ cdef class ChildPipe:
                 continue
             return call
 
-    def take(self, bint waits=False) -> list[Call]:
+    cdef bint has_record(self) noexcept:
+        """Return whether a whole record has come."""
+        cdef uint32_t size
+        if self.end - self.start < 4:
+            return False
+        memcpy(&size, self.buffer + self.start, 4)
+        return self.end - self.start >= size
+
+    def take(self, bint waits=False, Py_ssize_t most=0) -> list[Call]:
         """Return the calls that have come, all of which start now; ``waits``: for the next record at least.
 
-        Once ``stopped`` no more calls come, but calls that run may still be cancelled, until it is ``closed``.
+        ``most``: no more than so many, the others later (0: all). Once ``stopped`` no more calls come, but calls that run
+        may still be cancelled, until it is ``closed``.
         """
         cdef uint32_t size, seq
         cdef Call call
         cdef list found = []
         self.ring_bell()
         if not self.closed:
-            self.fill(waits)
-        while self.end - self.start >= 4:
+            self.fill(waits and not self.has_record())
+        while self.has_record() and not (most and len(found) == most):
             memcpy(&size, self.buffer + self.start, 4)
-            if self.end - self.start < size:
-                break
             if self.buffer[self.start + 4] != RECORD_CALL:
                 self.start += size
                 self.take_control(self.buffer + self.start - size)

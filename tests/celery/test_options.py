@@ -226,15 +226,8 @@ def test_a_setting_after_the_options_that_cannot_be_read_is_refused(
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "options",
-    [["--pool=custom"], ["--executable=/other/python"]],
-    ids=" ".join,
-)  # fmt: skip
-def test_what_is_not_carried_says_so_in_one_line(
-    run: Callable[..., subprocess.CompletedProcess[str]], options: list[str]
-) -> None:
-    done = run("-A", "tasks", "worker", *options)
+def test_what_is_not_carried_says_so_in_one_line(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = run("-A", "tasks", "worker", "--executable=/other/python")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "is not carried by this version of fastq" in done.stderr
 

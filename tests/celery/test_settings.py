@@ -430,7 +430,7 @@ def test_nothing_is_said_of_defaults_even_when_they_are_written_down() -> None:
 @pytest.mark.parametrize(
     ("name", "carried", "other"),
     [
-        ("worker_pool", "gevent", "custom"),
+        ("worker_pool", "package:Class", "swimming"),
         ("broker_failover_strategy", "shuffle", print),
         ("event_serializer", "json", "msgpack"),
     ],

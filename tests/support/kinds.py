@@ -69,6 +69,7 @@ KINDS: Final = (
 )
 #: Functions in pools that are made for others; too many to be run each time.
 MORE_KINDS: Final = (
+    Kind("hosted", ("-P", "tests.support.hosted_pools:Threads")),
     Kind("asyncio:plain", ("-P", "asyncio")),
     Kind("prefork:async", ("--async-processes", "0"), is_async=True, shares=False),
     Kind("threads:async", ("-P", "threads", "--async-processes", "0"), is_async=True),

@@ -17,6 +17,7 @@ from celery import signals
 from celery.bin.worker import worker as celery_worker
 from click import Option
 
+from fastq.celery.conf.pools import pool_name
 from fastq.errors import FastqError
 from fastq.worker.process.exitcodes import exit_code_of
 
@@ -131,7 +132,7 @@ def words_of(options: dict[str, Any]) -> tuple[list[str], list[str]]:
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     before = [word for name, word in (("no_color", "-C"), ("quiet", "-q")) if given.pop(name, None)]
     pool = given.pop("pool_cls", None)
-    words = ["--pool", _pool_name(pool)] if pool is not None and not _is_prefork(pool) else []
+    words = [] if pool is None else ["--pool", pool_name(pool) or str(pool)]
     for name, value in given.items():
         option = _OPTIONS.get(name)
         if option is None:
@@ -144,16 +145,6 @@ def words_of(options: dict[str, Any]) -> tuple[list[str], list[str]]:
 _OPTIONS: Final[dict[str, Option]] = {
     str(each.name): each for each in celery_worker.params if isinstance(each, Option) and each.name != "detach"
 }
-
-
-def _is_prefork(pool: Any) -> bool:
-    return "prefork" in (pool if isinstance(pool, str) else pool.__module__) or pool == "processes"
-
-
-def _pool_name(pool: Any) -> str:
-    """Return the name by which a pool of Celery's is asked for; its class may stand for it."""
-    module = pool if isinstance(pool, str) else pool.__module__
-    return "solo" if module.startswith("celery.concurrency.solo") else str(pool)
 
 
 def _as_word(name: str, value: Any) -> str:

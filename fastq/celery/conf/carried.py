@@ -16,7 +16,7 @@ from typing import Any
 import celery
 from celery.app.defaults import DEFAULTS
 
-from fastq.pool import POOL_NAMES
+from fastq.celery.conf.pools import pool_name
 
 
 class How(Enum):
@@ -223,7 +223,7 @@ CARRIED: Mapping[str, Entry] = (
         "worker_redirect_stdouts_level worker_state_db",
     )
     | {
-        "worker_pool": Entry(How.NATIVE, "there is no pool of that name", _one_of(*POOL_NAMES)),
+        "worker_pool": Entry(How.NATIVE, "there is no pool of that name", lambda value: bool(pool_name(value))),
         "worker_pool_start_method": Entry(How.NATIVE),
         "worker_deduplicate_successful_tasks": Entry(How.CELERY, "redelivered calls run through Celery's own tracer"),
         "worker_pool_restarts": Entry(How.NATIVE),
@@ -277,9 +277,7 @@ def not_carried(app: celery.Celery) -> Iterator[tuple[str, str]]:
 
 def pool_of(app: celery.Celery) -> str:
     """Return the pool that the settings name; the default one where that is not carried, which a warning says."""
-    accepts = CARRIED["worker_pool"].accepts
-    name = app.conf.worker_pool
-    return name if accepts is not None and accepts(name) else "prefork"
+    return pool_name(app.conf.worker_pool) or "prefork"
 
 
 def warnings_of(app: celery.Celery) -> list[str]:

@@ -23,6 +23,7 @@ from fastq.celery.running.connections import watch_handlers
 from fastq.celery.running.runner import CeleryRunner
 from fastq.pool.titles import process_name
 from fastq.running.birth import ChildOptions, Signals
+from fastq.running.calls import is_hosted
 from fastq.running.child import EX_RECYCLE, ChildProcess
 from fastq.wire.pipe import ChildPipe
 
@@ -37,6 +38,7 @@ class CeleryChild(ChildProcess):
         super().__init__(options, runner)
         self._app = app
         self._connections = runner.connections
+        self._is_hosted = is_hosted(options.calls)
         runner.prepare()
         name_claims()
 
@@ -68,7 +70,8 @@ class CeleryChild(ChildProcess):
         app.set_current()
         _state.set_default_app(app)
         trace._tasks = app._tasks
-        signals.worker_process_init.send(sender=self._options.hostname)
+        if not self._is_hosted:
+            signals.worker_process_init.send(sender=self._options.hostname)
         # Over those that the application has set meanwhile.
         self._signals.install()
 
@@ -93,7 +96,9 @@ class CeleryChild(ChildProcess):
             Worker.workloop(_Loop(lambda: super(CeleryChild, self).serve(pipe)), pid=os.getpid())
 
     def end(self, code: int) -> None:
-        """Have receivers hear of the end."""
+        """Have receivers hear of the end. Of a process with a pool of somebody else's, that tells, or nobody."""
+        if self._is_hosted:
+            return
         signals.worker_process_shutdown.send(sender=self._options.hostname, pid=os.getpid(), exitcode=code)
 
     def renumber(self, before: int, number: int) -> None:

@@ -34,7 +34,7 @@ from fastq.celery.running.traced import Traced, is_tracing
 from fastq.errors import RemoteProtocolError
 from fastq.printable import Lines
 from fastq.running.birth import ChildOptions
-from fastq.running.calls import make_limit
+from fastq.running.calls import is_hosted, make_limit
 from fastq.running.decode import Malformed
 from fastq.states import FAILURE
 from fastq.wire.call import Call
@@ -50,7 +50,7 @@ class CeleryRunner:
     """Runs calls and reports their outcomes on the pipe."""
 
     def __init__(self, app: celery.Celery, options: ChildOptions, results: str) -> None:
-        self._app = app
+        self.app = app
         self._pipe: ChildPipe
         self._hostname = options.hostname
         self._is_amqp = options.is_amqp
@@ -60,6 +60,7 @@ class CeleryRunner:
         self._plans: dict[str, Plan] = {}
         is_many = options.calls != "one"
         self._has_loop = options.calls == "loop"
+        self._is_hosted = is_hosted(options.calls)
         self._encloses = False
         #: What was read of calls that came to the loop and go through the tracer.
         self._reads: dict[int, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {}
@@ -73,7 +74,7 @@ class CeleryRunner:
 
     def prepare(self) -> None:
         """Look at every task, before the first fork."""
-        for name in self._app.tasks:
+        for name in self.app.tasks:
             self._plan_of(name)
 
     def begin(self, pipe: ChildPipe) -> None:
@@ -84,13 +85,14 @@ class CeleryRunner:
         self._has_begun = True
         if self._ends.replies:
             divert(lambda *state: self._pipe.state(*state), _request.get)
-        if self._app.conf.get("fastq_reliable"):
-            wait_out(self._app)
+        if self.app.conf.get("fastq_reliable"):
+            wait_out(self.app)
         if self._has_loop:
-            separate(self._app)
-            self._plans.clear()
-            self.prepare()  # anew, as it knows the stacks
+            separate(self.app)
             self.limit.has_coroutine = self._has_coroutine
+        if self._has_loop or self._is_hosted:
+            self._plans.clear()
+            self.prepare()  # anew, as it knows the stacks, and what a pool has put in the place of Celery's parts
         self._encloses = True
         for plan in self._plans.values():
             self._enclose(plan)
@@ -180,6 +182,8 @@ class CeleryRunner:
         if not (plan.is_async or self.limit.guards_all) or hasattr(function, "fastq_encloses"):
             return
         enclosed = self.limit.inside(function)
+        if enclosed is function:
+            return
         enclosed.fastq_encloses = function
         set_own_function(plan.task, enclosed)
         if plan.is_async and self._has_loop:
@@ -237,10 +241,10 @@ class CeleryRunner:
 
     def _plan_of(self, name: str) -> Plan | None:
         """Return the task's plan; a task may have been registered by another one a moment ago."""
-        task = self._app.tasks.get(name)
+        task = self.app.tasks.get(name)
         if task is None:
             return None
-        plan = self._plans[name] = Plan(self._app, task, self._worker_saves)
+        plan = self._plans[name] = Plan(self.app, task, self._worker_saves)
         if self._encloses:
             self._enclose(plan)
         return plan

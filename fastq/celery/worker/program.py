@@ -25,6 +25,7 @@ from fastq.celery.checking.hookpoints import REQUEST, STRATEGY, has_own
 from fastq.celery.cli.client import check_urls
 from fastq.celery.conf.carried import pool_of, warnings_of
 from fastq.celery.conf.options import as_celery_means, celery_options, overrides_of, read_user_options
+from fastq.celery.conf.pools import pool_name
 from fastq.celery.conf.serializers import register_serializers
 from fastq.celery.conf.settings import blaming, number_of, own_store, settings_of_app
 from fastq.celery.worker import logs
@@ -163,7 +164,8 @@ class CeleryProgram:
     def adopt(self, options: WorkerOptions, words: Sequence[str]) -> tuple[WorkerOptions, list[str]]:
         """Return the options as Celery means them, with those that the application has added, and the other words."""
         user, rest = read_user_options(self.app, words)
-        self._options = as_celery_means(options, self.node).changed(user=user)
+        pool = pool_name(options.pool) or options.pool
+        self._options = as_celery_means(options, self.node).changed(user=user, pool=pool)
         return self._options, rest
 
     def load(self, options: WorkerOptions, overrides: Sequence[str]) -> None:

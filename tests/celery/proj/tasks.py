@@ -354,6 +354,16 @@ def sleep_for(self: Task, seconds: float) -> str:
     return "slept"
 
 
+@app.task(bind=True)
+def spin(self: Task, seconds: float) -> str:
+    """Run that long in small steps, between which an exception from outside arrives."""
+    note("spinning", id=self.request.id)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(0.01)
+    return "spun"
+
+
 # --- results ----------------------------------------------------------------------------------------------------------
 
 

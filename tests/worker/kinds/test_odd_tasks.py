@@ -62,7 +62,8 @@ def test_the_start_of_a_call_is_told(shared: Field) -> None:
 
 
 # Celery's own prefork forbids it; in a fork of eventlet's the green threads of all calls run on.
-@rows(lambda row: row.kind.name != "eventlet" and (row.kind.shares or row.program == "fastq"))
+# A process that was forked in a thread of concurrent.futures, as hosted's are, joins itself at its end, and fails.
+@rows(lambda row: row.kind.name not in ("eventlet", "hosted") and (row.kind.shares or row.program == "fastq"))
 def test_a_task_can_fork(shared: Field) -> None:
     results = shared.call_many(CALLS, "forks")
     for number, result in zip(shared.last(CALLS), results, strict=True):
