@@ -368,7 +368,7 @@ class Life:
         if self._stop.how == "warm" and not self.core.only_stores:
             grace = "" if self.options.grace_s is None else f", for at most {self.options.grace_s:g} s"
             self._say(f"worker: waiting for running tasks to end: {self.core.running}{grace}")
-        is_idle = self._stop.is_over or await self._until_idle()
+        is_idle = self.core.is_idle if self._stop.is_over else await self._until_idle()
         if self._stop.how == "cold" and self.settings.worker_enable_soft_shutdown_on_idle:
             await self._stop.until_over()  # who sets it has asked for all of the time
         if not is_idle and self.core.only_stores:
@@ -378,7 +378,7 @@ class Life:
                 self.core.stats()["ledger"]["finished"],
                 STORE_WAIT_S,
             )
-        elif not is_idle:
+        elif not is_idle and self.core.running:
             limit_s = self._stop.limit_s
             why = f"running tasks did not end within {limit_s:g} s" if limit_s else "the worker stops at once"
             logger.warning("%s; they are given back: %s", why, self._running_names())

@@ -326,7 +326,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="what the faults are drawn from")
     parser.add_argument("--program", choices=("fastq", "celery"), default="fastq", help="celery: stock Celery's worker")
     parser.add_argument("--acks-late", action="store_true", help="celery with task_acks_late, reject_on_worker_lost")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where logs, ledgers and samples stay; must not exist")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="where logs, ledgers and samples stay; must not exist"
+    )
     return parser.parse_args(argv)
 
 
