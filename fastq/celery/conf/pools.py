@@ -13,7 +13,8 @@ from fastq.pool import POOL_NAMES
 #: Where Celery looks for the pool that its users call ``custom``.
 CUSTOM: Final = "CELERY_CUSTOM_WORKER_POOL"
 
-_NAMES: Final[dict[str, str]] = {place: name for name, place in ALIASES.items() if name in POOL_NAMES and name != "processes"}
+_OURS = set(POOL_NAMES) - {"processes"}
+_NAMES: Final[dict[str, str]] = {place: name for name, place in ALIASES.items() if name in _OURS}
 
 
 def pool_name(pool: Any) -> str:
