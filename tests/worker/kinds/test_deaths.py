@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 import psutil
 
 from tests.support.fault_proxy import FaultProxy
-from tests.support.kinds import CALLS, PATIENCE_S, Field, sharing_rows
+from tests.support.kinds import CALLS, PATIENCE_S, Field, rows, sharing_rows
+from tests.support.servers import RabbitMQ
 from tests.support.stage import until
 
 MANY = 20
@@ -98,6 +99,18 @@ def test_a_connection_that_is_cut_loses_nothing(field: Field, fault_proxy: Calla
     verdict = field.stage.verdict("cuts of the connection")
     assert not verdict.lost
     assert [result.get(timeout=PATIENCE_S) for result in results] == field.stage.sent
+
+
+@rows(lambda row: row.broker == "amqp")
+def test_a_broker_that_restarts_loses_nothing(field: Field, rabbitmq: RabbitMQ) -> None:
+    worker = field.start_reliable(calls=MANY if field.kind.shares else CALLS)
+    field.send(300, "work", 0.05)
+    field.ledger.wait_for_done(30, PATIENCE_S)
+    rabbitmq.restart()
+    field.stage.wait_for(field.stage.sent, 3 * PATIENCE_S)
+    field.stage.wait_for_settled(PATIENCE_S)
+    assert not field.stage.verdict("restart of the broker").lost
+    assert worker.exit_code is None
 
 
 def test_compat_counts_what_ran_in_a_process_that_died_as_failed(field: Field) -> None:
