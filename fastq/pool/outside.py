@@ -1,8 +1,15 @@
-"""Exceptions that are raised in a thread from outside: they arrive before its next step of Python code."""
+"""Exceptions that are raised in a thread from outside, or by the handler of a signal: they arrive between two steps of
+its Python code, and so perhaps where a lock has just been taken that nobody will give back.
+"""
 
 from __future__ import annotations
 
+import _imp
 import contextlib
+import logging
+from importlib import _bootstrap
+from threading import get_ident
+from typing import Any
 
 
 def raise_in(thread: int, error: type[BaseException]) -> None:
@@ -25,3 +32,26 @@ def absorb() -> None:
 def _step() -> None:
     for _ in range(8):
         pass
+
+
+def release_locks() -> None:
+    """Give back the interpreter's own locks that the code has left held which such an exception has ended.
+
+    To be called in its thread, outside of any import and of any logging. All other threads would wait for them for
+    ever: those of imports and of logging are taken in a step of their own, before what gives them back.
+    """
+    if _imp.lock_held():
+        with contextlib.suppress(RuntimeError):  # it is another thread's, or nobody's any more
+            while True:
+                _imp.release_lock()
+    importing: Any = _bootstrap
+    log: Any = logging
+    mine = get_ident()
+    for module_lock in [reference() for reference in list(importing._module_locks.values())]:
+        while module_lock is not None and module_lock.owner == mine:
+            module_lock.release()
+    handlers = [reference() for reference in list(log._handlerList)]
+    locks = [log._lock, *(handler.lock for handler in handlers if handler is not None)]
+    for lock in locks:
+        while lock is not None and lock._is_owned():
+            lock.release()

@@ -28,7 +28,7 @@ from fastq.guard import guarded
 from fastq.interfaces import ChildHooks
 from fastq.pool import ChildMain, CompanionMain, PoolOptions
 from fastq.pool.companion import Companion
-from fastq.pool.outside import absorb, raise_in
+from fastq.pool.outside import absorb, raise_in, release_locks
 from fastq.pool.zygote import EX_INTERNAL, Zygote, start_zygote
 from fastq.wire.pipe import SHARED_SIZE, RingReader
 
@@ -124,6 +124,7 @@ class Solo:
                     is_struck, self._is_struck = self._is_struck, False
                 if is_struck:
                     absorb()
+                release_locks()
                 return
             except CallEnded:  # it came just now
                 continue

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, Final
 
-from fastq.pool.outside import absorb, raise_in
+from fastq.pool.outside import absorb, raise_in, release_locks
 from fastq.pool.process import LIMIT_SIGNAL, Timer
 from fastq.wire.call import Call
 
@@ -57,6 +57,8 @@ class SoftLimit:
         finally:
             self._limited = None
             self._timer.set(0)
+            if self._struck is call:
+                release_locks()
 
     #: The frames that are spared tell the task from what is around it.
     around = run

@@ -12,7 +12,7 @@ from fastq.wire.call cimport Call
 
 import threading
 
-from fastq.pool.outside import absorb
+from fastq.pool.outside import absorb, release_locks
 
 cdef extern from "Python.h":
     int PyThreadState_SetAsyncExc(unsigned long thread, PyObject *exception)
@@ -82,6 +82,7 @@ cdef class Strikes:
                     absorb()
                 except BaseException:   # it has arrived at that function's first step
                     pass
+                release_locks()
 
     def strike(self, uint32_t seq, exception) -> None:
         """Raise an exception, given as its class, in a call; when its function begins, if it has not."""
