@@ -34,6 +34,18 @@ def _step() -> None:
         pass
 
 
+def imports(thread: int) -> bool:
+    """Return whether a thread imports a module, or waits for another one that does.
+
+    Ended there, it would leave the others with a module that is half made, or waiting for ever.
+    """
+    importing: Any = _bootstrap
+    if _imp.lock_held() or importing._blocking_on.get(thread):
+        return True
+    locks = [reference() for reference in list(importing._module_locks.values())]
+    return any(lock is not None and lock.owner == thread for lock in locks)
+
+
 def release_locks() -> None:
     """Give back the interpreter's own locks that the code has left held which such an exception has ended.
 

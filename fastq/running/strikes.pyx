@@ -12,7 +12,7 @@ from fastq.wire.call cimport Call
 
 import threading
 
-from fastq.pool.outside import absorb, release_locks
+from fastq.pool.outside import absorb, imports, release_locks
 
 cdef extern from "Python.h":
     int PyThreadState_SetAsyncExc(unsigned long thread, PyObject *exception)
@@ -84,23 +84,36 @@ cdef class Strikes:
                     pass
                 release_locks()
 
-    def strike(self, uint32_t seq, exception) -> None:
-        """Raise an exception, given as its class, in a call; when its function begins, if it has not."""
+    def strike(self, uint32_t seq, exception) -> bool:
+        """Raise an exception, given as its class, in a call; when its function begins, if it has not.
+
+        False: it imports something, and that is spared.
+        """
         cdef Entry entry = self.entries.get(seq)
         if entry is None:
-            return
+            return True
         if not entry.is_inside:
             entry.wanted = exception
-            return
+            return True
+        # Nothing comes between the two: no other thread runs meanwhile.
+        if imports(entry.thread):
+            return False
         entry.is_struck = True
         PyThreadState_SetAsyncExc(entry.thread, <PyObject *> exception)
+        return True
 
-    def cancel(self, uint32_t seq) -> None:
-        """Have a call end: nobody asks for its outcome."""
+    def is_importing(self, Call call not None) -> bool:
+        """Return whether this call, which runs, imports something."""
+        cdef Entry entry = self.entries.get(call.seq)
+        return entry is not None and entry.is_inside and imports(entry.thread)
+
+    def cancel(self, uint32_t seq) -> Call | None:
+        """Note that a call is to end, as nobody asks for its outcome; return it, None when it does not run."""
         cdef Entry entry = self.entries.get(seq)
-        if entry is not None:
-            entry.is_cancelled = True
-            self.strike(seq, SystemExit)
+        if entry is None:
+            return None
+        entry.is_cancelled = True
+        return entry.call
 
     def is_cancelled(self, Call call not None) -> bool:
         """Return whether this call, which runs, was cancelled."""

@@ -22,6 +22,9 @@ from fastq.running.strikes import Strikes
 from fastq.wire.call import Call
 from fastq.wire.pipe import ChildPipe
 
+#: How soon it is looked again whether a call imports something, in which it is not struck.
+_AGAIN_S: Final = 0.01
+
 #: So many ended calls may stand in the heap of limits before it is made anew.
 _MOST_ENDED: Final = 64
 
@@ -83,6 +86,12 @@ class ThreadLimit:
         """Return whether this call, which runs, was told to end."""
         return self.strikes.is_cancelled(call)
 
+    def cancel(self, seq: int) -> None:
+        """Have a call end: nobody asks for its outcome."""
+        call = self.strikes.cancel(seq)
+        if call is not None and not self.strikes.strike(seq, SystemExit):
+            self._put(time.monotonic() + _AGAIN_S, call)
+
     def _put(self, when: float, call: Call) -> None:
         with self._changed:
             self._limited[call.seq] = call
@@ -101,18 +110,28 @@ class ThreadLimit:
             with self._changed:
                 while not self._due or self._due[0][0] > time.monotonic():
                     self._changed.wait(self._due[0][0] - time.monotonic() if self._due else None)
-                call = self._limited.get(heapq.heappop(self._due)[1])
-            if call is None or call not in self.strikes:
-                continue
-            self._on_strike()
-            self.strikes.strike(call.seq, type(self._error(call)))
+                call = self._limited.pop(heapq.heappop(self._due)[1], None)
+            if call is not None and call in self.strikes:
+                self._strike(call)
+
+    def _strike(self, call: Call) -> None:
+        """Raise what is to be raised in a call, soon if it imports something."""
+        is_cancelled = self.strikes.is_cancelled(call)
+        if not self.strikes.is_importing(call):
+            error: type[BaseException] = SystemExit
+            if not is_cancelled:
+                self._on_strike()
+                error = type(self._error(call))
+            if self.strikes.strike(call.seq, error):
+                return
+        self._put(time.monotonic() + _AGAIN_S, call)
 
 
 def serve(pipe: ChildPipe, runner: CallRunner) -> None:
     """Run calls in as many threads until the pipe ends."""
     workers = Workers(pipe, runner)
     pipe.owner = running_call.get
-    pipe.on_cancel = lambda seq, signum: runner.limit.strikes.cancel(seq)
+    pipe.on_cancel = lambda seq, signum: runner.limit.cancel(seq)
     runner.begin(pipe)
     pipe.ready()
     while not pipe.stopped:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -157,6 +158,19 @@ def add_tasks(app: Any, words: Words) -> None:
             "subprocess": child.stdout.split(),
             "thread": threading.current_thread().name,
         }
+
+    @task()
+    def imports(self: Any, number: int, folder: str) -> Steps:
+        """Return what a module has at its end that takes its time; say where it was stopped."""
+        record_start(LEDGER, number)
+        if folder not in sys.path:
+            sys.path.append(folder)
+        try:
+            found = importlib.import_module("slow_module").last
+            yield from _pieces(20)
+        except words.soft_limit:
+            return f"stopped with {getattr(sys.modules.get('slow_module'), 'last', 'half of it')}"
+        return found
 
     @task()
     def stops_in_time(self: Any, number: int, seconds: float) -> Steps:

@@ -119,7 +119,7 @@ class _Hosted:
 
     def cancel(self, seq: int, signum: int) -> None:
         """Have a call end, by the pool where it can do that."""
-        self._strikes.cancel(seq)
+        self._runner.limit.cancel(seq)
         if seq in self._jobs:
             try:
                 self._pool.terminate_job(self._jobs[seq], signum)

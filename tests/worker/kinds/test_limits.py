@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.support.kinds import CALLS, PATIENCE_S, Field
+from tests.support.kinds import CALLS, PATIENCE_S, Field, rows
 from tests.support.stage import until
 from tests.support.tasks_for_kinds import STOPPED
 
@@ -39,6 +41,15 @@ def test_a_call_that_ends_at_its_soft_limit_harms_no_other(shared: Field) -> Non
     ends = [result.get(timeout=2 * PATIENCE_S, propagate=False) for result in results]
     assert {type(end).__name__ for end in ends} <= {"int", "SoftTimeLimitExceeded"}
     assert [each.get(timeout=PATIENCE_S) for each in shared.call_many(CALLS, "work", 0.05)] == shared.last(CALLS)
+
+
+@rows(lambda row: row.kind.name in ("threads", "hosted"))
+def test_a_module_that_is_imported_is_made_whole(shared: Field, tmp_path: Path) -> None:
+    """One that is half made would stay with the other calls of the process: a soft limit waits for its end."""
+    steps = ["import time", *["time.sleep(0.05)"] * 20, "last = 7"]
+    (tmp_path / "slow_module.py").write_text("\n".join(steps), encoding="utf-8")
+    results = [shared.call("imports", str(tmp_path), soft_time_limit=0.1 * (1 + n)) for n in range(CALLS)]
+    assert [result.get(timeout=PATIENCE_S) for result in results] == ["stopped with 7"] * CALLS
 
 
 def test_a_hard_limit_ends_one_call(field: Field) -> None:
