@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import _bootstrap
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from fastq.running.limit import SoftLimit
 from fastq.running.strikes import Strikes
 from fastq.wire.call import Call
 
-handler = logging.NullHandler()
+handler = logging.StreamHandler()
 
 
 def take_import_lock() -> None:
@@ -43,7 +44,6 @@ def take_handler_lock() -> None:
     params=[take_import_lock, take_module_lock, take_logging_lock, take_handler_lock], ids=lambda each: each.__name__
 )
 def take(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
-    handler.createLock()
     kept = _bootstrap._get_module_lock("a_module_that_waits")
     yield request.param
     del kept
@@ -53,8 +53,9 @@ def others_go_on() -> bool:
     """Whether another thread can import, log, and make a logger."""
 
     def use() -> None:
-        _bootstrap._get_module_lock("a_module_that_waits").acquire()
-        _bootstrap._get_module_lock("a_module_that_waits").release()
+        waited_for = _bootstrap._get_module_lock("a_module_that_waits")
+        waited_for.acquire()
+        waited_for.release()
         sys.modules.pop("this_is_not_there", None)
         with pytest.raises(ImportError):
             importlib.import_module("this_is_not_there")
@@ -68,13 +69,22 @@ def others_go_on() -> bool:
     return not thread.is_alive()
 
 
-def test_in_a_thread(take: Callable[[], None]) -> None:
+def in_one_step(*functions: Callable[[], object]) -> None:
+    """Call functions of C so that nothing comes between them."""
+    list(map(partial.__call__, map(partial, functions)))
+
+
+@pytest.mark.parametrize(
+    "take",
+    [_imp.acquire_lock, logging._lock.acquire, handler.lock.acquire],  # type: ignore[attr-defined,union-attr]
+    ids=["import", "logging", "handler"],
+)
+def test_in_a_thread(take: Any) -> None:
     strikes, ends = Strikes(), []
     call = Call.__new__(Call)
 
     def task() -> None:
-        take()
-        strikes.strike(call.seq, SoftTimeLimitExceeded)
+        in_one_step(partial(strikes.strike, call.seq, SoftTimeLimitExceeded), take)
         while True:
             pass
 

@@ -39,11 +39,13 @@ class Connections:
 
     def exchange(self) -> None:
         """Have new connections made from now on. Safe between any two steps: it takes no lock and closes no object."""
+        # Not kept where they are shared, not even for a moment: another call may be about to close what is old.
+        old = [] if self._are_shared else self._old
         for pool in () if self._are_shared else list(pools.connections.values()):
             for connection in pool._dirty.copy():
                 _hang_up(connection)
         for group in (pools.producers, pools.connections):
-            self._old += [partial(_close_pool, pool) for pool in list(group.values())]
+            old += [partial(_close_pool, pool) for pool in list(group.values())]
             group.clear()
         # New ones, not none: what was interrupted goes on where Python ignores the exception, in a __del__ for one.
         producers = getattr(vars(self._app).get("amqp"), "_producer_pool", None)
@@ -54,23 +56,7 @@ class Connections:
             self._app.amqp._producer_pool = pools.producers[connection]
         task = _state.get_current_task()
         for backend in {id(each): each for each in (self._app._backend, task and task.backend) if each}.values():
-            self._exchange_of(backend)
-        if self._are_shared:
-            self._old.clear()
-
-    def _exchange_of(self, backend: Any) -> None:
-        client = vars(backend).pop("client", None)
-        if (pool := getattr(client, "connection_pool", None)) is not None:  # Redis
-            self._old.append(pool.disconnect)
-        elif (close := getattr(client, "disconnect_all", None)) is not None:  # memcached
-            self._old.append(close)
-        sessions = getattr(backend, "session_manager", None) or _default_sessions(backend)
-        if sessions is not None:
-            self._old += [engine.dispose for engine in sessions._engines.values()]
-            sessions._engines, sessions._sessions = {}, {}
-        consumer: Any = getattr(backend, "result_consumer", None)
-        if getattr(consumer, "_pubsub", None) is not None or getattr(consumer, "_connection", None) is not None:
-            self._old += [partial(_hang_up, getattr(consumer, "_connection", None)), consumer.on_after_fork]
+            _exchange_of(backend, old)
 
     def close_old(self) -> None:
         """Close what was exchanged."""
@@ -85,6 +71,21 @@ class Connections:
             self._app.amqp._producer_pool = None
             if self._app._pool is not None and self._app._pool._closed:
                 self._app._pool = None
+
+
+def _exchange_of(backend: Any, old: list[Callable[[], object]]) -> None:
+    client = vars(backend).pop("client", None)
+    if (pool := getattr(client, "connection_pool", None)) is not None:  # Redis
+        old.append(pool.disconnect)
+    elif (close := getattr(client, "disconnect_all", None)) is not None:  # memcached
+        old.append(close)
+    sessions = getattr(backend, "session_manager", None) or _default_sessions(backend)
+    if sessions is not None:
+        old += [engine.dispose for engine in sessions._engines.values()]
+        sessions._engines, sessions._sessions = {}, {}
+    consumer: Any = getattr(backend, "result_consumer", None)
+    if getattr(consumer, "_pubsub", None) is not None or getattr(consumer, "_connection", None) is not None:
+        old += [partial(_hang_up, getattr(consumer, "_connection", None)), consumer.on_after_fork]
 
 
 def _close_pool(pool: Any) -> None:
