@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from tests.celery.conftest import OpenStage, stages
+from tests.support.fault_proxy import FaultProxy
 
 
 @pytest.mark.parametrize("kind", stages(("amqp", "redis")))
@@ -29,3 +33,23 @@ def test_a_late_call_whose_connection_is_lost_is_ended_and_runs_again(open_stage
     # What was acknowledged goes on: nobody would run it again.
     assert len(stage.notes("run", id=early.id)) == 1
     assert not early.ready()
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.redis
+def test_a_child_keeps_nothing_of_the_connections_that_it_has_lost(
+    open_stage: OpenStage, fault_proxy: Callable[[str, int], FaultProxy]
+) -> None:
+    """kombu leaves them to the garbage collector, which comes to old objects hardly ever."""
+    stage = open_stage("fastq", "amqp", "redis")
+    target = urlsplit(stage.broker_url)
+    proxy = fault_proxy(target.hostname or "", target.port or 0)
+    worker = stage.start_worker("-c", "1", settings={"broker_url": proxy.url(stage.broker_url)})
+    (child,) = map(psutil.Process, worker.children())
+    stage.get(stage.tasks.stop_collecting.delay())
+    counts = []
+    for _ in range(12):
+        proxy.cut(reset=False)
+        assert stage.get((stage.tasks.add.s(1, 2) | stage.tasks.add.s(3)).delay()) == 6
+        counts.append(child.num_fds())
+    assert max(counts[2:]) <= counts[1] + 1, counts

@@ -7,6 +7,7 @@ soft time limit, and after whatever handlers the application has.
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import sys
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from functools import partial
 from signal import valid_signals
 from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import celery
-from celery import _state
+from celery import _state, signals
 from kombu import pools
 
 
@@ -29,8 +31,22 @@ class Connections:
     def __init__(self, app: celery.Celery, are_shared: bool = False) -> None:
         self._app = app
         self._are_shared = are_shared
+        #: Of each of kombu's connections, which it had when it last sent: it is the same object with another one.
+        self._seen: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         #: What closes connections that nobody gets any more.
         self._old: list[Callable[[], object]] = []
+
+    def begin(self) -> None:
+        """Look, in this process, at what is sent from now on."""
+        signals.after_task_publish.connect(self._look_for_lost)
+
+    def _look_for_lost(self, **sent: object) -> None:
+        """Free what a lost connection has left in cycles, its socket too, once kombu has another one in its place."""
+        for connection in list(getattr(self._app._pool, "_dirty", ())):
+            now = id(connection._connection)
+            if self._seen.setdefault(connection, now) != now:
+                self._seen[connection] = now
+                gc.collect()
 
     @property
     def has_old(self) -> bool:
