@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from importlib import import_module
+from operator import attrgetter
 from typing import Any, Final, TypeAlias, TypeVar
 
 from fastq.errors import FastqError, SettingsError
@@ -27,7 +28,7 @@ def load(target: Target) -> Any:
         return target
     module, _, name = target.partition(":")
     try:
-        return getattr(import_module(module), name)
+        return attrgetter(name)(import_module(module))
     except FastqError:  # it says by itself what is wrong
         raise
     except Exception as error:

@@ -63,7 +63,7 @@ def release_locks() -> None:
         while module_lock is not None and module_lock.owner == mine:
             module_lock.release()
     handlers = [reference() for reference in list(log._handlerList)]
-    locks = [log._lock, *(handler.lock for handler in handlers if handler is not None)]
-    for lock in locks:
-        while lock is not None and lock._is_owned():
+    for lock in (log._lock, *(getattr(handler, "lock", None) for handler in handlers)):
+        is_owned = getattr(lock, "_is_owned", None)  # a handler's may be of another kind
+        while is_owned is not None and is_owned():
             lock.release()

@@ -120,11 +120,12 @@ class Solo:
         while True:
             try:
                 with self._lock:
-                    self._current = None
+                    place, self._current = self._current, None
                     is_struck, self._is_struck = self._is_struck, False
                 if is_struck:
                     absorb()
-                release_locks()
+                if is_struck or (place is not None and place.is_struck):
+                    release_locks()
                 return
             except CallEnded:  # it came just now
                 continue

@@ -117,7 +117,7 @@ class LoopLimit(ThreadLimit):
             self.cancelled.add(seq)
             task.cancel()
             return
-        self.strikes.cancel(seq)
+        super().cancel(seq)
         if (task := self._bridged.get(seq)) is not None:
             task.cancel()
 

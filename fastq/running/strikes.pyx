@@ -95,9 +95,12 @@ cdef class Strikes:
         if not entry.is_inside:
             entry.wanted = exception
             return True
-        # Nothing comes between the two: no other thread runs meanwhile.
         if imports(entry.thread):
             return False
+        if not entry.is_inside:     # it has ended, or not begun again, meanwhile
+            entry.wanted = exception
+            return True
+        # From here on no other thread runs.
         entry.is_struck = True
         PyThreadState_SetAsyncExc(entry.thread, <PyObject *> exception)
         return True
@@ -114,6 +117,10 @@ cdef class Strikes:
             return None
         entry.is_cancelled = True
         return entry.call
+
+    def forget(self, Call call not None) -> None:
+        """Know a call no more that nobody will run."""
+        self.entries.pop(call.seq, None)
 
     def is_cancelled(self, Call call not None) -> bool:
         """Return whether this call, which runs, was cancelled."""

@@ -46,6 +46,8 @@ class ThreadLimit:
         self._on_strike = on_strike
         self._limited: dict[int, Call] = {}
         self._due: list[tuple[float, int]] = []  # a heap of times and numbers, those of ended calls too
+        #: What is raised in calls that have begun to import something since that was told.
+        self._told: dict[int, type[BaseException]] = {}
         self._changed: threading.Condition
         self._watches = False
 
@@ -118,12 +120,14 @@ class ThreadLimit:
         """Raise what is to be raised in a call, soon if it imports something."""
         is_cancelled = self.strikes.is_cancelled(call)
         if not self.strikes.is_importing(call):
-            error: type[BaseException] = SystemExit
-            if not is_cancelled:
+            error: type[BaseException] | None = SystemExit if is_cancelled else self._told.pop(call.seq, None)
+            if error is None:
                 self._on_strike()
                 error = type(self._error(call))
             if self.strikes.strike(call.seq, error):
                 return
+            if not is_cancelled:
+                self._told[call.seq] = error
         self._put(time.monotonic() + _AGAIN_S, call)
 
 

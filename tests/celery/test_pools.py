@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from billiard.exceptions import WorkerLostError
 from celery.exceptions import SoftTimeLimitExceeded, TaskRevokedError, TimeLimitExceeded
 
 from tests.celery.stage import CeleryStage, Servers, opened
@@ -184,6 +185,13 @@ def test_nothing_is_lost_with_the_process(open_stage: Any, how: int) -> None:
         start(stage, "custom", "--reliable")
     gate.touch()
     assert [stage.get(each) for each in held] == ["opened"] * len(held)
+    stage.wait_for_empty()
+
+
+def test_a_call_that_the_pool_gives_up_has_an_end(open_stage: Any) -> None:
+    stage: CeleryStage = open_stage("fastq", "redis", "redis")
+    start(stage, "custom", custom="tests.support.hosted_pools:Drops")
+    assert isinstance(stage.error(stage.tasks.add.delay(1, 2)), WorkerLostError)
     stage.wait_for_empty()
 
 

@@ -431,6 +431,7 @@ def test_nothing_is_said_of_defaults_even_when_they_are_written_down() -> None:
     ("name", "carried", "other"),
     [
         ("worker_pool", "package:Class", "swimming"),
+        ("worker_pool", "solo", "custom"),  # nobody says which
         ("broker_failover_strategy", "shuffle", print),
         ("event_serializer", "json", "msgpack"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _imp
 import importlib
 import logging
+import multiprocessing
 import sys
 import threading
 import time
@@ -17,7 +18,9 @@ from typing import Any
 import pytest
 
 from fastq.errors import SoftTimeLimitExceeded
+from fastq.pool.outside import release_locks
 from fastq.running.limit import SoftLimit
+from fastq.running.loop import LoopLimit
 from fastq.running.strikes import Strikes
 from fastq.wire.call import Call
 
@@ -109,6 +112,24 @@ def test_in_a_thread(take: Any) -> None:
     finally:
         release.set()
         thread.join(10)
+
+
+def test_handlers_may_have_locks_of_another_kind() -> None:
+    other = logging.StreamHandler()
+    other.lock = multiprocessing.RLock()  # type: ignore[assignment]
+    half_made = logging.StreamHandler()
+    del half_made.lock
+    release_locks()
+    half_made.createLock()
+
+
+def test_a_call_that_a_loop_runs_in_a_thread_is_cancelled_too() -> None:
+    limit = LoopLimit(lambda call: SoftTimeLimitExceeded())
+    call = Call.__new__(Call)
+    limit.strikes.expect(call)
+    limit.cancel(call.seq)
+    with pytest.raises(SystemExit):
+        limit.strikes.guard(call, lambda: None, (), {})
 
 
 def test_by_a_signal(take: Callable[[], None]) -> None:

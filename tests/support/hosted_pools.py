@@ -36,6 +36,18 @@ class Unwilling(BasePool):
         raise RuntimeError("no more calls")
 
 
+class Drops(BasePool):
+    """It gives calls up before they have begun."""
+
+    def on_apply(self, target: Any, error_callback: Any, **options: Any) -> None:
+        """Say so, as Celery's pools do."""
+        error_callback("no room", 0.0)
+
+    def apply_async(self, target: Any, **options: Any) -> None:  # type: ignore[override]
+        """Hand it on."""
+        self.on_apply(target, **options)
+
+
 class StopsLate(Threads):
     """Its stop never returns."""
 

@@ -17,6 +17,7 @@ import celery
 from celery.app.defaults import DEFAULTS
 
 from fastq.celery.conf.pools import pool_name
+from fastq.errors import SettingsError
 
 
 class How(Enum):
@@ -44,6 +45,13 @@ def _all(how: How, names: str, note: str = "") -> dict[str, Entry]:
 
 def _prefixed(prefix: str, how: How, names: str, note: str) -> dict[str, Entry]:
     return {f"{prefix}_{name}": Entry(how, note) for name in names.split()}
+
+
+def _is_pool(value: Any) -> bool:
+    try:
+        return bool(pool_name(value))
+    except SettingsError:  # where the pool is to be this one, it is said then
+        return False
 
 
 def _one_of(*values: object) -> Callable[[Any], bool]:
@@ -223,7 +231,7 @@ CARRIED: Mapping[str, Entry] = (
         "worker_redirect_stdouts_level worker_state_db",
     )
     | {
-        "worker_pool": Entry(How.NATIVE, "there is no pool of that name", lambda value: bool(pool_name(value))),
+        "worker_pool": Entry(How.NATIVE, "there is no pool of that name", _is_pool),
         "worker_pool_start_method": Entry(How.NATIVE),
         "worker_deduplicate_successful_tasks": Entry(How.CELERY, "redelivered calls run through Celery's own tracer"),
         "worker_pool_restarts": Entry(How.NATIVE),

@@ -15,10 +15,9 @@ from functools import partial
 from signal import valid_signals
 from types import FrameType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import celery
-from celery import _state, signals
+from celery import _state
 from kombu import pools
 
 
@@ -31,27 +30,22 @@ class Connections:
     def __init__(self, app: celery.Celery, are_shared: bool = False) -> None:
         self._app = app
         self._are_shared = are_shared
-        #: Of each of kombu's connections, which it had when it last sent: it is the same object with another one.
-        self._seen: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        #: The connection of kombu's that was used last and what it held then, by their ids.
+        self._seen = (0, 0)
         #: What closes connections that nobody gets any more.
         self._old: list[Callable[[], object]] = []
 
-    def begin(self) -> None:
-        """Look, in this process, at what is sent from now on."""
-        signals.after_task_publish.connect(self._look_for_lost)
-
-    def _look_for_lost(self, **sent: object) -> None:
-        """Free what a lost connection has left in cycles, its socket too, once kombu has another one in its place."""
-        for connection in list(getattr(self._app._pool, "_dirty", ())):
-            now = id(connection._connection)
-            if self._seen.setdefault(connection, now) != now:
-                self._seen[connection] = now
-                gc.collect()
-
     @property
     def has_old(self) -> bool:
-        """Return whether there is something to close."""
-        return bool(self._old)
+        """Return whether there is something to close, or to free: another connection in the place of a lost one."""
+        return bool(self._old) or (self._app._pool is not None and self._has_lost(self._app._pool._resource.queue))
+
+    def _has_lost(self, queue: list[Any]) -> bool:
+        held = getattr(queue[-1], "_connection", None) if queue else None
+        if held is None:
+            return False
+        before, self._seen = self._seen, (id(queue[-1]), id(held))
+        return before[0] == self._seen[0] and before[1] != self._seen[1]
 
     def exchange(self) -> None:
         """Have new connections made from now on. Safe between any two steps: it takes no lock and closes no object."""
@@ -75,11 +69,12 @@ class Connections:
             _exchange_of(backend, old)
 
     def close_old(self) -> None:
-        """Close what was exchanged."""
+        """Close what was exchanged, and free what lost connections have left: kombu leaves their sockets in cycles."""
         old, self._old = self._old, []
         for close in old:
             with contextlib.suppress(Exception):
                 close()
+        gc.collect()
         # What was interrupted may have gone on, where Python ignores the exception, and built on what is closed now.
         producers = getattr(vars(self._app).get("amqp"), "_producer_pool", None)
         if producers is not None and producers.connections._closed:

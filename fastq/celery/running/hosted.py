@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
 from typing import Any, Final
@@ -37,6 +37,12 @@ class HostedLimit(ThreadLimit):
     def inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the task's own function as what can be ended; as it is where the pool's tracer is to see that."""
         return super().inside(function) if is_genuine(trace.build_tracer) else function
+
+    def around(self, call: Call, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Call what calls the task's own function; without a limit where ``inside`` has left that as it is."""
+        if is_genuine(trace.build_tracer):
+            return super().around(call, function, args, kwargs)
+        return function(*args, **kwargs)
 
 
 def serve_in(pool_class: str) -> Callable[[ChildPipe, CallRunner], None]:
@@ -72,10 +78,13 @@ class _Hosted:
         self._strikes = runner.limit.strikes
         #: What the pool itself knows calls by, where it has said so.
         self._jobs: dict[int, Any] = {}
+        #: Those that the pool has and has not begun.
+        self._waiting: set[int] = set()
 
     def start(self, call: Call) -> None:
         """Hand a call to the pool, by Celery's words."""
         self._strikes.expect(call)
+        self._waiting.add(call.seq)
         try:
             self._pool.apply_async(
                 partial(self._run, call),
@@ -98,6 +107,7 @@ class _Hosted:
         return 0, "", time.monotonic() - began
 
     def _run_whole(self, call: Call) -> None:
+        self._waiting.discard(call.seq)
         running_call.set(call)
         self._strikes.run(call, self._run_or_end)
 
@@ -116,13 +126,24 @@ class _Hosted:
     def _ended(self, call: Call, *value: object) -> None:
         """Hear of the end."""
         self._jobs.pop(call.seq, None)
+        if call.seq not in self._waiting:
+            return
+        # It has ended what it has not begun.
+        self._waiting.discard(call.seq)
+        if not self._strikes.is_cancelled(call):
+            logger.critical("%s gives up a call that it has not begun: %r", type(self._pool).__name__, value)
+            end_process()
+        self._strikes.forget(call)
+        self._pipe.cancelled(call)
+        self._pipe.flush()
 
     def cancel(self, seq: int, signum: int) -> None:
         """Have a call end, by the pool where it can do that."""
         self._runner.limit.cancel(seq)
-        if seq in self._jobs:
+        job = self._jobs.get(seq)
+        if job is not None:
             try:
-                self._pool.terminate_job(self._jobs[seq], signum)
+                self._pool.terminate_job(job, signum)
             except Exception as error:
                 logger.warning("%s cannot end a call: %r", type(self._pool).__name__, error)
 
@@ -130,10 +151,14 @@ class _Hosted:
         """Return when the calls have ended and the pool has stopped, or will not."""
         # In this order: Celery's own pools drop at their stop what they have not begun.
         self._call_pool("close")
-        pipe, last = self._pipe, LastCalls()
+        pipe, last, idle_s = self._pipe, LastCalls(), 0.0
         while not pipe.closed and not last.are_over(len(self._strikes), self._strikes.cancelled):
             time.sleep(LOOK_S)
             pipe.take()  # those that run may still be cancelled
+            idle_s = idle_s + LOOK_S if len(self._strikes) == len(self._waiting) else 0.0
+            if idle_s > _STOP_S:
+                logger.error("%s has not begun its last %d calls", type(self._pool).__name__, len(self._waiting))
+                break
         stopping = threading.Thread(target=self._call_pool, args=("stop",), name="fastq-stop", daemon=True)
         stopping.start()
         stopping.join(_STOP_S)

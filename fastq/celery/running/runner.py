@@ -96,7 +96,6 @@ class CeleryRunner:
         self._encloses = True
         for plan in self._plans.values():
             self._enclose(plan)
-        self.connections.begin()
         self._straight.begin()
         self.limit.begin()
 
