@@ -82,6 +82,18 @@ def test_a_call_is_revoked_before_it_starts(stage: CeleryStage) -> None:
     assert isinstance(stage.error(result), TaskRevokedError)
 
 
+def test_a_rate_limit_holds_and_stops_nothing(stage: CeleryStage) -> None:
+    """celery#425: with greenlets the worker once hung."""
+    name = stage.tasks.ignored.name
+    stage.client.control.rate_limit(name, "10/s", reply=True, timeout=10, limit=1)
+    began = time.monotonic()
+    results = [stage.tasks.ignored.apply_async((n,), ignore_result=False) for n in range(8)]
+    assert [stage.get(result) for result in results] == list(range(8))
+    assert time.monotonic() - began > 0.5
+    stage.client.control.rate_limit(name, 0, reply=True, timeout=10, limit=1)
+    assert stage.get(stage.tasks.add.delay(1, 2)) == 3
+
+
 @pytest.mark.reference
 @pytest.mark.parametrize("name", ["threads", "custom"])
 def test_celery_lets_calls_in_threads_end_at_a_warm_stop(open_stage: Any, name: str) -> None:
@@ -126,7 +138,7 @@ def test_a_hard_limit_ends_one_call_and_not_the_worker(alone: CeleryStage) -> No
 
 
 def test_a_soft_limit_is_raised_in_the_call(alone: CeleryStage) -> None:
-    """celery#5786: there is none with greenlets and threads. A thread in C hears it at its end."""
+    """celery#5786, celery#3747: there is none with greenlets and threads. A thread in C hears it at its end."""
     assert isinstance(alone.error(alone.tasks.spin.apply_async((20,), soft_time_limit=0.5)), SoftTimeLimitExceeded)
     assert alone.get(alone.tasks.add.delay(1, 2)) == 3
 
