@@ -13,7 +13,7 @@ from fastq.pool import POOL_NAMES
 #: Where Celery looks for the pool that its users call ``custom``.
 CUSTOM: Final = "CELERY_CUSTOM_WORKER_POOL"
 
-_OURS = set(POOL_NAMES) - {"processes"}
+_OURS: Final = set(POOL_NAMES) - {"processes"}
 _NAMES: Final[dict[str, str]] = {place: name for name, place in ALIASES.items() if name in _OURS}
 
 

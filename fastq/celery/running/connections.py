@@ -35,9 +35,8 @@ class Connections:
         #: What closes connections that nobody gets any more.
         self._old: list[Callable[[], object]] = []
 
-    @property
-    def has_old(self) -> bool:
-        """Return whether there is something to close, or to free: another connection in the place of a lost one."""
+    def have_old(self) -> bool:
+        """Return whether there is something to close, or to free: one was replaced since this was last asked."""
         return bool(self._old) or (self._app._pool is not None and self._has_lost(self._app._pool._resource.queue))
 
     def _has_lost(self, queue: list[Any]) -> bool:

@@ -133,7 +133,7 @@ class CeleryRunner:
             if self._pipe.has_answered(call):
                 raise  # by a handler of a signal: there is no call any more that it could end
             self._internal_error(plan.task, call, request, error)
-        if self.connections.has_old:
+        if self.connections.have_old():
             self.connections.close_old()
 
     def _has_coroutine(self, call: Call) -> bool:
