@@ -15,8 +15,9 @@ from fastq.app import FastQ
 from fastq.errors import SettingsError
 from fastq.net.urls import mask_url
 from fastq.pool import ChildSpec, CompanionMain
+from fastq.running.application import FastQChild
 from fastq.running.birth import ChildOptions
-from fastq.running.child import ChildProcess, FastQChild
+from fastq.running.child import ChildProcess
 from fastq.settings import Settings
 from fastq.worker.options import NODE_NAME
 from fastq.worker.place import Origin, place_of

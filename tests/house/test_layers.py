@@ -254,6 +254,14 @@ def test_the_version_is_that_of_the_metadata() -> None:
 def test_a_worker_forks_before_it_imports_an_event_loop() -> None:
     """What is there at the fork costs every child memory and time; a loop, TLS and pickle are a tenth of both."""
     unwanted = {"asyncio", "ssl", "uvloop", "pickle", "difflib", "logging.handlers", "tempfile"}
-    code = "import sys, fastq.cli.worker, fastq.worker.worker, fastq.running.child\nprint(*sys.modules)"
+    code = "import sys, fastq.cli.worker, fastq.worker.worker, fastq.running.application\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert unwanted.isdisjoint(done.stdout.split())
+
+
+def test_a_spawned_child_of_a_celery_application_imports_what_it_needs() -> None:
+    """Each pays for it anew: FastQ's own application, senders and stores, and a result store that nobody has named."""
+    unwanted = {"fastq.app", "fastq.task", "fastq.running.runner", "fastq.results", "fastq.brokers", "redis", "asyncio"}
+    code = "import sys, fastq.celery.worker.spawned, fastq.celery.running.child\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert unwanted.isdisjoint(done.stdout.split())

@@ -4,15 +4,11 @@ Celery's, nothing of its code.
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import celery
 from celery.app.defaults import DEFAULTS
-
-try:
-    from celery.backends.redis import RedisBackend
-    from redis.backoff import ConstantBackoff
-    from redis.retry import Retry
-except ImportError:  # no redis-py, so no such store
-    RedisBackend = None
 
 PAUSE_S = 0.5
 #: With pauses of up to 1 s that is a quarter of an hour; Celery's 5.7 counts them one by one, and knows no "for ever".
@@ -29,6 +25,16 @@ def wait_out(app: celery.Celery) -> None:
     if policy == DEFAULTS["task_publish_retry_policy"]:
         policy["max_retries"] = PUBLISH_RETRIES  # in place: who sends has it already
     for backend in {id(task.backend): task.backend for task in app.tasks.values()}.values():
-        if RedisBackend is not None and type(backend) is RedisBackend:
-            backend.connparams.setdefault("retry", Retry(ConstantBackoff(PAUSE_S), -1))
-            backend.__dict__.pop("client", None)  # made before the fork, without that
+        _keep_at_it(backend)
+
+
+def _keep_at_it(backend: Any) -> None:
+    """Have a store try for ever, if it is Celery's for Redis: who has one has imported it, others need not."""
+    module: Any = sys.modules.get("celery.backends.redis")
+    if module is None or type(backend) is not module.RedisBackend:
+        return
+    from redis.backoff import ConstantBackoff
+    from redis.retry import Retry
+
+    backend.connparams.setdefault("retry", Retry(ConstantBackoff(PAUSE_S), -1))
+    backend.__dict__.pop("client", None)  # made before the fork, without that
