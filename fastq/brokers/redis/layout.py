@@ -14,6 +14,7 @@ from datetime import timedelta
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from fastq.brokers.redis.order import Strategy, read_strategy
 from fastq.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 V = TypeVar("V")
 
 LAST_PRIORITY: Final = 9
-#: Which queue is looked at first: each in its turn, always in the order given, always by name.
-QUEUE_ORDERS: Final = ("round_robin", "priority", "sorted")
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Layout:
     visibility_timeout_s: float
     fanout_prefix: str
     fanout_patterns: bool
-    queue_order: str = "round_robin"
+    queue_order: Strategy = "round_robin"
 
     @property
     def leases(self) -> str:
@@ -122,7 +121,7 @@ def read_layout(settings: Settings, database: int) -> Layout:
         visibility_timeout_s=_positive(options, "visibility_timeout", 3600.0),
         fanout_prefix=fanout_prefix.replace("{db}", str(database)),
         fanout_patterns=bool(options.get("fanout_patterns", True)),
-        queue_order=_queue_order(options.get("queue_order_strategy") or "round_robin"),
+        queue_order=read_strategy(options.get("queue_order_strategy") or "round_robin"),
     )
 
 
@@ -169,14 +168,6 @@ def _positive(options: Mapping[str, Any], name: str, default: float) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
         raise SettingsError(f"broker_transport_options[{name!r}] is {value!r}; expected seconds above 0")
     return float(value)
-
-
-def _queue_order(value: Any) -> str:
-    if value in QUEUE_ORDERS:
-        return str(value)
-    raise SettingsError(
-        f"broker_transport_options['queue_order_strategy'] is {value!r}; expected one of {', '.join(QUEUE_ORDERS)}"
-    )
 
 
 def _steps(value: Any) -> tuple[int, ...]:

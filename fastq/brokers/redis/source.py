@@ -23,6 +23,7 @@ from fastq.brokers.redis.digests import run_script
 from fastq.brokers.redis.jobs import RETRY_S, Jobs
 from fastq.brokers.redis.layout import Layout
 from fastq.brokers.redis.login import PASSING_CODES
+from fastq.brokers.redis.order import QueueOrder
 from fastq.brokers.redis.records import end_of_record
 from fastq.brokers.redis.replies import CLAIM_BYTES, longest_envelope
 from fastq.brokers.redis.unacked import FIELDS, POSTPONED, Unacked
@@ -42,6 +43,7 @@ logger = logging.getLogger("fastq.transport.redis_source")
 SAMPLE_BYTES: Final = 4096  # of a message that is too long to be taken, to be logged
 MAX_CLAIM: Final = 1 << 31
 RECHECK_S: Final = 0.01  # chosen: with worker_disable_prefetch busy children are looked at so often
+ASK_AGAIN_S: Final = 0.1  # chosen: an application's own order that leaves queues out is asked so often
 FANOUT_TAG: Final = 1 << 62  # what pub/sub brings is not in Redis any more: its tags are beyond all others
 
 
@@ -75,7 +77,7 @@ class RedisSource(BatchSource):
         self._takes_when_free = settings.worker_disable_prefetch
         self._recheck: asyncio.TimerHandle | None = None
         self._longest = longest_envelope(settings.fastq_max_message_bytes)
-        self._queues: list[str] = []
+        self._order = QueueOrder(layout.queue_order)
         self._names: list[bytes] = []
         self._lists: list[str] = []
         self._ends: list[bytes] = []
@@ -85,7 +87,6 @@ class RedisSource(BatchSource):
         self.postpone = self._postponed
         self._next_tag = 1
         self._next_fanout = FANOUT_TAG
-        self._first_queue = 0 if layout.queue_order == "round_robin" else -1  # -1: always in their order
         self._limit = 0
         self._taken = 0
         self._is_claiming = False
@@ -97,7 +98,7 @@ class RedisSource(BatchSource):
     @property
     def queues(self) -> list[str]:
         """The queues that are received from."""
-        return list(self._queues)
+        return list(self._order.queues)
 
     @property
     def lists(self) -> list[str]:
@@ -116,12 +117,15 @@ class RedisSource(BatchSource):
 
     def receive_from(self, queues: Sequence[str]) -> None:
         """Receive from these queues from the next claim on."""
-        self._queues = sorted(queues) if self._layout.queue_order == "sorted" else list(queues)
+        self._order.update(queues)
         # New lists, as a claim that is under way still means the old ones.
-        self._names = [queue.encode() for queue in self._queues]
-        self._ends = [end_of_record(queue) for queue in self._queues]
-        self._lists = [each for queue in self._queues for each in self._layout.lists_of(queue)]
+        self._names, self._ends, self._lists = self._places_of(self._order.queues)
         self.wake()
+
+    def _places_of(self, queues: Sequence[str]) -> tuple[list[bytes], list[bytes], list[str]]:
+        """Return the queues' names, what ends a record from each, and all their lists."""
+        lists = [each for queue in queues for each in self._layout.lists_of(queue)]
+        return [queue.encode() for queue in queues], [end_of_record(queue) for queue in queues], lists
 
     def wake(self) -> None:
         """Look for messages: there may be new ones."""
@@ -214,21 +218,24 @@ class RedisSource(BatchSource):
 
     def _claim(self) -> None:
         wanted = min(self._limit - self._taken, self._free())
-        if wanted <= 0 or self._is_claiming or self._is_drained or self._returning or self.dead or not self._queues:
+        if wanted <= 0 or self._is_claiming or self._is_drained or self._returning or self.dead or not self._names:
             return
         room = min(CLAIM_BYTES, self.max_held_bytes - self.held_bytes)
         if room <= 0:
             return  # until something is settled
-        keys = [self._layout.leases, self._layout.unacked, self._layout.unacked_index, *self._lists]
+        names, ends, lists = self._names, self._ends, self._lists
+        if self._order.has_own:
+            names, ends, lists = self._places_of(self._order.choose())
+            if not names:
+                self._look_again(ASK_AGAIN_S)
+                return
+        keys = [self._layout.leases, self._layout.unacked, self._layout.unacked_index, *lists]
         command = run_script(
             scripts.CLAIM, keys,
             self.owner, self._next_tag, wanted, room, self._longest, SAMPLE_BYTES,
-            len(self._layout.steps), self._first_queue, *self._ends,
+            len(self._layout.steps), self._order.turn(), *ends,
         )  # fmt: skip
         self._is_claiming = True
-        if self._first_queue >= 0:
-            self._first_queue = (self._first_queue + 1) % len(self._queues)
-        names = self._names
         self._redis.send([command], lambda replies: self._on_claimed(names, replies[0]))
 
     def _free(self) -> int:
@@ -236,9 +243,13 @@ class RedisSource(BatchSource):
         if not self._takes_when_free:
             return MAX_CLAIM
         free = MAX_CLAIM if self._core is None else len(self._core.children) - self._core.load
-        if free <= 0 and self._recheck is None and not self.dead:
-            self._recheck = asyncio.get_running_loop().call_later(RECHECK_S, self._claim_again)
+        if free <= 0:
+            self._look_again(RECHECK_S)
         return free
+
+    def _look_again(self, after_s: float) -> None:
+        if self._recheck is None and not self.dead:
+            self._recheck = asyncio.get_running_loop().call_later(after_s, self._claim_again)
 
     def _claim_again(self) -> None:
         self._recheck = None
@@ -265,7 +276,11 @@ class RedisSource(BatchSource):
         self._next_tag += len(rows)
         self._taken += len(rows)
         self._held.update(row[0] for row in rows)
-        self._is_drained = is_drained
+        if self._order.has_own:
+            self._order.gave([names[queue].decode() for queue in reply[2::2]])
+        # Queues that the application's order has left out may have some, and it may name them the next time.
+        is_partial = len(names) < len(self._names)
+        self._is_drained = is_drained and not is_partial
         if rows:
             self._arriving = iter(rows)
             self.receive(rows)
@@ -273,9 +288,12 @@ class RedisSource(BatchSource):
             self._make_room()
         if problem:
             self._jobs.warn(f"cannot receive from {problem.decode(errors='replace')}")
-        elif is_drained:
+        elif self._is_drained:
             self._await_messages()
-        self._claim()
+        if is_partial and is_drained and not rows:
+            self._look_again(ASK_AGAIN_S)
+        else:
+            self._claim()
 
     def _make_room(self) -> None:
         """Have what waits here for its time not count towards the prefetch."""

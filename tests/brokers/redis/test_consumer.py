@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -443,6 +443,8 @@ def test_a_priority_has_its_list(url: str, client: Client, priority: int, key: s
         ({"visibility_timeout": 0}, "'visibility_timeout'] is 0; expected seconds above 0"),
         ({"visibility_timeout": "1h"}, "'visibility_timeout'] is '1h'"),
         ({"queue_order_strategy": "prio"}, "'prio'; expected one of round_robin, priority, sorted"),
+        ({"queue_order_strategy": "no.such.Order"}, "'no.such:Order' cannot be"),
+        ({"queue_order_strategy": "json:JSONDecoder"}, "a class with update(), consume() and rotate()"),
         ({"priority_steps": [3, 1]}, "expected rising integers from 0"),
         ({"global_keyprefix": 5}, "'global_keyprefix'] is of type int; expected text"),
     ],
@@ -459,6 +461,9 @@ def test_an_option_that_cannot_be_is_named(options: dict[str, Any], text: str) -
         ("round_robin", "b a c b a c b a c"),
         ("priority", "b b b a a a c c c"),
         ("sorted", "a a a b b b c c c"),
+        ("kombu.utils.scheduling.sorted_cycle", "a a a b b b c c c"),
+        ("kombu.utils.scheduling:priority_cycle", "b b b a a a c c c"),
+        (f"{__name__}.Backwards", "c c c a a a b b b"),
     ],
 )
 def test_queues_are_read_in_the_order_that_was_asked_for(
@@ -479,6 +484,55 @@ def test_queues_are_read_in_the_order_that_was_asked_for(
         assert sorted(order[9:]) == sorted(f"{queue}!" for queue in queues)
     else:
         assert order == [*expected.split(), *(f"{queue}!" for queue in queues)]
+
+
+class Backwards:
+    """An order of an application's own: from the last queue to the first."""
+
+    def update(self, queues: Iterable[str]) -> None:
+        self._queues = list(queues)
+
+    def consume(self, n: int) -> list[str]:
+        return self._queues[::-1][:n]
+
+    def rotate(self, last_used: str) -> None: ...
+
+
+class OneByOne(Backwards):
+    """Names one queue at a time, until it gives something."""
+
+    def consume(self, n: int) -> list[str]:
+        return self._queues[:1]
+
+    def rotate(self, last_used: str) -> None:
+        if last_used == self._queues[0]:
+            self._queues.append(self._queues.pop(0))
+
+
+class Broken(Backwards):
+    def consume(self, n: int) -> list[str]:
+        raise ZeroDivisionError
+
+
+def test_an_order_of_the_applications_may_leave_queues_out(
+    publisher: Publisher, consume: Callable[..., Consuming]
+) -> None:
+    publisher.publish([message("b1", queue="b"), message("c1", queue="c")])
+    consumer = consume("a", "b", "c", window=3, broker_transport_options={"queue_order_strategy": OneByOne})
+    with pytest.raises(AssertionError):
+        consumer.rows(1, 0.5)  # it is the turn of the first one, which is empty
+    publisher.publish([message("a1", queue="a")])
+    assert consumer.bodies(3) == [b"a1", b"b1", b"c1"]
+
+
+def test_an_order_that_fails_is_given_up(
+    publisher: Publisher, consume: Callable[..., Consuming], caplog: pytest.LogCaptureFixture
+) -> None:
+    publisher.publish([message("1", queue="a"), message("2", queue="b")])
+    consumer = consume("a", "b", broker_transport_options={"queue_order_strategy": Broken})
+    assert consumer.bodies(2) == [b"1", b"2"]
+    assert "queues are looked at in their order" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
 
 
 # --- leases -----------------------------------------------------------------------------------------------------------
