@@ -112,9 +112,11 @@ def show_state(inside: Inside, app: celery.Celery, hostname: str) -> None:
         return lambda: [request_of(app, row, hostname) for row in inside.look(look, []) if row["name"] in app.tasks]
 
     reserved = requests(lambda view: [*view.core.active(), *view.core.reserved(), *view.core.scheduled()])
+    found: Any
     for found, look in (
         (state.active_requests, requests(lambda view: view.core.active())),
         (state.reserved_requests, reserved),
+        (getattr(state, "scheduled_requests", WeakSet()), requests(lambda view: view.core.scheduled())),  # Celery 5.7
     ):
         # In place: users have imported them by name.
         found.__class__ = _LiveSet

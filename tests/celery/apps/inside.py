@@ -54,6 +54,7 @@ def seen(state: Any) -> Any:
         "hostname": state.hostname.partition("@")[0],
         "active": [request.id for request in active_requests],
         "reserved": sorted(request.id for request in reserved_requests),
+        "scheduled": [request.id for request in getattr(worker_state, "scheduled_requests", ())],
         "requests": sorted(worker_state.requests),
         "name": worker_state.requests["first"].name if "first" in worker_state.requests else None,
         "total": dict(total_count),
