@@ -74,14 +74,6 @@ def find_store(url: str) -> Store:
     return found
 
 
-def try_store(url: str | None) -> Store | None:
-    """Return what stands behind a URL, or None where nothing does."""
-    try:
-        return find_store(url or "")
-    except SettingsError:
-        return None
-
-
 def open_store(url: str, settings: Settings) -> ResultStore:
     """Return the result store that ``result_backend`` names; it connects at its first use. Raises SettingsError."""
     store: ResultStore = load(find_store(url).store)(url, settings)
