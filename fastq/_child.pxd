@@ -93,8 +93,8 @@ cdef class ManyChild(Child):
     cdef readonly bint sacrificed           # it is killed for the sake of one call: the others run again, uncounted
     cdef bint alone                         # it runs one call, which may be what has killed children
     cdef int64_t unstarted_since_ns         # when it was first seen not to take what it was given
-    cdef readonly int stalls                # how many times its loop stood still for long
     cdef bint is_stalled
+    cdef int64_t left_since_ns              # when the first of those was left behind
     cdef int64_t stall_ns                   # how long its loop may stand still; 0: there is none
     cdef int64_t busy_since_ns              # when it was given a call while it had none
     cdef int cancel(self, Delivery delivery, str kind, object detail, int signum) except -1

@@ -58,7 +58,6 @@ class Child(asyncio.BufferedProtocol):
     def running_tasks(self) -> list[tuple[str, str, float]]: ...
 
 class ManyChild(Child):
-    stalls: int
     def __init__(
         self,
         keeper: Keeper,

@@ -266,7 +266,7 @@ cdef class ManyChild(Child):
     """A child that runs several calls at a time. It starts them at once and in order, and answers them in any.
 
     ``gives_up``: a call that does not end when it is told to is left behind, and the process replaced once its others
-    have ended; else the process is killed, and the others run again. ``stall_s``: an event loop runs them, and the process
+    have ended, for which they have the worker's grace; else the process is killed, and the others run again. ``stall_s``: an event loop runs them, and the process
     is killed too when that has taken no turn for so long (0: no loop).
     """
 
@@ -360,6 +360,8 @@ cdef class ManyChild(Child):
         self.limits.pop(delivery.seq, None)
         self.cancelled.pop(delivery.seq, None)
         self.count -= 1
+        if self.left_since_ns == 0:
+            self.left_since_ns = monotonic_ns()
         self.left.add(delivery.seq)
         self.retire()
         return 0

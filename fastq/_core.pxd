@@ -32,6 +32,7 @@ cdef class Core(Ledger):
     cdef readonly uint64_t max_tasks_per_child
     cdef readonly double time_limit
     cdef readonly double soft_time_limit
+    cdef readonly double grace              # how long calls have to end whose process has left one behind, 0: no bound
     cdef public bint wants_received         # the hooks hear of every delivery
     cdef public bint wants_outcomes         # the hooks hear of every start and end
     cdef public bint reads_foreign          # a message without our headers may be in an older form

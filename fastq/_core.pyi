@@ -30,6 +30,7 @@ class Core(Ledger):
         max_tasks_per_child: int = 0,
         time_limit: float = 0,
         soft_time_limit: float = 0,
+        grace: float = 0,
         rpc_results: bool = False,
         are_many: tuple[bool, ...] = (False,),
     ) -> None: ...

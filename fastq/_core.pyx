@@ -65,7 +65,7 @@ cdef class Core(Ledger):
 
     def __init__(self, object loop, list tasks, object hooks, object pool, *, bint reliable=True, int max_deliveries=20,
                  int max_child_deaths=3, uint64_t max_tasks_per_child=0, double time_limit=0, double soft_time_limit=0,
-                 bint rpc_results=False, tuple are_many=(False,)):
+                 double grace=0, bint rpc_results=False, tuple are_many=(False,)):
         super().__init__(tasks, len(are_many))
         self.are_many = list(are_many)
         self.loop = loop
@@ -77,6 +77,7 @@ cdef class Core(Ledger):
         self.max_tasks_per_child = max_tasks_per_child
         self.time_limit = time_limit
         self.soft_time_limit = soft_time_limit
+        self.grace = grace
         self.rpc_results = rpc_results
         self.backlog = []
         self.own_task = TaskRules("", requeue_lost=reliable)
@@ -967,6 +968,8 @@ cdef class Core(Ledger):
             self.take_back(child)
         if child.stall_ns and not child.sacrificed:
             self.check_turns(child, now)
+        if self.grace and child.left and not child.sacrificed and (now - child.left_since_ns) * 1e-9 > self.grace:
+            self.sacrifice(child, f"{child.count} calls of it run on {self.grace:g} s after one was left behind")
         for seq, limit in list(child.limits.items()):
             delivery = child.call_of(seq)
             if delivery is None or seq > started or seq in child.cancelled:
@@ -995,7 +998,7 @@ cdef class Core(Ledger):
             return 0
         if not child.is_stalled:
             child.is_stalled = True
-            child.stalls += 1
+            self.stalls += 1
             self.hooks.stalled(child, (now - last) * 1e-9)
         if now - last > child.stall_ns:
             child.is_stuck = True

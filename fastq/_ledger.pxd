@@ -20,6 +20,7 @@ cdef class Ledger(Keeper):
     cdef readonly list outcomes             # how many calls have ended in each way
     cdef readonly dict refused              # how many messages, by class
     cdef readonly uint64_t received, done, postponed
+    cdef readonly uint64_t stalls           # how many times an event loop of a child took no turn for long
 
     cdef int move(self, Delivery delivery, int state) except -1
     cdef Py_ssize_t unsettled(self) except -1

@@ -6,6 +6,7 @@ class Ledger(Keeper):
     children: list[Child]
     waiting: int
     received: int
+    stalls: int
     done: int
     postponed: int
     refused: dict[str, int]

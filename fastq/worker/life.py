@@ -460,6 +460,7 @@ class Life:
             max_tasks_per_child=options.max_tasks_per_child or 0,
             time_limit=options.time_limit or 0,
             soft_time_limit=options.soft_time_limit or 0,
+            grace=options.grace_s or 0,
             rpc_results=find_store(self._backend).replies,
             are_many=tuple(group.is_many for group in self._groups),
         )

@@ -77,6 +77,7 @@ class CoreOfRows:
         self.tasks = {name.encode(): TaskRules(name) for name in ("proj.add", "proj.nap")}
         self.revoked: Any = None
         self.prefetch = 8
+        self.stalls = 0
         self.rows: dict[str, list[dict[str, Any]]] = {"active": [], "reserved": [], "scheduled": []}
 
     def active(self) -> list[dict[str, Any]]:

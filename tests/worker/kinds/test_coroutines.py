@@ -97,6 +97,7 @@ def test_a_loop_that_does_not_turn_is_told_of(field: Field) -> None:
     result = field.call("stuck", 2.5)
     worker.wait_for_log(r"(?s)the event loop of pid:\d+ has taken no turn for [\d.]+ s.*in stuck", PATIENCE_S)
     assert result.get(timeout=PATIENCE_S) == 0
+    assert field.ask("stats")["pool"]["stalls"] == 1
 
 
 @async_rows

@@ -90,6 +90,23 @@ def test_a_call_that_is_stuck_in_c_does_not_stop_the_worker(field: Field) -> Non
     assert worker.exit_code is None
 
 
+@rows(lambda row: row.kind.name == "threads")
+def test_what_runs_on_beside_a_call_that_was_left_behind_runs_again_after_the_grace(field: Field) -> None:
+    worker = field.start_reliable("--grace", "2")
+    gate = field.gate()
+    other = field.call("until", str(gate))
+    (number,) = field.last(1)
+    field.wait_for_running([number])
+    stuck = field.call("stuck", 60, time_limit=1)
+    assert field.error_of(stuck) == "TimeLimitExceeded"
+    worker.wait_for_log(r"is killed: 1 calls? of it run.* 2 s after one was left behind", PATIENCE_S)
+    until(lambda: field.ledger.started()[number] == 2, PATIENCE_S, "it runs again")
+    gate.touch()
+    assert other.get(timeout=PATIENCE_S) == number
+    field.stage.wait_for_settled()
+    assert worker.exit_code is None
+
+
 def test_more_stuck_calls_than_places_do_not_stop_the_worker(field: Field) -> None:
     field.start_reliable(calls=2)
     stuck = field.call_many(5, "stuck", 60, time_limit=1)

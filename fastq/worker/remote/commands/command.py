@@ -30,6 +30,10 @@ class CoreView(Protocol):
     def prefetch(self) -> int:
         """How many messages the worker may hold."""
 
+    @property
+    def stalls(self) -> int:
+        """How many times an event loop of a child has taken no turn for long."""
+
     def active(self) -> list[dict[str, Any]]:
         """Return the calls that run."""
 

@@ -89,6 +89,7 @@ def _pool(view: WorkerView) -> dict[str, Any]:
         # Pools with children of one kind have none beside.
         "max-concurrency": view.pool.size + getattr(view.pool, "beside", 0),
         "processes": view.pool.pids,
+        "stalls": view.core.stalls,  # of event loops
     }
     if find_pool(options.pool).runs_here:
         return {**base, "max-tasks-per-child": None, "put-guarded-by-semaphore": True, "timeouts": []}
