@@ -89,8 +89,9 @@ def _pool(view: WorkerView) -> dict[str, Any]:
         # Pools with children of one kind have none beside.
         "max-concurrency": view.pool.size + getattr(view.pool, "beside", 0),
         "processes": view.pool.pids,
-        "stalls": view.core.stalls,  # of event loops
     }
+    if view.core.stalls:
+        base["stalls"] = view.core.stalls  # of event loops; Celery has no such number
     if find_pool(options.pool).runs_here:
         return {**base, "max-tasks-per-child": None, "put-guarded-by-semaphore": True, "timeouts": []}
     share = f"{1 / view.pool.size:.2f}" if view.pool.size else "0.00"
