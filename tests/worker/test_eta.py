@@ -19,7 +19,7 @@ from fastq.brokers.rabbitmq.delays import PREFIX
 from fastq.errors import TaskRevoked
 from fastq.wire.ids import new_id
 from fastq.wire.message import encode_task
-from tests.support.stage import QUEUE, Stage, open_stage, until
+from tests.support.stage import APP, QUEUE, Stage, open_stage, until
 from tests.support.worker_process import WorkerProcess
 
 pytestmark = [pytest.mark.rabbitmq, pytest.mark.redis, pytest.mark.slow]
@@ -112,13 +112,23 @@ def test_a_burst_after_another_one_is_with_the_worker_before_it_is_due(stage: St
     print(f"{stage.kind}: 900 were there after {time.time() - sent_at:.2f} s")
 
 
-@pytest.mark.parametrize("mode", ["--reliable", "--compat"])
-def test_ten_thousand_that_are_due_within_seconds_start_in_time(stage: Stage, mode: str) -> None:
-    stage.start_worker("-c", "2", "-l", "WARNING", mode)
+@pytest.mark.parametrize(
+    ("app", "mode", "within_s"),
+    [
+        (APP, "--reliable", (2, 5)),
+        (APP, "--compat", (1, 3)),
+        ("tests.celery.tasks_under_attack", "--compat", (1, 3)),
+    ],
+    ids=["reliable", "compat", "celery"],
+)
+def test_ten_thousand_that_are_due_within_seconds_start_in_time(
+    stage: Stage, app: str, mode: str, within_s: tuple[int, int]
+) -> None:
+    stage.start_worker("-c", "2", "-l", "WARNING", mode, app=app)
     due: dict[int, float] = {}
     while len(due) < 10_000:
         now = time.time()
-        etas = [now + random.uniform(2, 5) for _ in range(500)]
+        etas = [now + random.uniform(*within_s) for _ in range(500)]
         numbers = range(len(stage.sent), len(stage.sent) + 500)
         bodies = [json.dumps([[number], {}, {}]).encode() for number in numbers]
         calls = zip(bodies, etas, strict=True)
