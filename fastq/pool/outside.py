@@ -10,6 +10,10 @@ import logging
 from importlib import _bootstrap
 from threading import get_ident
 from typing import Any
+from weakref import WeakSet
+
+#: Locks of others that are given back too, which who has one can take again (``threading.RLock``).
+watched_locks: WeakSet[Any] = WeakSet()
 
 
 def raise_in(thread: int, error: type[BaseException]) -> None:
@@ -47,7 +51,7 @@ def imports(thread: int) -> bool:
 
 
 def release_locks() -> None:
-    """Give back the interpreter's own locks that the code has left held which such an exception has ended.
+    """Give back the interpreter's own locks, and watched ones, that code left held which such an exception has ended.
 
     To be called in its thread, outside of any import and of any logging. All other threads would wait for them for
     ever: those of imports and of logging are taken in a step of their own, before what gives them back.
@@ -63,7 +67,7 @@ def release_locks() -> None:
         while module_lock is not None and module_lock.owner == mine:
             module_lock.release()
     handlers = [reference() for reference in list(log._handlerList)]
-    for lock in (log._lock, *(getattr(handler, "lock", None) for handler in handlers)):
+    for lock in (log._lock, *(getattr(handler, "lock", None) for handler in handlers), *watched_locks):
         is_owned = getattr(lock, "_is_owned", None)  # a handler's may be of another kind
         while is_owned is not None and is_owned():
             lock.release()

@@ -24,7 +24,7 @@ def stage(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.mark.parametrize("is_traced", [False, True], ids=["straight", "traced"])
 @pytest.mark.parametrize("catches", [False, True], ids=["raises", "catches"])
 @pytest.mark.parametrize("by_alarm", [False, True], ids=["limit", "alarm"])
-@pytest.mark.parametrize("where", ["store", "send"])
+@pytest.mark.parametrize("where", ["store", "send", "pool"])
 def test_calls_after_a_strike_are_served_by_fresh_connections(
     stage: CeleryStage, where: str, by_alarm: bool, catches: bool, is_traced: bool
 ) -> None:

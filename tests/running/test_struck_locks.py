@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from fastq.errors import SoftTimeLimitExceeded
-from fastq.pool.outside import release_locks
+from fastq.pool.outside import release_locks, watched_locks
 from fastq.running.limit import SoftLimit
 from fastq.running.loop import LoopLimit
 from fastq.running.strikes import Strikes
@@ -43,8 +43,17 @@ def take_handler_lock() -> None:
     handler.acquire()
 
 
+watched = threading.RLock()
+watched_locks.add(watched)
+
+
+def take_watched_lock() -> None:
+    watched.acquire()
+
+
 @pytest.fixture(
-    params=[take_import_lock, take_module_lock, take_logging_lock, take_handler_lock], ids=lambda each: each.__name__
+    params=[take_import_lock, take_module_lock, take_logging_lock, take_handler_lock, take_watched_lock],
+    ids=lambda each: each.__name__,
 )
 def take(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
     kept = _bootstrap._get_module_lock("a_module_that_waits")
@@ -65,6 +74,8 @@ def others_go_on() -> bool:
         logging.getLogger("fastq.tests.struck").setLevel(logging.INFO)
         handler.acquire()
         handler.release()
+        watched.acquire()
+        watched.release()
 
     thread = threading.Thread(target=use, daemon=True)
     thread.start()

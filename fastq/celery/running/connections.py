@@ -12,13 +12,17 @@ import socket
 import sys
 from collections.abc import Callable
 from functools import partial
+from queue import LifoQueue, Queue
 from signal import valid_signals
+from threading import Condition, RLock
 from types import FrameType
 from typing import Any
 
 import celery
 from celery import _state
-from kombu import pools
+from kombu import pools, resource
+
+from fastq.pool.outside import watched_locks
 
 
 class Connections:
@@ -34,6 +38,13 @@ class Connections:
         self._seen = (0, 0)
         #: What closes connections that nobody gets any more.
         self._old: list[Callable[[], object]] = []
+
+    def begin(self) -> None:
+        """Get ready in the process that has them: from here on an exception may come between any two steps."""
+        if resource.LifoQueue is LifoQueue:
+            resource.LifoQueue = _PoolQueue
+        for pool in [*pools.connections.values(), *pools.producers.values()]:
+            _let_reenter(pool._resource)
 
     def have_old(self) -> bool:
         """Return whether there is something to close, or to free: one was replaced since this was last asked."""
@@ -83,6 +94,25 @@ class Connections:
                 self._app._pool = None
 
 
+class _PoolQueue(LifoQueue[Any]):
+    """The free connections of one of kombu's pools."""
+
+    def __init__(self, maxsize: int = 0) -> None:
+        super().__init__(maxsize)
+        _let_reenter(self)
+
+
+def _let_reenter(queue: Queue[Any]) -> None:
+    """Give a queue that nobody uses yet a lock that its thread can take again.
+
+    The queue takes and gives it in steps of their own. An exception between two of them leaves it taken, and kombu,
+    which gives back the connection then, would wait for it for ever.
+    """
+    queue.mutex = lock = RLock()  # type: ignore[assignment]
+    watched_locks.add(lock)
+    queue.not_empty, queue.not_full, queue.all_tasks_done = Condition(lock), Condition(lock), Condition(lock)
+
+
 def _exchange_of(backend: Any, old: list[Callable[[], object]]) -> None:
     client = vars(backend).pop("client", None)
     if (pool := getattr(client, "connection_pool", None)) is not None:  # Redis
@@ -99,8 +129,8 @@ def _exchange_of(backend: Any, old: list[Callable[[], object]]) -> None:
 
 
 def _close_pool(pool: Any) -> None:
-    for resource in [*pool._dirty, *pool._resource.queue]:
-        _hang_up(resource)
+    for connection in [*pool._dirty, *pool._resource.queue]:
+        _hang_up(connection)
     pool.force_close_all()
 
 

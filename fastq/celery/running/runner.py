@@ -83,6 +83,7 @@ class CeleryRunner:
         if self._has_begun:
             return
         self._has_begun = True
+        self.connections.begin()
         if self._ends.replies:
             divert(lambda *state: self._pipe.state(*state), _request.get)
         if self.app.conf.get("fastq_reliable"):

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from threading import Condition
 from typing import Any
 
 import amqp.transport
@@ -49,6 +50,20 @@ def _write_half(self: Any, data: bytes) -> None:
 amqp.transport._AbstractTransport.write = _write_half
 
 
+_exit = Condition.__exit__
+
+
+def _pause_and_exit(self: Condition, *arguments: Any) -> None:
+    global _pausing
+    if _pausing == "pool" and self is app.pool._resource.not_empty:
+        _pausing = ""
+        time.sleep(_pause_s)
+    _exit(self, *arguments)
+
+
+Condition.__exit__ = _pause_and_exit  # type: ignore[method-assign]
+
+
 class Struck(Exception):
     """What the application's own alarm raises."""
 
@@ -59,7 +74,7 @@ def _strike(*arguments: object) -> None:
 
 @app.task(name="struck", bind=True)
 def struck(self: Any, where: str, by_alarm: bool, catches: bool) -> str:
-    """Be struck while a state is stored or a message is sent."""
+    """Be struck while a state is stored, a message is sent, or the pool of connections has its lock."""
     global _pausing
     before = signal.signal(signal.SIGALRM, _strike)
     if by_alarm:
@@ -71,7 +86,7 @@ def struck(self: Any, where: str, by_alarm: bool, catches: bool) -> str:
             self.backend.get_state(self.request.id)
         else:
             app.send_task("echo", ["first"], ignore_result=True, queue="nobody")
-            _pausing = "half" if where == "half" else "LPUSH"
+            _pausing = where if where in ("half", "pool") else "LPUSH"
             app.send_task("echo", ["sent"], ignore_result=True, queue="nobody")
     except Exception:
         if not catches:
