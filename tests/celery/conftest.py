@@ -7,7 +7,7 @@ the same. A module's tests share the workers of a stage, as starting one takes l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ SLOW_FILES = (
 OpenStage = Callable[..., CeleryStage]
 
 
-def stages(*kinds: tuple[BrokerKind, BackendKind]) -> list[Any]:
+def stages(*kinds: tuple[BrokerKind, BackendKind], runners: Sequence[Program] = RUNNERS) -> list[Any]:
     """Return the parameters for stages of these kinds under each runner."""
     return [
         pytest.param((runner, broker, backend), id=f"under_{runner}-{broker}-{backend}", marks=_marks(broker, backend))
-        for runner in RUNNERS
+        for runner in runners
         for broker, backend in kinds
     ]
 

@@ -31,6 +31,16 @@ def stage(
         yield stage
 
 
+@pytest.fixture(scope="module", params=stages(("amqp", "redis"), ("redis", "redis"), runners=("fastq",)))
+def telling_stage(
+    request: pytest.FixtureRequest, servers: Servers, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[CeleryStage]:
+    """Celery's workers leave out who waits for a message that they cannot run: the chord never ends."""
+    with opened(servers, tmp_path_factory, *request.param) as stage:
+        stage.start_worker()
+        yield stage
+
+
 @pytest.fixture(scope="module", params=stages(("amqp", "rpc")))
 def rpc_stage(
     request: pytest.FixtureRequest, servers: Servers, tmp_path_factory: pytest.TempPathFactory
@@ -372,6 +382,50 @@ def test_a_failed_header_fails_what_follows_the_body(stage: CeleryStage) -> None
     with pytest.raises((ChordError, PlainError)):
         stage.get(result)
     assert stage.notes("kept", label=label) == []
+
+
+def unrunnable(stage: CeleryStage, why: str) -> Signature:
+    """Return a call that the worker refuses, or whose task it does not know."""
+    if why == "unregistered":
+        return stage.client.signature(f"{CANVAS}.nobody_knows", args=(1,))
+    return stage.tasks.double.s(1).set(time_limit="soon")
+
+
+CANNOT_RUN = pytest.mark.parametrize(
+    ("why", "words"), [("unregistered", "nobody_knows"), ("refused", "class=timelimit")]
+)
+
+
+@CANNOT_RUN
+def test_a_part_that_cannot_run_fails_its_chord(telling_stage: CeleryStage, why: str, words: str) -> None:
+    stage = telling_stage
+    result = chord([stage.tasks.add.s(1, 1), unrunnable(stage, why)])(stage.tasks.total.s())
+    error = stage.error(result)
+    assert type(error) is ChordError
+    assert f"Dependency {result.parent.results[1].id} raised" in str(error)
+    assert words in str(error)
+
+
+@CANNOT_RUN
+def test_a_chain_that_ends_before_its_chord_does_fails_it(telling_stage: CeleryStage, why: str, words: str) -> None:
+    stage = telling_stage
+    part = unrunnable(stage, why) | stage.tasks.double.s()
+    error = stage.error(chord([stage.tasks.add.s(1, 1), part])(stage.tasks.total.s()))
+    assert type(error) is ChordError
+    assert words in str(error)
+
+
+@CANNOT_RUN
+@pytest.mark.parametrize("ignores", [False, True])
+def test_error_callbacks_hear_of_a_call_that_cannot_run(
+    telling_stage: CeleryStage, why: str, words: str, ignores: bool
+) -> None:
+    stage, t = telling_stage, telling_stage.tasks
+    links = [t.error_by_id.s(), t.error_in_place.s()]
+    result = unrunnable(stage, why).apply_async(link_error=links, ignore_result=ignores)
+    stage.wait_for_notes("error_by_id", failed=result.id)
+    [note] = stage.wait_for_notes("error_in_place", failed=result.id)
+    assert words in note["error"]
 
 
 def test_a_task_is_added_to_its_chord(stage: CeleryStage) -> None:

@@ -27,7 +27,7 @@ from fastq._child import Child
 from fastq._core import Core
 from fastq.celery.running.chords import end_part, free_claim
 from fastq.celery.worker.consumer import Heart, Pool, Worker
-from fastq.celery.worker.requests import message_of, modern_form, request_of
+from fastq.celery.worker.requests import message_of, modern_form, request_of, waiting_on
 from fastq.celery.worker.strategies import Strategies
 from fastq.celery.worker.threads import Recorder
 from fastq.guard import guarded
@@ -277,9 +277,8 @@ class CeleryHooks(Hooks):
         message = message_of(self._app, found)
         error = NotRegistered(name)
         headers = {key: value for key, value in message.headers.items() if isinstance(key, str)}
-        request = Context(
-            headers, delivery_info=message.delivery_info, called_directly=False, errbacks=None, chord=None
-        )
+        waiting = waiting_on(self._app, found["props"], found["body"])
+        request = Context(headers, delivery_info=message.delivery_info, called_directly=False, **waiting)
         request.reply_to = message.properties.get("reply_to")
         request.correlation_id = message.properties.get("correlation_id")
         self._app.backend.mark_as_failure(task_id, error, request=request)
@@ -287,7 +286,7 @@ class CeleryHooks(Hooks):
         signals.task_unknown.send(sender=self.consumer, message=message, exc=error, name=name, id=task_id)
 
     def _tell_refused(self, found: dict[str, Any], name: str, task_id: str, detail: tuple[str, str]) -> None:
-        """Store the failure of a message that cannot be run. Not all of its headers are sound."""
+        """Store the failure of a message that cannot be run, and tell what waits for it. Its headers may be unsound."""
         known = scan(found["props"])
         task = self._app.tasks.get(name)
         ignores = known["ignore_result"]
@@ -295,11 +294,12 @@ class CeleryHooks(Hooks):
         error = ContentDisallowed(text) if detail[0] == "content-type" else InvalidTaskError(text)
         request = Context(
             {"id": task_id, "task": name, "ignore_result": ignores},
-            called_directly=False, errbacks=None, chord=None,
+            called_directly=False, delivery_info={}, **waiting_on(self._app, found["props"], found["body"]),
             reply_to=known["reply_to"] or None, correlation_id=known["correlation_id"] or task_id,
         )  # fmt: skip
-        if not (ignores if ignores is not None or task is None else task.ignore_result):
-            (self._app if task is None else task).backend.mark_as_failure(task_id, error, request=request)
+        stores = not (ignores if ignores is not None or task is None else task.ignore_result)
+        backend = (self._app if task is None else task).backend
+        backend.mark_as_failure(task_id, error, request=request, store_result=stores)
         self.consumer.event_dispatcher.send("task-failed", uuid=task_id, exception=repr(error))
 
 

@@ -6,6 +6,7 @@ other way round: messages of protocol 1, put into today's form.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
@@ -19,7 +20,11 @@ from fastq.codecs import json
 from fastq.codecs._walk import members, short_repr
 from fastq.errors import DecodeError
 from fastq.wire.message import encode_properties
-from fastq.wire.properties import decode_properties
+from fastq.wire.properties import decode_properties, readable_properties
+
+#: What is read in the main process: bytes of a body, and how deep it may be nested.
+_MAX_BYTES = 1024 * 1024
+_MAX_BODY_DEPTH = 512
 
 
 def message_of(app: celery.Celery, found: Mapping[str, Any], channel: Any = None) -> Message:
@@ -73,6 +78,52 @@ def _nothing(*args: object) -> None:
     pass
 
 
+def waiting_on(app: celery.Celery, props: bytes, body: bytes) -> dict[str, Any]:
+    """Return, as fields of a request, what waits for the end of a message that no child reads: error callbacks, chord,
+    the rest of a chain, and by which group and root.
+
+    None where it is not told: only plain JSON of a moderate size is read here, and only where it is accepted.
+    """
+    properties = readable_properties(props)
+    headers = properties.get("headers") or {}
+    embed: dict[str, Any] = {}
+    if _is_plain_json(app, properties, headers) and len(body) <= _MAX_BYTES:
+        with contextlib.suppress(DecodeError):
+            parts = json.decode_plain(body, _MAX_BODY_DEPTH)
+            if isinstance(parts, list) and len(parts) == 3 and isinstance(parts[2], dict):
+                embed = parts[2]
+    chord = embed.get("chord")
+    names = {name: headers.get(name) for name in ("group", "root_id", "parent_id")}
+    index = headers.get("group_index")
+    return {
+        "errbacks": _signatures(embed.get("errbacks")),
+        "chain": _signatures(embed.get("chain")),
+        "chord": chord if isinstance(chord, dict) else None,
+        "group_index": index if isinstance(index, int) else None,
+        **{name: value if isinstance(value, str) else None for name, value in names.items()},
+    }
+
+
+def _is_plain_json(app: celery.Celery, properties: Mapping[str, Any], headers: Mapping[str, Any]) -> bool:
+    encoding = properties.get("content_encoding") or json.content_encoding
+    return (
+        _takes_json(properties.get("content_type"), serialization.prepare_accept_content(app.conf.accept_content))
+        and isinstance(encoding, str)
+        and encoding.lower() == json.content_encoding
+        and headers.get("compression") is None
+    )
+
+
+def _takes_json(content_type: object, accept: set[str] | None) -> bool:
+    return content_type == json.content_type and (accept is None or content_type in accept)
+
+
+def _signatures(found: object) -> list[dict[str, Any]] | None:
+    if not isinstance(found, list):
+        return None
+    return [each for each in found if isinstance(each, dict)] or None
+
+
 # --- protocol 1 -------------------------------------------------------------------------------------------------------
 
 #: Fields of an old message's body, and what the header is called today.
@@ -95,7 +146,6 @@ _MOVED = {
 _FOLLOW_UPS = ("callbacks", "errbacks", "chord")
 
 #: This is read in the main process. Of JSON the arguments are not: they are passed on as they are.
-_MAX_BYTES = 1024 * 1024
 _MAX_YAML_BYTES = 16 * 1024  # measured: 0.1 s at worst
 _MAX_FIELD_BYTES = 64 * 1024
 _MAX_DEPTH = 32
@@ -113,7 +163,7 @@ def _modern_form(app: celery.Celery, props: bytes, body: bytes) -> tuple[bytes, 
     properties = dict(decode_properties(props))
     content_type = properties.get("content_type") or json.content_type
     accept = serialization.prepare_accept_content(app.conf.accept_content)
-    if content_type == json.content_type and (accept is None or content_type in accept):
+    if _takes_json(content_type, accept):
         fields, encoding, payload = _read_json(body)
     else:
         fields, encoding, payload = _read_other(body, content_type, accept)
@@ -160,7 +210,7 @@ def _or_empty(part: bytes | None, empty: bytes) -> bytes:
 def _text_of(part: bytes) -> str:
     if len(part) > _MAX_FIELD_BYTES:
         return part[:1000].decode("utf-8", "replace") + "..."
-    return short_repr(json.decode_plain(part, 512))
+    return short_repr(json.decode_plain(part, _MAX_BODY_DEPTH))
 
 
 def _read_other(body: bytes, content_type: str, accept: set[str] | None) -> tuple[dict[str, Any], str, bytes]:
