@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"{metric.name:22} {metric.title}" for metric in metrics))
         return 0
     if options.picture and find_spec("matplotlib") is None:
-        raise SystemExit("--picture needs matplotlib: pip install 'fastq[bench]'")
+        raise SystemExit("--picture needs matplotlib: pip install matplotlib")
     if options.source:
         show(options, metrics, *report.read_json(options.source))
         return 0

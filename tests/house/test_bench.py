@@ -181,7 +181,7 @@ def run_for(system: System, program: str, *words: str, environment: dict[str, st
     """Run a program in an interpreter of its own, as the benchmark does, and return what it printed."""
     for name in system.needs:
         if find_spec(name) is None:
-            pytest.skip(f"{name} is not installed: pip install 'fastq[bench]'")
+            pytest.skip(f"{name} is not installed: pip install -e '.[bench]'")
     done = subprocess.run(
         [sys.executable, "-c", program, *words],
         cwd=ROOT,

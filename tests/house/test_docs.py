@@ -305,6 +305,7 @@ def test_the_tree_in_the_architecture_is_the_tree() -> None:
 
 def test_no_hint_of_ours_installs_the_other_fastq() -> None:
     """PyPI has another project of this name: extras are installed from a clone, libraries by their own names."""
-    texts = [*(ROOT / name for name in DOCUMENTS), *(ROOT / "fastq").rglob("*.py")]
+    code = (path for folder in ("fastq", "bench", "tests") for path in (ROOT / folder).rglob("*.py"))
+    texts = [*(ROOT / name for name in DOCUMENTS), *code]
     pattern = re.compile(r"""pip install ['"]?fastq\[""")
     assert [path.name for path in texts if pattern.search(path.read_text("utf-8"))] == []
