@@ -33,9 +33,16 @@ def import_named(module: str, where: str) -> None:
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+        if (told := not_found(module, where, error)) is None:
             raise
-        raise SettingsError(f"{where} names {module!r}, which is not found{_near_module(error.name)}") from error
+        raise told from error
+
+
+def not_found(module: str, where: str, error: ModuleNotFoundError) -> SettingsError | None:
+    """Return the error that names the module, and the nearest one; None when another one is missing."""
+    if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+        return None
+    return SettingsError(f"{where} names {module!r}, which is not found{_near_module(error.name)}")
 
 
 def _near_module(name: str) -> str:

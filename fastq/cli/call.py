@@ -66,7 +66,7 @@ def _send(
     """Send the task and return its handle. An application that was named, and has tasks, must have this one."""
     if app.conf.task_always_eager:
         raise Misuse("task_always_eager is on in this application: its tasks run where they are called")
-    load_tasks(app.load_tasks)
+    load_tasks(app.load_tasks, app)
     task = app.tasks.get(name)
     if task is not None:
         try:

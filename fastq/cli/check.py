@@ -40,13 +40,13 @@ def report_on_celery(app: Any) -> Report:
     """Return the report on a Celery application. Raises Failure when one of its modules does not import."""
     from fastq.celery.checking.check import check  # only Celery users have Celery
 
-    load_tasks(app.loader.import_default_modules)
+    load_tasks(app.loader.import_default_modules, app)
     return check(app)
 
 
 def report_on_fastq(app: FastQ) -> Report:
     """Return the report on a FastQ application: unknown settings cannot exist there, and every task runs straight."""
-    load_tasks(app.load_tasks)
+    load_tasks(app.load_tasks, app)
     app.finalize()
     # Without task_queues, workers are told what to read by -Q.
     kind = NOTE if app.conf.task_queues is None else RISK

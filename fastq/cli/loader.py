@@ -19,6 +19,7 @@ import click
 from fastq.app import FastQ
 from fastq.cli.errors import Failure, Misuse, describe
 from fastq.errors import FastqError
+from fastq.modules import not_found
 from fastq.worker.process.exitcodes import EX_FAILURE, exit_code_of
 
 if TYPE_CHECKING:
@@ -90,12 +91,20 @@ def import_module(name: str, option: str) -> ModuleType:
         raise _import_failure(f"module {name!r} does not import ({option})", error) from error
 
 
-def load_tasks(load: Callable[[], None]) -> None:
-    """Have an application load its tasks. Raises Failure when a module does not import."""
+def load_tasks(load: Callable[[], object], app: Application) -> None:
+    """Have an application load its tasks. Raises SettingsError when it names a module that is not there, Failure when
+    one does not import."""
     try:
         load()
     except FastqError:
         raise
+    except ModuleNotFoundError as error:  # Celery's loaders do not say who names it
+        for setting in ("imports", "include"):
+            names = app.conf[setting] or ()
+            for module in (names,) if isinstance(names, str) else names:
+                if (told := not_found(module, f"setting {setting!r}", error)) is not None:
+                    raise told from error
+        raise _import_failure("a module of include, imports or autodiscover_tasks does not import", error) from error
     except (Exception, SystemExit) as error:
         raise _import_failure("a module of include, imports or autodiscover_tasks does not import", error) from error
 

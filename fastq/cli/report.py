@@ -20,7 +20,7 @@ def command(settings: Globals, /) -> int:
 
     app: Any = settings.load_any_app()
     if is_celery(app):
-        load_tasks(app.loader.import_default_modules)
+        load_tasks(app.loader.import_default_modules, app)
         from fastq.celery.worker.program import bug_report
 
         click.echo(bug_report(app))

@@ -33,7 +33,7 @@ def command(settings: Globals, /, timeout: float, destination: tuple[str, ...], 
     printer = Printer(settings)
     replies = {}
     app = settings.load_app()
-    load_tasks(app.load_tasks)
+    load_tasks(app.load_tasks, app)
     app.finalize()
     for node, reply in online(app.conf, timeout, destination):
         replies[node] = reply

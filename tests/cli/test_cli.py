@@ -538,6 +538,12 @@ def test_a_module_to_include_that_is_not_there_is_named(fastq: Run, project: Pat
     write(project, "pack/tasks.py", "import nope\n")
     write(project, "inc.py", SHOP + "app.conf.include = ['pack.tsks']\n")
     assert "names 'pack.tsks', which is not found; did you mean 'pack.tasks'?" in fastq("-A", "inc", "worker").error
+    for setting in ("imports", "include"):
+        write(project, "foreign.py", f"from celery import Celery\napp = Celery({setting}=['pack.tsks'])\n")
+        for command in ("worker", "check"):
+            done = fastq("-A", "foreign", command)
+            words = f"setting {setting!r} names 'pack.tsks', which is not found; did you mean 'pack.tasks'?"
+            assert (done.code, words in done.error) == (78, True), done.error
     write(project, "inc.py", SHOP + "app.conf.include = ['pack.tasks']\n")
     done = fastq("-A", "inc", "worker")
     assert done.code == 1
