@@ -18,10 +18,13 @@ import socket
 import struct
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Final, NoReturn, TypeAlias
 
+from fastq.errors import PoolLost
 from fastq.pool import ChildMain, CompanionMain
 from fastq.pool.process import DUMP_SIGNAL, LIMIT_SIGNAL, Timer, die_with_parent, set_name
 from fastq.wire.pipe import RingReader, shared_size
@@ -31,10 +34,12 @@ EX_INTERNAL: Final = 70
 #: The request that a Spawned or a Failed about the companion names.
 COMPANION = 0
 
-_SPAWN, _SPAWNED, _EXITED, _FAILED, _BORN = 1, 2, 3, 4, 5
+_SPAWN, _SPAWNED, _EXITED, _FAILED, _BORN, _HANGS = 1, 2, 3, 4, 5, 6
 _RECORD = struct.Struct("=BIii")  # kind, request, pid or number, wait status or errno; in a request the group
-#: What follows the first record, _BORN: names of threads, as much as fits.
+#: What follows the first record: of _BORN names of threads, of _HANGS the end of a stack, as much as fits.
 _NAMES_SIZE: Final = 4096
+#: The innermost calls of a hook that hangs.
+_STACK_FRAMES: Final = 4
 _FDS = struct.Struct("ii")  # what comes with a request for a child: its end of the socket, the shared memory
 
 #: What a child leaves to the main process: a signal that systemd, say, sends to all processes.
@@ -46,7 +51,7 @@ HOOK_S = 5.0
 #: Threads are looked for with the first so many forks, then with every so many-th: to look costs several system calls,
 #: and what starts threads at forks does so at once, or when it is first used.
 LOOK_FORKS, LOOK_EVERY = 4, 64
-#: How long its first word is waited for. Chosen: it comes within a few milliseconds, unless a hook for forks hangs.
+#: How long it may take to say where it hangs at its birth.
 BIRTH_S = 2.0
 #: How long it may take to end. Chosen: it has nothing to do but to leave.
 END_S = 2.0
@@ -225,13 +230,14 @@ def start_parent(
     dies_with_thread = threading.current_thread() is threading.main_thread()
     sys.stdout.flush()
     sys.stderr.flush()
-    pid = os.fork()
+    pid = _fork_watched(theirs)
     if pid == 0:
         code = EX_INTERNAL
         try:
             ours.close()
             if dies_with_thread:
                 die_with_parent()
+            signal.signal(LIMIT_SIGNAL, signal.SIG_IGN)  # from here on it is not late, whatever the clock says
             _tell_birth(theirs)
             on_start()
             set_name(name)
@@ -240,9 +246,50 @@ def start_parent(
             os._exit(code)
     os.close(main)
     theirs.close()
-    threads = _hear_birth(ours)
+    threads = _hear_birth(ours, pid)
     ours.setblocking(False)
     return Zygote(pid, ours, companion is not None, threads)
+
+
+def _fork_watched(control: socket.socket) -> int:
+    """Fork; a hook that hangs ends the start, and is named: here by a timer, in the new process by ``_hear_birth``.
+
+    Raises PoolLost for a hook of this process. Another thread than the main one can handle no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return os.fork()
+    parent, hung = os.getpid(), list[str]()
+
+    def on_hang(signum: int, frame: FrameType | None) -> None:
+        stack = "".join(traceback.format_stack(frame, _STACK_FRAMES))
+        if os.getpid() != parent:
+            control.send(_RECORD.pack(_HANGS, 0, 0, 0) + stack.encode()[-_NAMES_SIZE:])
+            os._exit(EX_INTERNAL)
+        hung.append(stack)
+        raise HookHangs("a hook of os.register_at_fork hangs; it was ended")
+
+    before = signal.signal(LIMIT_SIGNAL, on_hang)
+    alarm = Timer(LIMIT_SIGNAL)
+    alarm.set(HOOK_S, HOOK_S)
+    pid = 0
+    try:
+        pid = os.fork()
+    finally:
+        if os.getpid() == parent:
+            alarm.set(0)
+            signal.signal(LIMIT_SIGNAL, before)
+    if pid and hung:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise _birth_hangs("before or after_in_parent", hung[0])
+    return pid
+
+
+def _birth_hangs(where: str, stack: str) -> PoolLost:
+    return PoolLost(
+        f"a hook of os.register_at_fork ({where}) did not return within {HOOK_S:g} s when the process that forks "
+        f"children was forked. Correct it, or have children spawned (--pool-start-method spawn). Its stack:\n{stack}"
+    )
 
 
 def other_threads() -> dict[int, str]:
@@ -257,13 +304,23 @@ def _tell_birth(control: socket.socket) -> None:
     control.send(_RECORD.pack(_BORN, 0, len(names), 0) + "\n".join(names).encode()[:_NAMES_SIZE])
 
 
-def _hear_birth(control: socket.socket) -> Sequence[str]:
-    """Return the names of the threads in the new process; none when it does not answer: others look after that."""
-    control.settimeout(BIRTH_S)
-    try:
-        data = control.recv(_RECORD.size + _NAMES_SIZE)
-    except OSError:
-        return ()
+def _hear_birth(control: socket.socket, pid: int) -> Sequence[str]:
+    """Return the names of the threads in the new process; none when it has ended.
+
+    Raises PoolLost when it hangs: it says where, unless it hangs in C.
+    """
+    data, is_late = b"", False
+    for patience_s, signum in ((HOOK_S, LIMIT_SIGNAL), (BIRTH_S, signal.SIGKILL)):
+        control.settimeout(patience_s)
+        try:
+            data = control.recv(_RECORD.size + _NAMES_SIZE)
+            break
+        except TimeoutError:
+            is_late = True
+            os.kill(pid, signum)
+    if is_late and data[:1] != bytes([_BORN]):
+        os.waitpid(pid, 0)
+        raise _birth_hangs("after_in_child", data[_RECORD.size :].decode(errors="replace") or "unknown, as it is in C")
     return data[_RECORD.size :].decode(errors="replace").splitlines()
 
 

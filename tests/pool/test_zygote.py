@@ -160,3 +160,31 @@ def test_a_child_that_hangs_at_its_fork_does_not_hide_its_end(tmp_path: Path) ->
         ends_at_once(worker)
     finally:
         worker.kill9()
+
+
+HANGING_AT_BIRTH = """
+import os, time
+from fastq import FastQ
+
+app = FastQ("hanging", broker="sqlite:///hanging.db")
+
+def hang_for_long():
+    time.sleep(600)
+
+os.register_at_fork({where}=hang_for_long)
+"""
+
+
+@pytest.mark.parametrize("where", ["before", "after_in_parent", "after_in_child"])
+def test_a_hook_that_hangs_at_its_birth_ends_the_start_and_is_named(tmp_path: Path, where: str) -> None:
+    source = HANGING_AT_BIRTH.format(where=where)
+    options = ("-c", "1", "--pool-start-method", "fork")
+    worker = WorkerProcess(tmp_path, *options, source=source, await_ready=False).start()
+    try:
+        assert worker.wait(60) == 70
+        log = worker.log()
+        assert "a hook of os.register_at_fork" in log
+        assert "in hang_for_long time.sleep(600) [exit 70: " in log.split("Its stack:")[1]
+        assert "--pool-start-method spawn" in log
+    finally:
+        worker.kill9()
