@@ -1,6 +1,7 @@
 """Receivers of signals and a logging handler that start an event loop of their own, or block.
 
-HANDLERS_GATE  file that the receiver of worker_ready waits for
+HANDLERS_GATE  file that a receiver waits for
+HANDLERS_WAIT  the signal whose receiver does, if not worker_ready
 HANDLERS_END   how a receiver of worker_ready ends: shutdown, or nothing
 """
 
@@ -21,6 +22,7 @@ from tests.celery.proj.journal import note, role
 
 app = make_app({**json.loads(os.environ.get("PROJ_SETTINGS", "{}")), "include": ()})
 GATE = os.environ.get("HANDLERS_GATE")
+WAITS = os.environ.get("HANDLERS_WAIT", "worker_ready")
 NAMES = (
     *("worker_ready", "worker_shutting_down", "worker_shutdown", "heartbeat_sent"),
     *("task_received", "task_rejected", "task_unknown", "task_revoked"),
@@ -47,6 +49,9 @@ def connect(name: str) -> None:
     def receive(sender: Any = None, **arguments: Any) -> None:
         request = arguments.get("request")
         note("handler", name=name, came=run_a_loop(), id=getattr(request, "id", None))
+        deadline = time.monotonic() + 20
+        while name == WAITS and GATE and not os.path.exists(GATE) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     _kept.append(receive)
     getattr(signals, name).connect(receive)
@@ -57,10 +62,7 @@ for each in NAMES:
 
 
 @signals.worker_ready.connect
-def wait_or_end(**arguments: Any) -> None:
-    deadline = time.monotonic() + 20
-    while GATE and not os.path.exists(GATE) and time.monotonic() < deadline:
-        time.sleep(0.02)
+def end(**arguments: Any) -> None:
     if os.environ.get("HANDLERS_END") == "shutdown":
         raise WorkerShutdown(0)
     note("ready_done")
