@@ -6,7 +6,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import celery
@@ -17,6 +18,9 @@ from kombu.transport.memory import Channel
 from fastq import FastQ
 from fastq.errors import FastqError, PoolLost, SettingsError, SoftTimeLimitExceeded, TimeLimitExceeded
 from fastq.testing import worker
+from fastq.worker.worker import Worker
+from tests.support.fault_proxy import FaultProxy
+from tests.support.stage import empty_database
 
 #: What the issue asks for; the best of some, as the machine may be busy.
 READY_S = 0.05
@@ -43,6 +47,44 @@ def busy(seconds: float) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         time.sleep(0.01)
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.redis
+@pytest.mark.parametrize("server", ["rabbitmq", "redis_server"])
+def test_a_worker_says_once_that_it_is_ready(
+    server: str,
+    request: pytest.FixtureRequest,
+    fault_proxy: Callable[[str, int], FaultProxy],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not again with each connection: what starts with it would start again."""
+    told: list[str] = []
+    run_with = Worker.run_with
+
+    def run(self: Worker, prepared: Any, on_ready: Callable[[], None], handle_signals: bool) -> int:
+        def tell() -> None:
+            told.append("ready")
+            on_ready()
+
+        return run_with(self, prepared, tell, handle_signals)
+
+    monkeypatch.setattr(Worker, "run_with", run)
+    broker = request.getfixturevalue(server)
+    url = broker.url(broker.new_vhost()) if server == "rabbitmq" else empty_database(broker)
+    proxy = fault_proxy("127.0.0.1", broker.port)
+    with closing(FastQ("cut", broker=proxy.url(url), backend="memory://cut")) as app:
+
+        @app.task
+        def add(x: int, y: int) -> int:
+            return x + y
+
+        with worker(app):
+            assert add.delay(1, 2).get(timeout=20) == 3
+            for _ in range(2):
+                proxy.cut()
+                assert add.delay(1, 2).get(timeout=20) == 3
+    assert told == ["ready"]
 
 
 def test_it_leaves_profilers_and_coverage_alone(app: FastQ) -> None:

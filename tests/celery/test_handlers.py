@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +10,8 @@ from celery.result import AsyncResult
 
 from tests.celery.conftest import stages
 from tests.celery.stage import CeleryStage, Servers, opened
+from tests.conftest import OwnRedis
+from tests.support.fault_proxy import FaultProxy
 
 APP = "tests.celery.apps.handlers"
 
@@ -93,12 +95,21 @@ def test_a_receiver_that_raises_worker_shutdown_ends_the_worker(open_stage: Any,
     assert stage.notes("handler", name="worker_shutdown")
 
 
-def test_worker_ready_is_told_once_in_a_workers_life(open_stage: Any) -> None:
+@pytest.mark.parametrize("fault", ["cut", "restarted"])
+@pytest.mark.parametrize("broker", ["amqp", "redis"])
+def test_worker_ready_is_told_once_in_a_workers_life(
+    open_stage: Any, own_redis: OwnRedis, fault_proxy: Callable[[str, int], FaultProxy], broker: Any, fault: str
+) -> None:
     # Celery tells it again with each connection.
-    stage = open_stage("fastq", "amqp", "rpc")
-    worker = stage.start_worker("-c", "1", app=APP)
-    stage.rabbitmq.close_connections()
-    worker.wait_for_log(r"Connection to broker lost[^§]* ready\.")
-    assert stage.get(send(stage, 1)) == 1
+    stage: CeleryStage = open_stage("fastq", broker, "disabled")
+    server = stage.rabbitmq or own_redis().start()
+    proxy = fault_proxy("127.0.0.1", server.port)
+    url = stage.broker_url if stage.rabbitmq else server.url()
+    worker = stage.start_worker("-c", "1", app=APP, settings={"broker_url": proxy.url(url)})
+    if fault == "cut":
+        proxy.cut()
+    else:
+        server.restart()
+    worker.wait_for_log(r"Connection to broker lost[^§]* ready\.", 60)
     assert worker.stop() == 0
     assert len(stage.notes("handler", name="worker_ready")) == 1
