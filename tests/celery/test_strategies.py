@@ -163,6 +163,19 @@ def test_celerys_strategy_can_be_wrapped(stage: CeleryStage) -> None:
     stage.wait_for_empty()
 
 
+def test_strategies_are_made_anew_when_the_consumer_is_asked_to(stage: CeleryStage) -> None:
+    assert [stage.get(send(stage, name, 1)) for name in ("counted", "good")] == [2, 2]
+    before = len(stage.notes("strategy"))
+    assert stage.client.control.broadcast("renew_strategies", reply=True, timeout=10, limit=1)
+    call, loud = send(stage, "counted", 1), send(stage, "good", 1)
+    assert stage.get(call) == 2
+    assert len(stage.notes("strategy")) == before + 1
+    assert stage.notes("message", id=call.id)
+    # The request class of a task without a strategy of its own still has its messages.
+    assert stage.get(loud) == 2
+    stage.wait_for_notes("accepted", id=loud.id)
+
+
 def test_messages_are_held_until_the_strategy_acknowledges_them(stage: CeleryStage) -> None:
     before = len(stage.notes("done"))
     for value in (1, 2, 3):

@@ -123,7 +123,8 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]
         self.task_buckets: Any = defaultdict(lambda: None)
         self.on_task_message: set[Callable[[Any], None]] = set()
         self.on_task_request = self._execute
-        self.strategies: dict[str, Any] = _Strategies(self)
+        self.strategies = _Strategies(self)
+        self._strategies_of_all = [self.strategies]
         self.conninfo = self.app.connection_for_read()
         self.connection_errors = self.conninfo.connection_errors
         self.channel_errors = self.conninfo.channel_errors
@@ -140,8 +141,9 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]
         return None if inside is None else TaskConsumer(self.app, inside)
 
     def update_strategies(self) -> None:
-        """Have strategies made anew, each when it is needed."""
-        self.strategies.clear()
+        """Have strategies made anew, here and where messages are handled, each when it is needed."""
+        for strategies in self._strategies_of_all:
+            strategies.clear()
 
     @property
     def pool(self) -> Any:
@@ -186,6 +188,7 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]
         other.__class__ = _StrategyConsumer
         other.own_timer = timer
         other.strategies = _Strategies(other)
+        self._strategies_of_all.append(other.strategies)
         other.qos = self.qos = Qos(on_park, self.controller)
         other.on_task_request = other._execute
         other._pending_operations = deque()
@@ -212,9 +215,6 @@ class _StrategyConsumer(Consumer):
     own_timer: Any = None
     hub = None  # callbacks of acknowledgements are called at once, as without an event loop
 
-    def update_strategies(self) -> None:
-        """Nothing to do: what has a strategy keeps it."""
-
     @property
     def timer(self) -> Any:
         """Return the timer of the strategies' thread."""
@@ -225,15 +225,17 @@ _StrategyConsumer.__name__ = _StrategyConsumer.__qualname__ = "Consumer"
 
 
 class _Strategies(dict[str, Any]):
-    """Handlers of messages by task, each made when it is needed first."""
+    """Handlers of messages by task, each made when it is needed first. ``ours`` stand for strategies of Celery's."""
 
     def __init__(self, consumer: Consumer) -> None:
         super().__init__()
         self._consumer = consumer
+        self.ours: dict[str, Any] = {}
 
     def __missing__(self, name: str) -> Any:
         consumer = self._consumer
-        self[name] = handler = consumer.app.tasks[name].start_strategy(consumer.app, consumer)
+        handler = self.ours.get(name) or consumer.app.tasks[name].start_strategy(consumer.app, consumer)
+        self[name] = handler
         return handler
 
 

@@ -65,7 +65,7 @@ class Strategies:
         for task in app.tasks.values():
             options = core.tasks[task.name.encode()]
             if options.handed_in_turn:
-                self.consumer.strategies[task.name] = partial(self._reserve, task)
+                self.consumer.strategies.ours[task.name] = partial(self._reserve, task)
             if core.reliable and (options.handed_over or options.handed_in_turn):
                 task.acks_late = True  # it is their code that acknowledges, and it asks the task when
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from billiard.einfo import ExceptionWithTraceback
 from celery.exceptions import Reject
+from celery.worker.control import control_command
 from celery.worker.request import Request
 from celery.worker.strategy import default
 
@@ -125,6 +126,12 @@ class Counting(app.Task):  # type: ignore[name-defined,misc]
 @app.task(base=Counting, name="counted")
 def counted(x: int) -> int:
     return x * 2
+
+
+@control_command()
+def renew_strategies(state: Any) -> Any:
+    state.consumer.update_strategies()
+    return {"ok": "renewed"}
 
 
 class Gathering(app.Task):  # type: ignore[name-defined,misc]
