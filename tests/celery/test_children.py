@@ -7,12 +7,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
 import pytest
 from celery.result import AsyncResult
 
 from tests.celery.conftest import stages
 from tests.celery.stage import CeleryStage, Servers, opened
+from tests.support.worker_process import has_ended
 
 APPS = {"celery": "tests.celery.apps.children", "fastq": "tests.celery.apps.children_fastq"}
 LIMIT_KIB = 250 << 10
@@ -52,13 +52,6 @@ def ask(stage: CeleryStage, name: str, *args: Any, **options: Any) -> Any:
     return stage.get(send(stage, name, *args, **options))
 
 
-def has_ended(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
 def test_a_child_has_a_number_and_a_group(stage: CeleryStage, kind: tuple[str, ...]) -> None:
     runner, application, *_ = kind
     found = ask(stage, "identity")
@@ -96,20 +89,30 @@ def test_the_soft_limit_comes_to_a_task_that_uses_the_alarm(stage: CeleryStage) 
     assert ask(stage, "timer_left") > 200
 
 
+@pytest.mark.parametrize("by", ["id", "stamp"])
 @pytest.mark.parametrize("name", ["TERM", "INT"])
-def test_a_terminated_call_cleans_up_and_is_no_error(stage: CeleryStage, kind: tuple[str, ...], name: str) -> None:
+def test_a_terminated_call_cleans_up_and_is_no_error(
+    stage: CeleryStage, kind: tuple[str, ...], name: str, by: str
+) -> None:
     if kind[0] == "celery" and name == "INT":
         pytest.skip("Celery's children ignore it, and so the call runs on")
-    call = send(stage, "hold_and_clean_up", name)
-    stage.wait_for_notes("holding", mark=name)
+    mark = f"{name} by {by}"
+    signature = stage.client.signature("hold_and_clean_up", (mark,))
+    signature.stamp(wanted=mark)
+    call = signature.apply_async()
+    stage.wait_for_notes("holding", mark=mark)
     began = time.monotonic()
-    stage.client.control.revoke(call.id, terminate=True, signal=f"SIG{name}")
-    stage.wait_for_notes("cleaned up", mark=name)
-    assert stage.notes("interrupted", mark=name)[0]["by"] == "SystemExit"
+    if by == "id":
+        stage.client.control.revoke(call.id, terminate=True, signal=f"SIG{name}")
+    else:
+        stage.client.control.revoke_by_stamped_headers({"wanted": [mark]}, terminate=True, signal=f"SIG{name}")
+    stage.wait_for_notes("cleaned up", mark=mark)
+    assert stage.notes("interrupted", mark=mark)[0]["by"] == "SystemExit"
     assert type(stage.error(call)).__name__ in ("TaskRevokedError", "TaskRevoked")
-    ask(stage, "identity")  # another child
     assert time.monotonic() - began < 4
-    stage.worker.wait_for_log(rf"Terminating {call.id}")
+    ask(stage, "identity")  # another child
+    if by == "id" or kind[0] == "fastq":  # Celery says nothing of stamps
+        stage.worker.wait_for_log(rf"INFO/MainProcess\] Terminating {call.id}")
     assert "exited with" not in stage.worker.log()
     assert "ERROR/MainProcess" not in stage.worker.log()
 
@@ -172,10 +175,18 @@ def test_records_reach_the_user_s_own_handlers_with_task_and_process(stage: Cele
         pytest.skip("Celery adds the task when its own formatter writes the record")
     stage.worker.kill9()  # the one of the other tests
     settings = {"worker_hijack_root_logger": False}
-    own = {"OWN_HANDLERS": "1"}  # they get the ready line, too
-    stage.start_worker(*kind[2:], "-c", "1", app=APPS[kind[1]], settings=settings, env=own, await_ready=False)
+    own = {"OWN_HANDLERS": "1", "MP_LOG": "1"}  # they get the ready line, too, and what billiard says
+    words = ("-c", "1", "--max-memory-per-child", str(LIMIT_KIB))
+    stage.start_worker(*kind[2:], *words, app=APPS[kind[1]], settings=settings, env=own, await_ready=False)
     logger = "celery.task" if kind[1] == "celery" else "fastq.task.mine"
     call = send(stage, "log", logger)
     stage.get(call)
     (record,) = stage.wait_for_notes("record", logger=logger)
     assert (record["process"], record["task"]) == ("ForkPoolWorker-1", ["log", call.id])
+    if kind[1] == "celery":
+        ask(stage, "allocate", 300)
+
+        def said() -> list[str]:
+            return [each["text"] for each in stage.notes("record", logger="multiprocessing")]
+
+        stage.until(lambda: any("exceeding memory limit" in each for each in said()), "what billiard says")

@@ -217,6 +217,14 @@ class WorkerProcess:
         return WorkerFailed(f"{what}\n--- log of {' '.join(self._command)}\n{self.log()[-6000:]}")
 
 
+def has_ended(pid: int) -> bool:
+    """Return whether a process of this number is gone, or only waits to be waited for."""
+    try:
+        return _is_zombie(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return True
+
+
 def _own_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 

@@ -162,7 +162,7 @@ class Journal(logging.Handler):
 
 
 if os.environ.get("OWN_HANDLERS"):
-    for each in (None, "celery.task"):  # Celery's task loggers do not propagate
+    for each in (None, "celery.task", "multiprocessing"):  # Celery's task loggers and billiard's do not propagate
         logging.getLogger(each).addHandler(Journal())
 
 

@@ -34,12 +34,10 @@ def revoke(
         view.mark_revoked([each for each in ids if each not in running])
         logger.info("Tasks flagged as revoked: %s", ", ".join(ids))
         return ok(f"tasks {_as_set(ids)} flagged as revoked")
-    terminated = view.core.terminate(set(ids), signum)
+    terminated = _end(view, set(ids), signum)
     view.mark_revoked([each for each in ids if each not in terminated])
     waiting = {row["id"] for row in (*view.core.reserved(), *view.core.scheduled())}
     known = [*terminated, *(each for each in ids if each in waiting)]
-    for each in terminated:
-        logger.info("Terminating %s (%s)", each, signum)
     return ok(f"terminate: {', '.join(known)}" if known else "terminate: tasks unknown")
 
 
@@ -75,7 +73,7 @@ def revoke_by_stamped_headers(
                 ids.add(row["id"])
     if not ids:
         return ok(f"headers {dict(wanted)} were not terminated")
-    view.core.terminate(ids, signum)
+    _end(view, ids, signum)
     return ok(f"headers {matching} revoked")
 
 
@@ -94,6 +92,14 @@ def signal_number(name: str | int | None) -> int:
         return signals.Signals[full]
     except KeyError:
         raise ValueError(f"no signal is called {text!r}; expected for example TERM, INT, KILL, USR1") from None
+
+
+def _end(view: WorkerView, ids: set[str], signum: int) -> list[str]:
+    """End what of these runs here, say so, and return which did."""
+    terminated = view.core.terminate(ids, signum)
+    for each in terminated:
+        logger.info("Terminating %s (%s)", each, signum)
+    return terminated
 
 
 def _ids(task_id: object) -> list[str]:
