@@ -360,6 +360,31 @@ def test_calls_are_limited_in_their_rate(stage: CeleryStage) -> None:
     assert 0.8 <= notes[-1]["at"] - notes[0]["at"] < 5.0
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(("fastq", "amqp", "disabled"), id="amqp", marks=pytest.mark.rabbitmq),
+        pytest.param(("fastq", "redis", "disabled"), id="redis", marks=pytest.mark.redis),
+    ],
+)
+def test_what_is_beyond_the_limit_waits_at_the_broker(open_stage: OpenStage, kind: Any) -> None:
+    """Celery keeps it in the worker, and takes nothing more meanwhile."""
+    stage = open_stage(*kind, worker_eta_task_limit=20)
+    stage.start_worker("-c", "1")
+    for _ in range(100):
+        stage.tasks.note_time.apply_async(countdown=3600)
+
+    def here() -> int:
+        answers = stage.client.control.inspect(timeout=5, limit=1).scheduled() or {}
+        return sum(map(len, answers.values()))
+
+    stage.until(lambda: stage.depth() == 20, "the others are postponed")
+    assert here() == 20
+    stage.tasks.note_time.delay()
+    stage.wait_for_notes("ran")
+    assert here() == 20
+
+
 # --- time limits ------------------------------------------------------------------------------------------------------
 
 
