@@ -13,11 +13,18 @@ import pytest
 from tests.celery.conftest import OpenStage, stages
 from tests.support.fault_proxy import FaultProxy
 
+#: With Redis, Celery's worker has what it lost again after the visibility timeout only.
+KINDS = [*stages(("amqp", "redis")), *[kind for kind in stages(("redis", "redis")) if kind.values[0][0] == "fastq"]]
 
-@pytest.mark.parametrize("kind", stages(("amqp", "redis")))
-def test_a_late_call_whose_connection_is_lost_is_ended_and_runs_again(open_stage: OpenStage, kind: Any) -> None:
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_late_call_whose_connection_is_lost_is_ended_and_runs_again(
+    open_stage: OpenStage, fault_proxy: Callable[[str, int], FaultProxy], kind: Any
+) -> None:
     stage = open_stage(*kind, worker_cancel_long_running_tasks_on_connection_loss=True)
-    stage.start_worker("-c", "2")
+    target = urlsplit(stage.broker_url)
+    proxy = fault_proxy(target.hostname or "", target.port or 0)
+    stage.start_worker("-c", "2", settings={"broker_url": proxy.url(stage.broker_url)})
     # With 1 the second run returns at once; the first would last half a minute.
     late = stage.client.send_task("proj.acks.late", ("hang", 1))
     early = stage.client.send_task("proj.acks.early", ("hang", 1))
@@ -25,8 +32,7 @@ def test_a_late_call_whose_connection_is_lost_is_ended_and_runs_again(open_stage
         stage.wait_for_notes("run", id=result.id)
     stage.until(lambda: stage.depth() == 1, "one is acknowledged")
     began = time.monotonic()
-    assert stage.rabbitmq is not None
-    stage.rabbitmq.close_connections()
+    proxy.cut()
     assert stage.get(late) == "lived"
     assert time.monotonic() - began < 20
     assert len(stage.notes("run", id=late.id)) == 2
