@@ -13,7 +13,7 @@ import signal
 import time
 
 from fastq import FastQ, Task
-from fastq.errors import SoftTimeLimitExceeded
+from fastq.errors import Reject, SoftTimeLimitExceeded
 from tests.support.task_ledger import record, record_done, record_start
 
 LEDGER = os.environ.get("FASTQ_TEST_LEDGER", "ledger.bin")
@@ -48,6 +48,13 @@ def kill_own_child(number: int) -> None:
     """End the process that runs this, as a segmentation fault or the memory killer does."""
     record_start(LEDGER, number)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(name="turn_down")
+def turn_down(number: int) -> None:
+    """Reject the message for good."""
+    record_start(LEDGER, number)
+    raise Reject("no such user\nin line 2")
 
 
 @app.task(name="once_more", bind=True, acks_late=False)
