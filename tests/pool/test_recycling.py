@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.stage import Stage, open_stage
+from tests.support.worker_process import has_ended
 
 pytestmark = pytest.mark.rabbitmq
 
@@ -65,3 +67,27 @@ def test_the_replacement_is_ready_before_the_old_child_retires(stage: Stage) -> 
     assert len(gaps) >= 11
     # Forking and starting a child takes longer than this; a gap of a task and a hand-over does not.
     assert sorted(gaps)[len(gaps) // 2] < 0.1
+
+
+def test_without_a_spare_a_child_is_replaced_when_it_has_ended(stage: Stage) -> None:
+    """For children that hold a port, a lock or a GPU: there are never two of a slot."""
+    worker = stage.start_worker("-c", "1", "--max-tasks-per-child", "5", fastq_keeps_spare=False)
+    most = 0
+
+    def look() -> None:
+        nonlocal most
+        most = max(most, sum(not has_ended(pid) for pid in worker.children()))
+
+    numbers = stage.send(40, "work", 0.05)
+    deadline = time.monotonic() + 30
+    while not set(numbers) <= stage.ledger.done().keys() and time.monotonic() < deadline:
+        look()
+    stage.wait_for_settled()
+    look()
+    verdict = stage.verdict("40 tasks, 5 per child, no spare")
+    assert not verdict.lost
+    assert not verdict.started_twice
+    per_pid = Counter(entry.pid for entry in stage.ledger.entries() if entry.what == "done")
+    assert set(per_pid.values()) == {5}
+    assert most == 1
+    assert worker.stop() == 0
