@@ -19,6 +19,9 @@ import kombu
 import pytest
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
+from celery.security.certificate import Certificate
+from celery.security.key import PrivateKey
+from celery.security.serialization import SecureSerializer
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -662,13 +665,15 @@ def test_a_row_of_the_result_table(open_stage: OpenStage, kind: tuple[Any, ...])
 def test_who_waits_for_a_refused_message_is_told(open_stage: OpenStage, backend: Any) -> None:
     """Under Celery itself such a message is dropped, and who waits for it waits for ever."""
     stage = open_stage("fastq", "amqp" if backend == "rpc" else "redis", backend)
-    stage.start_worker("-c", "1")
+    stage.start_worker("-c", "1", settings={"fastq_max_message_bytes": 1 << 20})
     refused = {
         "content-type": stage.tasks.identity.apply_async((1,), serializer="pickle"),
         "timelimit": stage.tasks.identity.apply_async((1,), time_limit=-1),
         "json": _raw(stage, "[[1"),
         "args": _raw(stage, '[{"a": 1}, {}, {}]'),
     }
+    if stage.broker == "amqp":  # of one in Redis that is too long not even the id is read
+        refused["oversized"] = _raw(stage, json.dumps([["x" * (1 << 20)], {}, {}]))
     for kind, result in refused.items():
         error = stage.error(result)
         assert f"class={kind})" in str(error)
@@ -676,13 +681,35 @@ def test_who_waits_for_a_refused_message_is_told(open_stage: OpenStage, backend:
     log = stage.worker.log()
     assert "Rejected unaccepted message: class=content-type" in log
     assert "accept_content" in log
-    assert log.count("Rejected malformed message") == 3
+    assert log.count("Rejected malformed message") == len(refused) - 1
     ignored = stage.tasks.identity.apply_async((1,), serializer="pickle", ignore_result=True)
     assert stage.get(stage.tasks.identity.delay(2)) == 2
     assert stage.client.AsyncResult(ignored.id).state == "PENDING"
 
 
-def _raw(stage: CeleryStage, body: str) -> Any:
+@pytest.mark.usefixtures("own_serializers")
+@pytest.mark.parametrize("kind", [("fastq", "amqp", "rpc"), ("fastq", "redis", "redis")])
+def test_who_waits_for_a_message_with_a_bad_signature_is_told(
+    open_stage: OpenStage, kind: tuple[Any, ...], tmp_path: Path
+) -> None:
+    signed = dict.fromkeys(("task_serializer", "result_serializer", "event_serializer"), "auth")
+    stage = open_stage(*kind, extras=("auth",), accept_content=["auth"], **signed, **make_key(tmp_path))
+    stage.start_worker("-c", "1")
+    stage.client.setup_security()
+    (tmp_path / "stranger").mkdir()
+    # Its certificate has the name and number of the one that is trusted, but not its key.
+    files = make_key(tmp_path / "stranger")
+    key = PrivateKey(Path(files["security_key"]).read_text())
+    certificate = Certificate(Path(files["security_certificate"]).read_text())
+    body = SecureSerializer(key, certificate).serialize([[1], {}, {}])
+    error = stage.error(_raw(stage, body, content_type="application/data"))
+    assert "class=signature)" in str(error)
+    assert type(error).__name__ == "InvalidTaskError"
+    assert "Rejected unaccepted message: class=signature" in stage.worker.log()
+    assert stage.get(stage.tasks.add.delay(2, 3)) == 5
+
+
+def _raw(stage: CeleryStage, body: str, content_type: str = "application/json") -> Any:
     """Send a call of ``identity`` with this body."""
     task_id = str(uuid.uuid4())
     headers = {"task": f"{TASKS}.identity", "id": task_id, "lang": "py"}
@@ -692,7 +719,7 @@ def _raw(stage: CeleryStage, body: str) -> Any:
             body,
             routing_key="celery",
             headers=headers,
-            content_type="application/json",
+            content_type=content_type,
             content_encoding="utf-8",
             correlation_id=task_id,
             reply_to=stage.client.thread_oid,

@@ -316,17 +316,23 @@ def test_randomly_damaged_messages_harm_nobody(tmp_path: Path, monkeypatch: pyte
         stage.close()
 
 
-def test_an_oversized_message_is_rejected_and_those_behind_it_run(
+def test_an_oversized_message_is_rejected_its_caller_told_and_those_behind_it_run(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """On SQLite its publisher refuses it."""
+    """On SQLite its publisher refuses it; of one in Redis not even the id is read."""
     stage = open_stage("amqp", request, tmp_path)
     try:
         worker = stage.start_worker("-c", "1", fastq_max_message_bytes=MIB)
         stage.sent.append(0)
         body = b'[[0, 0, "%s"], {}, {}]' % (b"x" * 2 * MIB)
-        stage.publish([Message("", QUEUE, properties(headers()), body)])
+        task_id, address = new_id(), stage.client.store.reply_address()
+        table = headers(id=task_id, ignore_result=False)
+        props = properties(table, reply_to=address, correlation_id=task_id)
+        stage.publish([Message("", QUEUE, props, body)])
         stage.wait_for(stage.send(1), 10)
+        told = stage.client.AsyncResult(task_id).get(timeout=10, propagate=False)
+        assert isinstance(told, DecodeError)
+        assert "(class=oversized): it is larger than fastq_max_message_bytes" in str(told)
         [(_, dead)] = stage.dead_letters()
         assert dead == body
         assert worker.log().count("Rejected malformed message: class=oversized ") == 1
