@@ -130,7 +130,14 @@ class Life:
         serving: asyncio.Task[None] | None = None
         self.program.tell("starting", life=self)
         remote = self._remote = Remote(
-            loop, self.program, options, self.core, self.pool, lambda: self._consumer, self._stop_by_command
+            loop,
+            self.program,
+            options,
+            self.core,
+            self.pool,
+            lambda: self._consumer,
+            self._stop_by_command,
+            self._window,
         )
         try:
             await self._stop.unless(self.pool.start(self.core))

@@ -42,12 +42,17 @@ class Window:
         self._pool = pool
         self._max_scheduled = max_scheduled or MAX_SCHEDULED
         self._beside = beside
+        self._more = 0
+
+    def widen(self, n: int) -> None:
+        """Hold so many messages more in advance from now on, or fewer, as the application's own code asks for."""
+        self._more += n
 
     @property
     def size(self) -> int:
         """Return how many messages may be here at first."""
         multiplier = self._options.prefetch_multiplier
-        return UNBOUNDED if multiplier == 0 else max(1, int((multiplier or 4) * self._slots))
+        return UNBOUNDED if multiplier == 0 else max(1, int((multiplier or 4) * self._slots) + self._more)
 
     @property
     def _slots(self) -> int:
@@ -84,6 +89,7 @@ class Window:
                 unsaved, received, before = consumer.source.shelved, core.received, received
                 scheduled += unsaved
                 is_full = unsaved >= current > 0 and received == before != received_at_first
+            is_asked, base = self.size != base, self.size
             wanted = self._wanted(base)
             parked, shelved = min(parked, core.parked), min(shelved, unsaved)
             filled = core.scheduled_since(counted) + core.parked - parked + unsaved - shelved
@@ -92,13 +98,13 @@ class Window:
                 # As many again as came, and looked at soon, so that a flood of them is through before it is due.
                 wanted += min(scheduled, MOST)
                 grown_at, pause_s = now, GROW_EVERY_S
-            elif wanted * 4 <= current and now - grown_at < HOLD_S:
+            elif not is_asked and wanted * 4 <= current and now - grown_at < HOLD_S:
                 continue  # the flood may go on
             # What runs in the children for coroutine functions holds its place: all that is above is room for more.
             rises = bool(self._beside) and wanted > current
             if rises:
                 pause_s = GROW_EVERY_S
-            if grown or rises or wanted >= 2 * current or wanted * 4 <= current:
+            if grown or rises or is_asked or wanted >= 2 * current or wanted * 4 <= current:
                 # A new consumer's window counts from zero: what waits for its time does not fill it.
                 current, counted, parked, shelved = wanted, core.scheduled_count, core.parked, unsaved
                 received_at_first = core.received

@@ -49,6 +49,9 @@ def test_receivers_and_commands_see_the_running_worker(open_stage: Any, kind: An
     seen = ask("seen")
     assert seen["active"] in (["first"], ["second"])
     assert seen.pop("active") != []
+    prefetch = seen.pop("prefetch")
+    assert ask("hold_more", n=7) == {"ok": 7}
+    stage.until(lambda: ask("seen")["prefetch"] >= prefetch + 7, "more messages are held in advance")
     reserved = seen.pop("reserved")  # Celery counts what waits for its time, or not
     assert [each for each in reserved if each != "third"] == ["first", "second"]
     if hasattr(celery.worker.state, "scheduled_requests"):  # since Celery 5.7

@@ -182,6 +182,10 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]
         if connection is not None:
             ignore_errors(connection, connection.close)
 
+    def _widen(self, n: int) -> None:
+        if (inside := self.controller.inside) is not None:
+            inside.look(lambda view: view.window.widen(n), None)
+
     def for_strategies(self, timer: Any, on_park: Callable[[int], None]) -> Consumer:
         """Return the consumer that strategies get: it works in another thread, with this timer and no event loop."""
         other = copy.copy(self)
@@ -189,7 +193,8 @@ class Consumer(celery_consumer.Consumer):  # type: ignore[misc]
         other.own_timer = timer
         other.strategies = _Strategies(other)
         self._strategies_of_all.append(other.strategies)
-        other.qos = self.qos = Qos(on_park, self.controller)
+        other.qos = Qos(on_park, self.controller)
+        self.qos = Qos(self._widen, self.controller)
         other.on_task_request = other._execute
         other._pending_operations = deque()
         other.reset_rate_limits()
@@ -240,10 +245,13 @@ class _Strategies(dict[str, Any]):
 
 
 class Qos:
-    """The prefetch window as strategies see it: they say how many messages only wait for their time."""
+    """The prefetch window as strategies and users' code see it.
 
-    def __init__(self, on_park: Callable[[int], None], controller: Worker) -> None:
-        self._on_park = on_park
+    ``widen``: strategies say how many messages only wait for their time, users how many more may be here.
+    """
+
+    def __init__(self, widen: Callable[[int], None], controller: Worker) -> None:
+        self._widen = widen
         self._controller = controller
 
     @property
@@ -254,11 +262,11 @@ class Qos:
 
     def increment_eventually(self, n: int = 1) -> None:
         """Let that many messages more be here."""
-        self._on_park(n)
+        self._widen(n)
 
     def decrement_eventually(self, n: int = 1) -> None:
         """Take that back."""
-        self._on_park(-n)
+        self._widen(-n)
 
 
 class Heart:

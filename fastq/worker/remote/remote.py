@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastq.settings import Settings
     from fastq.worker.hooks import Hooks
     from fastq.worker.program import Program
+    from fastq.worker.window import Window
 
 logger = logging.getLogger("fastq.worker")
 
@@ -48,6 +49,7 @@ class Remote:
         pool: Pool,
         get_consumer: Callable[[], Consumer | None],
         stop: Callable[[str], None],
+        window: Window,
     ) -> None:
         self.hostname = options.hostname
         self.instance = new_id()
@@ -56,6 +58,7 @@ class Remote:
         self.core = core
         self.pool = pool
         self.stop = stop
+        self.window = window
         self.clock = LamportClock()
         self.revocations = revoked_from_environment()
         self.autoscale = Autoscaler(pool, core, options.autoscale) if options.autoscale else None

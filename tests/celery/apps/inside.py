@@ -56,9 +56,16 @@ def seen(state: Any) -> Any:
         "reserved": sorted(request.id for request in reserved_requests),
         "scheduled": [request.id for request in getattr(worker_state, "scheduled_requests", ())],
         "requests": sorted(worker_state.requests),
+        "prefetch": state.consumer.qos.value,
         "name": worker_state.requests["first"].name if "first" in worker_state.requests else None,
         "total": dict(total_count),
     }
+
+
+@control_command(args=[("n", int)])
+def hold_more(state: Any, n: int) -> Any:
+    state.consumer.qos.increment_eventually(n)
+    return {"ok": n}
 
 
 @control_command()

@@ -105,6 +105,13 @@ class AutoscaleView(Protocol):
         """Change the bounds that are given and return both, the upper one first."""
 
 
+class WindowView(Protocol):
+    """How many messages are held in advance."""
+
+    def widen(self, n: int) -> None:
+        """Hold so many messages more from now on, or fewer."""
+
+
 class WorkerView(Protocol):
     """A worker as commands see it."""
 
@@ -149,6 +156,10 @@ class WorkerView(Protocol):
     @property
     def events(self) -> EventsView | None:
         """What sends events; None when the broker carries none."""
+
+    @property
+    def window(self) -> WindowView:
+        """The prefetch."""
 
     @property
     def autoscale(self) -> AutoscaleView | None:
