@@ -339,8 +339,8 @@ def refuse_patched() -> None:
     """Raise SettingsError when the process was patched for green threads: the loop would never let them run."""
     if library := patched_by():
         raise SettingsError(
-            f"this process is monkey-patched by {library}, which does not go with a pool of child processes. "
-            f"Take the patching out of what the worker imports, or run Celery's own worker with -P {library}"
+            f"this process is monkey-patched by {library}, which does not go with the main process of a worker. "
+            f"Take the patching out of what the worker imports: -P {library} patches the children itself"
         )
 
 

@@ -752,3 +752,5 @@ def test_a_process_that_is_patched_for_green_threads_is_refused(tmp_path: Path, 
     assert done.returncode == 78, done.stderr
     assert f"this process is monkey-patched by {library}" in done.stderr
     assert "Take the patching out" in done.stderr
+    assert f"-P {library} patches the children itself" in done.stderr
+    assert "Celery's own worker" not in done.stderr

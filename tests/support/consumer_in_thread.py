@@ -26,6 +26,7 @@ class Record:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self.rows: list[Row] = []
+        self.batches: list[int] = []  # how many rows came at a time
         self.stored: list[int] = []
         self.refused: list[tuple[int, str]] = []
 
@@ -46,6 +47,7 @@ class _Recording:
     record: Record
 
     def receive(self, rows: list[Row]) -> None:
+        self.record.add("batches", [len(rows)])
         self.record.add("rows", rows)
 
     def published(self, tokens: list[int]) -> None:

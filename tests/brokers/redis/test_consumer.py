@@ -22,6 +22,7 @@ import redis as redis_py
 from fastq.brokers import open_publisher
 from fastq.brokers.redis import lease
 from fastq.brokers.redis.layout import read_layout
+from fastq.brokers.redis.replies import CLAIM_BYTES
 from fastq.brokers.redis.scripts import RENEW
 from fastq.brokers.redis.unacked import POSTPONED
 from fastq.errors import ConnectionLost, PublishError, SettingsError
@@ -904,6 +905,7 @@ def test_large_messages_come_a_few_at_a_time(url: str, publisher: Publisher, con
         publisher.publish([message("x" * (4 << 20))])
     consumer = consume(window=100)
     assert len(consumer.rows(6)) == 6
+    assert max(consumer.record.batches) * (4 << 20) <= CLAIM_BYTES
 
 
 # --- what can go wrong ------------------------------------------------------------------------------------------------
