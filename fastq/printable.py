@@ -19,10 +19,14 @@ class Lines(str):
     __slots__ = ()
 
 
+def cut(text: str, limit: int = MAX_SHOWN) -> str:
+    """Return the text, or its beginning with three dots when it is longer than the limit."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def printable(text: str, limit: int = MAX_SHOWN) -> str:
     """Return the text in one line, control characters as Python writes them (``\\n``, ``\\x1b``), cut to the limit."""
-    if len(text) > limit:
-        text = text[: limit - 3] + "..."
+    text = cut(text, limit)
     return text if text.isprintable() else _IN_A_LINE.sub(_escaped, text)
 
 

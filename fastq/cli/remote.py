@@ -18,7 +18,7 @@ from fastq.cli import Globals
 from fastq.cli.errors import Failure, Misuse
 from fastq.cli.options import name_list
 from fastq.net.urls import scheme_of
-from fastq.printable import printable, printable_lines
+from fastq.printable import cut, printable, printable_lines
 from fastq.worker.process.exitcodes import EX_UNAVAILABLE
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 MAX_NAME = 255
+#: Chosen: of a reply of several lines, such as a report.
+MAX_REPORT = 1 << 18
 NOBODY = "No nodes replied within time constraint; start a worker, or wait longer with -t"
 
 
@@ -156,7 +158,7 @@ class Printer:
         arrow = "" if self._is_quiet else f"{click.style('->', fg='white', bold=True)} "
         self._echo(f"{arrow} {click.style(f'{printable(str(node), MAX_NAME)}: ', fg='cyan', bold=True)}{mark}")
         if with_body:
-            self._echo(_indented(body))
+            self._echo(_indented("\n".join(map(cut, body.split("\n")))))
 
     def count(self, nodes: int) -> None:
         """Print how many nodes have replied."""
@@ -178,7 +180,7 @@ class Printer:
         if isinstance(reply, dict):
             return good, json.dumps(reply, sort_keys=True, indent=4, default=str)
         # A report has several lines; whatever it says, they stay below the node's name.
-        return good, printable_lines(reply) if isinstance(reply, str) else pformat(reply)
+        return good, printable_lines(cut(reply, MAX_REPORT)) if isinstance(reply, str) else pformat(reply)
 
 
 def carry_out(

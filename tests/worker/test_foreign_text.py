@@ -106,6 +106,18 @@ def test_no_reply_writes_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -
     assert "        one\n        two\n" in out  # what has several lines, such as a report, keeps them
 
 
+@pytest.mark.parametrize("reply", [
+    "x" * 1_000_000, "x\n" * 1_000_000, {"ok": "x" * 1_000_000}, {"error": "x" * 1_000_000},
+    {"x" * 1_000_000: {"y": ["x" * 1_000_000]}}, ["x" * 1_000_000], {"ok": [{"x": "x" * 1_000_000}]},
+])  # fmt: skip
+def test_no_reply_fills_the_terminal(reply: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    Printer(Globals(color=False)).show("node", reply)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) < 5000
+    assert len(out) < 2_000_000
+    assert "..." in out
+
+
 @pytest.mark.parametrize("shower", [Dumper, Summary])
 def test_no_event_writes_a_line_of_its_own(shower: Any) -> None:
     lines: list[str] = []
