@@ -27,22 +27,46 @@ PLACES = (
     ("fastq", "redis", "redis"), ("fastq", "amqp", "rpc"),
     ("celery", "redis", "redis"), ("celery", "amqp", "rpc"), ("celery", "amqp", "database"),
 )  # fmt: skip
-#: Where handlers of signals do not run in the calls: limits alone strike.
-OTHER_POOLS = ("threads", "gevent", "eventlet", "solo")
+#: Each pool's options. Only with one call at a time in a process do handlers of signals run in the calls; elsewhere
+#: limits alone strike.
+POOLS = {
+    "prefork": ("-P", "prefork"),
+    "spawn": ("--pool-start-method", "spawn"),
+    "threads": ("-P", "threads"),
+    "gevent": ("-P", "gevent"),
+    "eventlet": ("-P", "eventlet"),
+    "solo": ("-P", "solo"),
+    "asyncio": ("-P", "asyncio"),
+    "loop": ("--async-processes", "1"),
+    "hosted": ("-P", "tests.support.hosted_pools:Threads"),
+}
+HAVE_ALARMS = ("prefork", "spawn")
+#: Where the tasks are coroutine functions.
+HAVE_LOOP = ("asyncio", "loop")
+#: Where others than PLACES[1:3] are tried.
+PLACES_OF = {
+    "prefork": PLACES,
+    "spawn": PLACES[2:3],
+    "asyncio": PLACES[1:2],
+    "loop": PLACES[2:3],
+    "hosted": PLACES[2:3],
+}
 KINDS = [
     pytest.param((pool, application, broker, backend), id=f"{pool}-{application}-{broker}-{backend}",
                  marks=_marks(broker, backend))
-    for pool in ("prefork", *OTHER_POOLS)
-    for application, broker, backend in (PLACES if pool == "prefork" else PLACES[1:3])
+    for pool in POOLS
+    for application, broker, backend in PLACES_OF.get(pool, PLACES[1:3])
 ]  # fmt: skip
 SIZES = (0, 0, 100, 3_000, 40_000, 130_000, 140_000, 300_000, 1_000_000, 4_000_000)
+#: What a handler of the application's raises: its own Exception, what ends a program, and the same from SIGTERM.
+ALARMS = ("alarm", "interrupt", "exit", "term")
 #: Calls on the way at a time: a caller's memory and broker hold what is drawn.
 AT_A_TIME = 50
 CONFIRMING = ("celery", "amqp")
 #: kombu makes an EncodeError or a DecodeError of whatever is raised while it does that, and Celery's stores an error of
 #: their own, which cannot be read back: an Exception.
 WRAPPED = {"EncodeError", "DecodeError", "BackendStoreError", "Exception"}
-ENDS = {"SoftTimeLimitExceeded", "Struck", "WorkerLostError"} | WRAPPED
+ENDS = {"SoftTimeLimitExceeded", "Struck", "KeyboardInterrupt", "SystemExit", "WorkerLostError"} | WRAPPED
 #: What inspect.getfullargspec makes of whatever is raised in it; kombu calls it when it connects.
 UNSUPPORTED = "unsupported callable"
 
@@ -61,8 +85,9 @@ def stage(kind: tuple[Any, ...], servers: Servers, tmp_path_factory: pytest.Temp
             {"broker_transport_options": {"confirm_publish": True}} if (application, broker) == CONFIRMING else {}
         )
         stage.start_worker(
-            "-c", "4", "-P", pool, app=APPS[application], log_level="WARNING", await_ready=False, settings=settings
-        )
+            "-c", "4", *POOLS[pool], app=APPS[application], log_level="WARNING", await_ready=False, settings=settings,
+            env={"STRIKES_LOOP": "1"} if pool in HAVE_LOOP else {},
+        )  # fmt: skip
         yield stage
 
 
@@ -72,10 +97,9 @@ def drawn(draw: random.Random, number: int, backend: str, has_alarms: bool) -> d
     weights = (4, 0 if backend == "database" else 1, 4)
     steps = draw.choices(("state", "states", "send"), weights=weights, k=draw.randrange(4))
     at_s = 10 ** draw.uniform(-3.5, -0.7)
-    way = draw.choice(("none", "limit", "limit", "alarm", "loose") if has_alarms else ("none", "limit"))
+    way = draw.choice(("none", "limit", "limit", *ALARMS, "loose") if has_alarms else ("none", "limit"))
     return {
-        "args": [number, draw.choice(SIZES), steps, at_s if way in ("alarm", "loose") else 0, way == "loose",
-                 draw.random() < 0.3],
+        "args": [number, draw.choice(SIZES), steps, at_s if way in (*ALARMS, "loose") else 0, way, draw.random() < 0.3],
         "soft_time_limit": at_s if way == "limit" else None,
     }  # fmt: skip
 
@@ -90,7 +114,7 @@ def test_every_call_has_one_end_whatever_strikes_when(stage: CeleryStage, kind: 
     for first in range(0, CALLS, AT_A_TIME):
         calls = []
         for number in range(first, min(first + AT_A_TIME, CALLS)):
-            options = drawn(draw, number, kind[3], kind[0] == "prefork")
+            options = drawn(draw, number, kind[3], kind[0] in HAVE_ALARMS)
             if kind[1] == "celery" and draw.random() < 0.3:
                 options["link"] = stage.client.signature("follow")
             calls.append((number, options, stage.client.send_task("work", **options)))
@@ -106,7 +130,7 @@ def test_every_call_has_one_end_whatever_strikes_when(stage: CeleryStage, kind: 
         stage.worker.wait_for_log("most recent call first", 10)
     assert not wrong, "\n".join([*wrong[:20], stage.logs()])
     # Loose alarms, which end children too, have struck by now.
-    assert stage.client.send_task("work", [CALLS, 10, [], 0, False, False], retry=False).get(30) == [CALLS, "r" * 10]
+    assert stage.client.send_task("work", [CALLS, 10, [], 0, "none", False], retry=False).get(30) == [CALLS, "r" * 10]
     sent = Counter(note["number"] for note in stage.notes("sent"))
     stage.until(
         lambda: (
