@@ -62,6 +62,28 @@ def test_a_queue_that_goes_with_its_last_consumer_stays(request: pytest.FixtureR
     assert "cancelled the consumer" not in worker.log()
 
 
+@pytest.mark.parametrize(
+    "queue",
+    [
+        {"queue_arguments": {"x-queue-type": "stream"}},
+        {"consumer_arguments": {"x-priority": 10}},
+    ],
+    ids=["stream", "priority"],
+)
+def test_what_waits_in_a_queue_of_a_rare_kind_runs_once(
+    queue: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Calls with a countdown have the limit raised, past which nothing would come."""
+    stage = stage_with(request, tmp_path, **queue)
+    worker = stage.start_worker("-c", "2")
+    send_with_waiting_ones(stage, 200)
+    stage.wait_for(stage.sent, 30)
+    assert len(stage.ledger.started()) == 200
+    assert set(stage.ledger.started().values()) == {1}
+    assert "cancelled the consumer" not in worker.log()
+    assert "lost" not in worker.log()
+
+
 def test_channels_that_nothing_is_left_of_are_closed(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     stage = stage_with(request, tmp_path)
     rabbitmq = stage.rabbitmq
