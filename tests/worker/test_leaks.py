@@ -14,16 +14,18 @@ import psutil
 import pytest
 import uvloop
 
+from fastq import FastQ
 from fastq.brokers import open_bus, open_consumer
 from fastq.errors import ConnectionLost
 from fastq.results import open_saver
 from fastq.settings import Settings
+from fastq.testing import worker
 from fastq.worker.remote.clock import LamportClock
 from tests.support.core_with_children import Running, run_loop
 from tests.support.fault_proxy import FaultProxy
 
 MIB = 1 << 20
-TIMES, BEFORE = 25, 5
+TIMES, BEFORE = 300, 20
 
 
 @pytest.fixture
@@ -70,21 +72,22 @@ async def _bus(url: str) -> Any:
     return bus
 
 
-def grown_by(lose: Callable[[], Any]) -> float:
-    """Return by how many MiB this process grows while it loses TIMES connections, some having been lost before."""
+def grown_by(lose: Callable[[], Any]) -> tuple[float, int]:
+    """Return by how many MiB and descriptors this process grows while it loses TIMES connections, after some others."""
 
-    async def lose_many() -> int:
-        before = 0
+    async def lose_many() -> tuple[float, int]:
+        before = descriptors = 0
         for number in range(TIMES + BEFORE):
             if number == BEFORE:
-                before = psutil.Process().memory_info().rss
+                before, descriptors = process.memory_info().rss, process.num_fds()
             await lose()
             await asyncio.sleep(0.01)  # callbacks of the transport's end
-        return int(psutil.Process().memory_info().rss) - before
+        return (process.memory_info().rss - before) / MIB, process.num_fds() - descriptors
 
+    process = psutil.Process()
     loop = uvloop.new_event_loop()
     try:
-        return loop.run_until_complete(lose_many()) / MIB
+        return loop.run_until_complete(lose_many())
     finally:
         loop.close()
 
@@ -111,9 +114,10 @@ def test_a_lost_connection_leaves_nothing_behind(
         await asyncio.wait_for(asyncio.wait([connected.lost]), 10)
         await connected.close()
 
-    grown = grown_by(lose)
-    print(f"{make.__name__}: {grown:.1f} MiB after {TIMES} lost connections")
-    assert grown < 2.5
+    grown, descriptors = grown_by(lose)
+    print(f"{make.__name__}: {grown:.1f} MiB, {descriptors} descriptors after {TIMES} lost connections")
+    assert grown < 8  # 27 kB of each; a read buffer of each would be 240 MiB
+    assert descriptors < 10
 
 
 @pytest.mark.parametrize(("url", "make"), CONNECTIONS, indirect=["url"])
@@ -126,9 +130,10 @@ def test_a_connection_that_is_refused_leaves_nothing_behind(
         with pytest.raises(ConnectionLost):
             await make(proxy.url(url))
 
-    grown = grown_by(lose)
-    print(f"{make.__name__}: {grown:.1f} MiB after {TIMES} refusals")
+    grown, descriptors = grown_by(lose)
+    print(f"{make.__name__}: {grown:.1f} MiB, {descriptors} descriptors after {TIMES} refusals")
     assert grown < 2.5
+    assert descriptors < 10
 
 
 def test_a_child_that_has_ended_leaves_nothing_behind(no_collector: None) -> None:
@@ -146,6 +151,26 @@ def test_a_child_that_has_ended_leaves_nothing_behind(no_collector: None) -> Non
     # Five: the child, its replacement, those that are ending, and the memory in which nobody writes.
     assert max(mapped for mapped, _ in counts[5:]) - before <= 5, (before, counts)
     assert max(opened for _, opened in counts) - min(opened for _, opened in counts[:5]) <= 12, counts
+
+
+def test_a_closed_worker_leaves_nothing_in_its_process() -> None:
+    app = FastQ("again", broker="memory://", backend="memory://")
+
+    @app.task(name="noop")
+    def noop() -> None: ...
+
+    process = psutil.Process()
+    counts = []
+    for _ in range(40):
+        with worker(app):
+            noop.delay().get(timeout=30)
+        gc.collect()
+        counts.append((process.num_fds(), process.num_threads(), process.memory_info().rss / MIB))
+    first, last = counts[9], counts[-1]
+    print(f"descriptors, threads, MiB: {first} after 10 workers, {last} after {len(counts)}")
+    assert last[0] <= first[0] + 2
+    assert last[1] <= first[1] + 2
+    assert last[2] - first[2] < 3
 
 
 def held_memory() -> tuple[int, int]:
