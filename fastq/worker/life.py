@@ -171,6 +171,7 @@ class Life:
                 if isinstance(error, SettingsError) and not self._was_connected:
                     raise
                 attempt += 1
+                self._collect_soon()
                 await self._before_retry(attempt, time.monotonic() - lost_at, error)
                 continue
             attempt, connected_at = 0, time.monotonic()
@@ -194,8 +195,7 @@ class Life:
             lost_at = time.monotonic()
             logger.warning(messages.CONNECTION_LOST, reason)
             await self._disconnect()
-            # The connection and the error that ended it refer to each other; the collector comes too rarely by itself.
-            self._stop.loop.call_later(COLLECT_S, gc.collect)
+            self._collect_soon()
             if self.settings.worker_cancel_long_running_tasks_on_connection_loss:
                 self.core.cancel_lost(signal.SIGTERM)
             # A connection that ends as soon as it stands is not made again in a tight loop.
@@ -203,6 +203,10 @@ class Life:
             if flaps > 1:
                 longest = min(FLAP_S, FIRST_RETRY_S * 2 ** min(flaps, 16))
                 await asyncio.sleep(random.uniform(FIRST_RETRY_S, longest))  # noqa: S311  jitter, not a secret
+
+    def _collect_soon(self) -> None:
+        # A connection and the error that ended it refer to each other; the collector comes too rarely by itself.
+        self._stop.loop.call_later(COLLECT_S, gc.collect)
 
     def _say_ready(self) -> None:
         ready = {"hostname": self.options.hostname}
