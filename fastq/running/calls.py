@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -44,6 +45,13 @@ def end_process() -> NoReturn:
     """End a process of several calls because of the internal error that is being handled."""
     logging.getLogger("fastq.worker").critical("a child ends because of an internal error", exc_info=sys.exc_info())
     os._exit(EX_INTERNAL)
+
+
+async def awaited(function: Callable[..., Any], *args: Any) -> None:
+    """Call one of a task's handlers, or await it."""
+    value = function(*args)
+    if inspect.isawaitable(value):
+        await value
 
 
 class Limit(Protocol):

@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import wraps
 from typing import Any, Final
 
 import uvloop
 
-from fastq.awaiting import Interruptible
+from fastq.awaiting import Interruptible, run_here
 from fastq.running.calls import LOOK_S, CallRunner, LastCalls, end_process, running_call
 from fastq.running.threads import ThreadLimit, Workers
 from fastq.wire.call import Call
@@ -76,18 +76,37 @@ class LoopLimit(ThreadLimit):
             call = running_call.get()
             if asyncio._get_running_loop() is not None or call is None:
                 return function(*args, **kwargs)
-            bridged = self._run_bridged(call, function, args, kwargs)
-            value, error = asyncio.run_coroutine_threadsafe(bridged, self.loop).result()
-            if self.is_cancelled(call):
-                raise SystemExit
-            if error is not None:
-                raise error
-            return value
+            try:
+                return self._bridge(call, lambda: self.run_async(call, function, args, kwargs))
+            finally:
+                self._struck.discard(call.seq)
 
         return run
 
+    def finishing(self, handler: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what runs a handler that is a coroutine function to its end: on the loop, while a thread waits."""
+
+        @wraps(handler)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            call = running_call.get()
+            if asyncio._get_running_loop() is not None or call is None:
+                return run_here(handler(*args, **kwargs))
+            return self._bridge(call, lambda: handler(*args, **kwargs))
+
+        return run
+
+    def _bridge(self, call: Call, start: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """Return what the coroutine returns, which runs on the loop, to a thread."""
+        bridged = self._run_bridged(call, start)
+        value, error = asyncio.run_coroutine_threadsafe(bridged, self.loop).result()
+        if self.is_cancelled(call):
+            raise SystemExit
+        if error is not None:
+            raise error
+        return value
+
     async def _run_bridged(
-        self, call: Call, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+        self, call: Call, start: Callable[[], Coroutine[Any, Any, Any]]
     ) -> tuple[Any, BaseException | None]:
         """Return what the coroutine returns, and what it raises: as a value, for the thread that waits for it."""
         task = asyncio.current_task()
@@ -96,12 +115,11 @@ class LoopLimit(ThreadLimit):
             if self.is_cancelled(call):
                 return None, None
             self._bridged[call.seq] = task
-            return await self.run_async(call, function, args, kwargs), None
+            return await start(), None
         except BaseException as error:
             return None, error
         finally:
             self._bridged.pop(call.seq, None)
-            self._struck.discard(call.seq)
 
     def has_struck(self, call: Call) -> bool:
         """Return whether this call, which runs, was past its limit."""
@@ -113,13 +131,13 @@ class LoopLimit(ThreadLimit):
 
     def cancel(self, seq: int) -> None:
         """Have a call end."""
+        if (bridged := self._bridged.get(seq)) is not None:
+            bridged.cancel()
         if (task := self.tasks.get(seq)) is not None:
             self.cancelled.add(seq)
             task.cancel()
             return
         super().cancel(seq)
-        if (task := self._bridged.get(seq)) is not None:
-            task.cancel()
 
     def forget(self, call: Call) -> None:
         """A coroutine has ended."""

@@ -23,7 +23,7 @@ from fastq.eager import finished
 from fastq.errors import CallEnded, Ignore, NotRegistered, Reject, RemoteProtocolError, Retry, SoftTimeLimitExceeded
 from fastq.request import Request, pop_request, push_request
 from fastq.running.birth import ChildOptions, MemoryLimit
-from fastq.running.calls import make_limit
+from fastq.running.calls import awaited, make_limit
 from fastq.running.decode import MAX_DETAIL, Malformed, decode_call
 from fastq.running.messages import TaskLog, retry_reason
 from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, SUCCESS
@@ -189,7 +189,7 @@ class Runner:
         push_request(request)  # in a context that ends with the call
         try:
             for before in plan.before:
-                await _awaited(before, call.id, args, kwargs)
+                await awaited(before, call.id, args, kwargs)
             value = await self.limit.run_async(call, plan.function, args, kwargs)
             meta = None
             if call.wants_result:
@@ -215,7 +215,7 @@ class Runner:
     ) -> None:
         """Await a handler behind the task: the task's outcome stands, whatever it raises, unless the call is to end."""
         try:
-            await _awaited(after, state, value, call.id, args, kwargs, info)
+            await awaited(after, state, value, call.id, args, kwargs, info)
         except BaseException as error:
             if self.limit.is_cancelled(call):
                 raise
@@ -341,13 +341,6 @@ def _finishing(function: Callable[..., Any]) -> Callable[..., Any]:
         finished(function(*args))
 
     return run
-
-
-async def _awaited(function: Callable[..., Any], *args: Any) -> None:
-    """Call one of a task's handlers, or await it."""
-    value = function(*args)
-    if inspect.isawaitable(value):
-        await value
 
 
 def _log_failed(after: After, error: BaseException) -> None:

@@ -10,8 +10,9 @@ import celery
 from celery import signals
 from celery.exceptions import Ignore, Reject, SoftTimeLimitExceeded
 from celery.utils.log import get_task_logger
+from celery.worker.request import Request
 
-from tests.support.tasks_for_kinds import Words, add_coroutines, add_tasks, settings
+from tests.support.tasks_for_kinds import AwaitedHandlers, Words, add_coroutines, add_handled, add_tasks, settings
 
 app = celery.Celery(
     "kinds", broker=os.environ.get("FASTQ_BROKER_URL"), backend=os.environ.get("FASTQ_RESULT_BACKEND", "rpc://")
@@ -21,6 +22,18 @@ app.conf.update(settings())
 words = Words(SoftTimeLimitExceeded, Ignore, Reject, lambda: celery.current_task, get_task_logger(__name__))
 add_tasks(app, words)
 add_coroutines(app, words)
+
+
+class Handled(AwaitedHandlers, celery.Task):
+    """A task with handlers."""
+
+
+class OwnRequest(Request):
+    """Has the calls of its task go through Celery's tracer."""
+
+
+add_handled(app, Handled)
+add_handled(app, Handled, "_traced", Request=OwnRequest)
 
 
 # Celery looks at an errback's own parameters: with all three, it is called as it stands, not sent.

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import importlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -513,6 +514,55 @@ def add_coroutines(app: Any, words: Words) -> None:
         time.sleep(seconds)
         record_done(LEDGER, number)
         return [self.request.id, words.current_task().name]
+
+
+class AwaitedHandlers:
+    """Handlers that are coroutine functions: each tells, after a wait, of its call, and of the loop that it runs on."""
+
+    name: str
+    request: Any
+
+    async def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        """Tell of the begin."""
+        await self._tell("before_start", task_id)
+
+    async def on_success(self, retval: Any, task_id: str, args: Any, kwargs: Any) -> None:
+        """Tell of the value."""
+        await self._tell(f"on_success {retval}", task_id)
+
+    async def on_failure(self, exc: Exception, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+        """Tell of the error."""
+        await self._tell(f"on_failure {exc}", task_id)
+
+    async def on_retry(self, exc: Exception, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+        """Tell of the reason."""
+        await self._tell(f"on_retry {exc}", task_id)
+
+    async def after_return(self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+        """Tell of the state."""
+        await self._tell(f"after_return {status}", task_id)
+
+    async def _tell(self, what: str, task_id: str) -> None:
+        await asyncio.sleep(PAUSE_S)
+        assert self.request.id == task_id
+        loop = type(asyncio.get_running_loop()).__module__
+        logging.getLogger(__name__).warning("%s of %s on %s", what, task_id, loop)
+
+
+def add_handled(app: Any, base: Any, suffix: str = "", **options: Any) -> None:
+    """Give the application a task of that class, in both ways; it returns its number, fails or retries once."""
+
+    def handled(self: Any, number: int, end: str) -> Steps:
+        yield PAUSE_S
+        if end == "fails":
+            raise ValueError(f"number {number} is bad")
+        if end == "retries" and not self.request.retries:
+            raise self.retry(countdown=0, exc=ValueError(f"number {number} again"))
+        return number
+
+    options.update(base=base, bind=True)
+    app.task(name=f"handled{suffix}", **options)(sleeping(handled))
+    app.task(name=f"handled{suffix}_async", **options)(awaiting(handled))
 
 
 _tasks: list[asyncio.Task[None]] = []

@@ -6,13 +6,16 @@ Celery's stacks of running tasks go by thread. Where several calls share one, th
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextvars import ContextVar
 from threading import get_ident
-from typing import Any
+from typing import Any, Final
 
 import celery
 from celery import _state
 
+#: What a task may do around its calls.
+_HANDLERS: Final = ("before_start", "on_success", "on_failure", "on_retry", "after_return")
 #: What Celery's stacks go by: the call that runs in this context.
 _ident: ContextVar[object] = ContextVar("fastq_celery_ident", default=None)
 #: What the function of a task with ``autoretry_for`` has raised, for Celery's code that sees to it.
@@ -42,6 +45,29 @@ def set_own_function(task: Any, function: Any) -> None:
         return function(*args, **kwargs)
 
     task._orig_run = run
+
+
+def finish_handlers(task: Any, finishing: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
+    """Have handlers that are coroutine functions run to their end: Celery's code calls them and drops the coroutine.
+
+    ``finishing`` returns what does so, in place of a handler. Returns whether there is any.
+    """
+    found = False
+    for name in _HANDLERS:
+        handler = own_handler(getattr(task, name))
+        if not inspect.iscoroutinefunction(handler):
+            continue
+        found = True
+        finished = finishing(handler)
+        if finished is not handler:
+            finished.fastq_handler = handler  # type: ignore[attr-defined]
+        setattr(task, name, finished)
+    return found
+
+
+def own_handler(handler: Any) -> Any:
+    """Return the handler that ``finish_handlers`` has replaced by this one, or the same."""
+    return getattr(handler, "fastq_handler", handler)
 
 
 def retried(task: Any, error: BaseException, args: Any, kwargs: Any) -> BaseException:

@@ -21,6 +21,7 @@ from celery.app import trace
 from fastq.celery.checking.hookpoints import is_genuine
 from fastq.plugins import load
 from fastq.running.calls import LOOK_S, CallRunner, LastCalls, end_process, running_call
+from fastq.running.limit import plain
 from fastq.running.threads import ThreadLimit
 from fastq.wire.call import Call
 from fastq.wire.pipe import ChildPipe
@@ -37,6 +38,10 @@ class HostedLimit(ThreadLimit):
     def inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the task's own function as what can be ended; as it is where the pool's tracer is to see that."""
         return super().inside(function) if is_genuine(trace.build_tracer) else function
+
+    def finishing(self, handler: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a handler that is run to its end; as it is where the pool's tracer is to see to that."""
+        return plain(handler) if is_genuine(trace.build_tracer) else handler
 
     def around(self, call: Call, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Call what calls the task's own function; without a limit where ``inside`` has left that as it is."""

@@ -6,19 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 import celery
-from celery import signals
 from celery.app.task import Task as BaseTask
 from celery.app.trace import task_has_custom
 
 from fastq.celery.checking.hookpoints import touched
 from fastq.celery.running._request import faster
-from fastq.celery.running.coroutines import is_async
+from fastq.celery.running.coroutines import finish_handlers, is_async
+from fastq.running.limit import plain
 
 
 class Plan:
-    """What running one task takes, looked up once: how its calls run, and which of its handlers do anything."""
+    """What running one task takes, looked up once: how its calls run, and which of its handlers do anything.
 
-    def __init__(self, app: celery.Celery, task: Any, worker_saves: bool) -> None:
+    ``finishing`` makes a plain function of a handler that is a coroutine function.
+    """
+
+    def __init__(
+        self,
+        app: celery.Celery,
+        task: Any,
+        worker_saves: bool,
+        finishing: Callable[[Callable[..., Any]], Callable[..., Any]] = plain,
+    ) -> None:
         self.task = task
         self.reasons = touched(task, app)
         self.is_traced = bool(self.reasons)
@@ -28,6 +37,8 @@ class Plan:
         self.function: Callable[..., Any] = task.run if type(task).__call__ is BaseTask.__call__ else task
         self.requests = faster(task.request_stack)
         self.is_async = is_async(task)
+        #: Whether anything of a call is a coroutine function.
+        self.awaits = finish_handlers(task, finishing) or self.is_async
         self.track_started = bool(task.track_started)
         self.repr_limit: int = task.resultrepr_maxsize
         self.before_start = task.before_start if task_has_custom(task, "before_start") else None
@@ -35,10 +46,6 @@ class Plan:
         self.after_return = task.after_return if task_has_custom(task, "after_return") else None
         self.cleanup = _cleanups(task, app)
         self.has_handlers = self.on_success is not None or self.after_return is not None or bool(self.cleanup)
-
-    def has_listeners(self) -> bool:
-        """Return whether somebody's code runs behind the task's own."""
-        return self.has_handlers or bool(signals.task_success.receivers or signals.task_postrun.receivers)
 
 
 def ignores(task: Any, fields: dict[str, Any]) -> bool:

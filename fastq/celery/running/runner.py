@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from traceback import format_exc
@@ -36,6 +36,7 @@ from fastq.printable import Lines
 from fastq.running.birth import ChildOptions
 from fastq.running.calls import is_hosted, make_limit
 from fastq.running.decode import Malformed
+from fastq.running.limit import plain
 from fastq.states import FAILURE
 from fastq.wire.call import Call
 from fastq.wire.pipe import OUTCOME_MALFORMED, OUTCOME_UNKNOWN, ChildPipe
@@ -60,8 +61,11 @@ class CeleryRunner:
         self._plans: dict[str, Plan] = {}
         is_many = options.calls != "one"
         self._has_loop = options.calls == "loop"
+        #: Whether a coroutine runs in another thread than what calls it.
+        self._awaits_elsewhere = options.calls in ("loop", "gevent", "eventlet")
         self._is_hosted = is_hosted(options.calls)
         self._encloses = False
+        self._finishing: Callable[[Callable[..., Any]], Callable[..., Any]] = plain
         #: What was read of calls that came to the loop and go through the tracer.
         self._reads: dict[int, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {}
         self.connections = Connections(app, is_many)
@@ -88,10 +92,13 @@ class CeleryRunner:
             divert(lambda *state: self._pipe.state(*state), _request.get)
         if self.app.conf.get("fastq_reliable"):
             wait_out(self.app)
-        if self._has_loop:
+        if self._awaits_elsewhere:
             separate(self.app)
+        if self._has_loop:
             self.limit.has_coroutine = self._has_coroutine
         if self._has_loop or self._is_hosted:
+            self._finishing = self.limit.finishing
+        if self._awaits_elsewhere or self._is_hosted:
             self._plans.clear()
             self.prepare()  # anew, as it knows the stacks, and what a pool has put in the place of Celery's parts
         self._encloses = True
@@ -103,15 +110,17 @@ class CeleryRunner:
     def run(self, call: Call) -> None:
         """Run one call and report how it ended. Raises nothing but what ends the process."""
         if call.is_own:
+            if self._awaits_elsewhere:
+                enter(call.seq)
             _request.set({})
             self._traced.apply(call)
             return
-        if self._has_loop:
-            enter(call.seq)
         plan = self._plans.get(call.name) or self._plan_of(call.name)
         if plan is None:
             self._pipe.finish(call, OUTCOME_UNKNOWN)
             return
+        if self._awaits_elsewhere and (self._has_loop or plan.awaits):
+            enter(call.seq)
         read = self._read(call)
         if read is None:
             return
@@ -245,7 +254,7 @@ class CeleryRunner:
         task = self.app.tasks.get(name)
         if task is None:
             return None
-        plan = self._plans[name] = Plan(self.app, task, self._worker_saves)
+        plan = self._plans[name] = Plan(self.app, task, self._worker_saves, self._finishing)
         if self._encloses:
             self._enclose(plan)
         return plan

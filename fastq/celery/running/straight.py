@@ -22,11 +22,12 @@ from celery.exceptions import Ignore, Reject, Retry
 from celery.utils.saferepr import saferepr
 
 from fastq.celery.running._request import faster, to_context
-from fastq.celery.running.coroutines import retried
+from fastq.celery.running.coroutines import own_handler, retried
 from fastq.celery.running.ends import REQUEUED, Ends, encoded_by, exception_report
 from fastq.celery.running.plan import Plan, ignores, is_default_loader
 from fastq.codecs.json import encode as encode_json
 from fastq.errors import EncodeError
+from fastq.running.calls import awaited
 from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, STARTED, SUCCESS
 from fastq.wire.call import Call
 
@@ -101,7 +102,7 @@ class Straight:
                 self._begin(plan, call, args, kwargs, fields, request)
             try:
                 if plan.before_start is not None:
-                    plan.before_start(call.id, args, kwargs)
+                    await awaited(own_handler(plan.before_start), call.id, args, kwargs)
                 value = await self._limit.run_async(call, plan.function, args, kwargs)
                 meta = self._success_meta(call, request, plan.task, value) if call.wants_result else None
             except BaseException as error:
@@ -110,7 +111,7 @@ class Straight:
                 end = await asyncio.to_thread(self._ended, plan.task, call, fields, request, error)
             else:
                 end = value, SUCCESS, meta, None, False
-                end = self._succeeded(plan, call, args, kwargs, request, value, meta)
+                end = await self._succeeded_async(plan, call, args, kwargs, request, value, meta)
         finally:
             self._leave(plan, call, args, kwargs, end)
         self._ends.finish(call, *end[1:])
@@ -149,24 +150,52 @@ class Straight:
         self, plan: Plan, call: Call, args: Any, kwargs: Any, request: Context, value: Any, meta: bytes | None
     ) -> End:
         """Tell who listens of a success."""
-        task_id = call.id
-        report = None
         runtime = time.monotonic() - call.started_s
-        if meta is not None and self._stores and plan.has_listeners():
-            # Whoever is called now may end the process: the success is to be known before.
-            self._ends.pipe.state(task_id, SUCCESS, meta)
+        self._announce(plan, call, meta)
         if plan.on_success is not None:
-            self._handler(plan.on_success, value, task_id, args, kwargs)
+            self._handler(plan.on_success, value, call.id, args, kwargs)
+        report = self._tell(plan, call, request, value, runtime)
+        if plan.after_return is not None:
+            self._handler(plan.after_return, SUCCESS, value, call.id, args, kwargs, None)
+        return value, SUCCESS, meta, report, False
+
+    async def _succeeded_async(
+        self, plan: Plan, call: Call, args: Any, kwargs: Any, request: Context, value: Any, meta: bytes | None
+    ) -> End:
+        """Tell who listens of a coroutine's success; the task's handlers may be coroutine functions, too."""
+        runtime = time.monotonic() - call.started_s
+        self._announce(plan, call, meta)
+        if plan.on_success is not None:
+            await self._handler_async(call, plan.on_success, value, call.id, args, kwargs)
+        report = self._tell(plan, call, request, value, runtime)
+        if plan.after_return is not None:
+            await self._handler_async(call, plan.after_return, SUCCESS, value, call.id, args, kwargs, None)
+        return value, SUCCESS, meta, report, False
+
+    def _announce(self, plan: Plan, call: Call, meta: bytes | None) -> None:
+        """Have a success be known before somebody is called who may end the process."""
+        has_listeners = plan.has_handlers or signals.task_success.receivers or signals.task_postrun.receivers
+        if meta is not None and self._stores and has_listeners:
+            self._ends.pipe.state(call.id, SUCCESS, meta)
+
+    def _tell(self, plan: Plan, call: Call, request: Context, value: Any, runtime: float) -> Any:
+        """Send the signal of a success and log it; return what monitors are told."""
         if signals.task_success.receivers:
             signals.task_success.send(sender=plan.task, result=value, runtime=runtime)
-        if self._logs_info or call.wants_report:
-            text = saferepr(value, plan.repr_limit)
-            report = {"result": text}
-            if self._logs_info:
-                self._log_success(plan.task, request, text, runtime)
-        if plan.after_return is not None:
-            self._handler(plan.after_return, SUCCESS, value, task_id, args, kwargs, None)
-        return value, SUCCESS, meta, report, False
+        if not (self._logs_info or call.wants_report):
+            return None
+        text = saferepr(value, plan.repr_limit)
+        if self._logs_info:
+            context = {
+                "id": request.id,
+                "name": request.shadow or plan.task.name,
+                "return_value": text,
+                "runtime": runtime,
+                "args": request.get("argsrepr") or saferepr(request.args),
+                "kwargs": request.get("kwargsrepr") or saferepr(request.kwargs),
+            }
+            logger.info(trace.LOG_SUCCESS, context, extra={"data": context})
+        return {"result": text}
 
     def _leave(self, plan: Plan, call: Call, args: Any, kwargs: Any, end: End | None) -> None:
         try:
@@ -223,16 +252,21 @@ class Straight:
             handler(*args)
         except (Reject, MemoryError):
             raise
-        except Exception:
-            logger.exception("task handler %r failed", getattr(handler, "__qualname__", handler))
+        except Exception as error:
+            _log_failed(handler, error)
 
-    def _log_success(self, task: Any, request: Context, text: str, runtime: float) -> None:
-        context = {
-            "id": request.id,
-            "name": request.shadow or task.name,
-            "return_value": text,
-            "runtime": runtime,
-            "args": request.get("argsrepr") or saferepr(request.args),
-            "kwargs": request.get("kwargsrepr") or saferepr(request.kwargs),
-        }
-        logger.info(trace.LOG_SUCCESS, context, extra={"data": context})
+    async def _handler_async(self, call: Call, handler: Callable[..., Any], *args: Any) -> None:
+        """Await one of the task's handlers in the same way, unless the call is to end."""
+        try:
+            await awaited(own_handler(handler), *args)
+        except (Reject, MemoryError):
+            raise
+        except BaseException as error:
+            if self._limit.is_cancelled(call):
+                raise
+            _log_failed(handler, error)
+
+
+def _log_failed(handler: Callable[..., Any], error: BaseException) -> None:
+    """Log what a handler raises."""
+    logger.error("task handler %r failed", getattr(handler, "__qualname__", handler), exc_info=error)

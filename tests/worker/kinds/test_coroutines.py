@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+import pytest
+
 from tests.support.kinds import CALLS, PATIENCE_S, Field, rows
 from tests.support.stage import until
 
@@ -139,12 +141,25 @@ def test_plain_functions_do_not_stop_the_loop(field: Field) -> None:
         assert "took no turn" not in field.stage.workers[0].log()
 
 
-@rows(lambda row: row.program == "fastq")
-def test_handlers_that_are_coroutine_functions_are_awaited(shared: Field) -> None:
+@pytest.mark.parametrize("task", ["handled", "handled_traced"])
+@pytest.mark.parametrize("suffix", ["_async", ""])
+def test_handlers_that_are_coroutine_functions_are_awaited(shared: Field, task: str, suffix: str) -> None:
+    """On the loop of their task, where that has one; on the way through Celery's tracer, too."""
+    if task == "handled_traced" and shared.row.program != "celery":
+        return
     worker = shared.stage.workers[0]
-    good = shared.stage.call("handled", False)
-    number = good.get(timeout=PATIENCE_S)
-    worker.wait_for_log(rf"handlers: \['before_start', 'on_success', {number}\]", PATIENCE_S)
-    bad = shared.stage.call("handled", True)
-    assert shared.error_of(bad) == "ValueError"
-    worker.wait_for_log(rf"handlers: \['before_start', 'on_failure', 'number {number + 1} is bad'\]", PATIENCE_S)
+    # FastQ's are called at each end, Celery's ``after_return`` not at a retry.
+    at_retry = " after_return RETRY" if shared.row.program == "fastq" else ""
+    ends = {
+        "succeeds": ("before_start", "on_success {}", "after_return SUCCESS"),
+        "fails": ("before_start", "on_failure number {} is bad", "after_return FAILURE"),
+        "retries": ("before_start", "on_retry number {} again", at_retry, "before_start", "on_success {}"),
+    }
+    for end, told in ends.items():
+        result = shared.stage.call(f"{task}{suffix}", end)
+        assert shared.error_of(result) == ("ValueError" if end == "fails" else "")
+        number = shared.stage.sent[-1]
+        loop = "uvloop" if suffix and shared.kind.has_loop else ""
+        lines = [rf"{each.strip().format(number)} of {result.id} on {loop}" for each in told if each]
+        worker.wait_for_log("(?s)" + ".*".join(lines), PATIENCE_S)
+    assert "never awaited" not in worker.log()
