@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from contextlib import AbstractAsyncContextManager
 from contextvars import copy_context
 from functools import partial, wraps
 from types import FrameType
@@ -59,6 +60,23 @@ def run_here(coroutine: Coroutine[Any, Any, T]) -> T:
         finally:
             if task.done():
                 _own.interrupt = None
+
+
+@contextlib.contextmanager
+def entered_here(manager: AbstractAsyncContextManager[T]) -> Iterator[T]:
+    """Enter an asynchronous context manager on the loop that runs this thread's coroutines; leave it there, too."""
+    value = run_here(_await(manager.__aenter__()))
+    try:
+        yield value
+    except BaseException as error:
+        if not run_here(_await(manager.__aexit__(type(error), error, error.__traceback__))):
+            raise
+    else:
+        run_here(_await(manager.__aexit__(None, None, None)))
+
+
+async def _await(awaitable: Awaitable[T]) -> T:
+    return await awaitable
 
 
 def interrupt_here(error: Exception, frame: FrameType | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import cast
 
 from fastq.app import FastQ
@@ -37,6 +37,11 @@ class FastQChild(ChildProcess):
         span = None if app.lifespan is None or self._options.calls == "loop" else app.lifespan(app)
         if isinstance(span, AbstractContextManager):
             with span as app.state:
+                super().serve(pipe)
+        elif isinstance(span, AbstractAsyncContextManager) and self._options.awaits:
+            from fastq.awaiting import entered_here  # an event loop, which few need here
+
+            with entered_here(span) as app.state:
                 super().serve(pipe)
         else:
             super().serve(pipe)

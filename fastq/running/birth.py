@@ -57,6 +57,7 @@ class ChildOptions:
     setup: ChildSetup | None = None  # logging and the like
     calls: str = "one"  # how it runs them (``calls.way_of``)
     slots: int = 1  # how many at a time
+    awaits: bool = False  # coroutine functions are among its calls, one at a time and without a loop of the child's
     keeps_streams: bool = False  # a debugger is to find the terminal there: what is printed does not become records
 
 

@@ -191,6 +191,7 @@ class Worker:
             child_logging(options, settings, group.calls, self._keeps_streams),
             group.calls,
             group.places,
+            group.calls == "one" and len(self.groups) == 1 and bool(self.program.async_names),
             self._keeps_streams,
         )
 
