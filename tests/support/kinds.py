@@ -40,6 +40,7 @@ class Kind:
     others           how many calls of other tasks run beside them
     has_loop         a loop of the process's own awaits them
     shares           its calls share a process
+    most             how many calls run at a time, unless a test asks for others
     """
 
     name: str
@@ -49,6 +50,7 @@ class Kind:
     count: str = "-c"
     others: int = 0
     has_loop: bool = False
+    most: int = CALLS
 
     def arguments(self, calls: int) -> tuple[str, ...]:
         """Return the options of a worker that runs so many calls at a time."""
@@ -67,13 +69,16 @@ KINDS: Final = (
     Kind("eventlet", ("-P", "eventlet", "--async-processes", "0")),
     Kind("loop", ("-c", "1", "--async-processes", "1"), is_async=True, count="--async-slots", others=1, has_loop=True),
 )
-#: Functions in pools that are made for others; too many to be run each time.
+#: Functions in pools that are made for others, and other ways to start children; too many to be run each time.
 MORE_KINDS: Final = (
     Kind("hosted", ("-P", "tests.support.hosted_pools:Threads")),
+    Kind("spawn", ("--pool-start-method", "spawn", "--async-processes", "0"), shares=False),
     Kind("asyncio:plain", ("-P", "asyncio")),
     Kind("prefork:async", ("--async-processes", "0"), is_async=True, shares=False),
     Kind("threads:async", ("-P", "threads", "--async-processes", "0"), is_async=True),
 )
+#: It has suites of its own; here it does what needs no other call beside it.
+SOLO: Final = Kind("solo", ("-P", "solo"), shares=False, most=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +97,32 @@ class Row:
 ALL: Final = os.environ.get("FASTQ_TEST_KINDS") == "all"
 
 # Each kind and each application meets both brokers.
-ROWS: Final = tuple(
+EVERY_ROW: Final = tuple(
     Row(kind, program, ("amqp", "redis")[(index + turn) % 2])
-    for index, kind in enumerate((*KINDS, *MORE_KINDS) if ALL else KINDS)
+    for index, kind in enumerate((*KINDS, *MORE_KINDS))
     for turn, program in enumerate(APPS)
 )
-
+ROWS: Final = tuple(row for row in EVERY_ROW if ALL or row.kind in KINDS)
 
 #: The same with one application for each kind of greenlet: what they share with other kinds is tried by those.
 SOME_ROWS: Final = tuple(row for row in ROWS if ALL or str(row) not in ("gevent-fastq", "eventlet-celery"))
 
+#: And more than those, for what matters most: limits, revocation, stops, deaths.
+CENTRAL_ROWS: Final = tuple(
+    row for row in EVERY_ROW if row in ROWS or str(row) in ("hosted-fastq", "spawn-fastq", "spawn-celery")
+)
+SOLO_ROWS: Final = (Row(SOLO, "fastq", "redis"), Row(SOLO, "celery", "amqp"))
 
-def rows(where: Callable[[Row], bool] = lambda row: True) -> pytest.MarkDecorator:
+
+def rows(where: Callable[[Row], bool] = lambda row: True, among: Sequence[Row] = ROWS) -> pytest.MarkDecorator:
     """Return what makes a test run for these rows."""
-    return pytest.mark.parametrize("row", [row for row in ROWS if where(row)], ids=str, scope="module")
+    return pytest.mark.parametrize("row", [row for row in among if where(row)], ids=str, scope="module")
 
 
+central_rows = rows(among=CENTRAL_ROWS)
+central_and_solo_rows = rows(among=(*CENTRAL_ROWS, *SOLO_ROWS))
+solo_too = rows(among=(*ROWS, *SOLO_ROWS))
+some_and_solo_rows = rows(among=(*SOME_ROWS, *SOLO_ROWS))
 sharing_rows = rows(lambda row: row.kind.shares)
 
 

@@ -1,4 +1,4 @@
-"""Private servers for tests and benchmarks: RabbitMQ and Redis in a folder of their own, on ports of their own.
+"""Private servers for tests and benchmarks: RabbitMQ, Redis, PostgreSQL, in folders and on ports of their own.
 
 Each is a child process and is stopped by its own pid; a server that runs on the machine already is never touched.
 Source: rabbitmq-server(8) and rabbitmq-env.conf(5) for the variables, AMQP 0-9-1 section 2.2.4 for the readiness check.
@@ -359,7 +359,7 @@ class _Control:
 
 
 class Redis:
-    """One Redis server without persistence. ``settings`` are lines of redis.conf."""
+    """One Redis server, without persistence unless ``settings``, lines of redis.conf, have it."""
 
     def __init__(self, folder: Path, settings: dict[str, str] | None = None) -> None:
         program = shutil.which("redis-server")
@@ -394,7 +394,7 @@ class Redis:
         self._end(signal.SIGKILL)
 
     def restart(self) -> None:
-        """Stop and start on the same port. Data is gone: nothing is persisted."""
+        """Stop and start on the same port. Data is gone, unless the settings have it persisted."""
         self.stop()
         self.start()
 
@@ -478,6 +478,77 @@ class RedisSentinel(Redis):
     def url(self, database: int = 0) -> str:
         """Return the URL by which clients find the master."""
         return f"sentinel://127.0.0.1:{self.port}/{database}"
+
+
+class PostgreSQL:
+    """One PostgreSQL server with a database of its own, which lets everybody in."""
+
+    def __init__(self) -> None:
+        programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+        found = shutil.which("postgres", path=os.pathsep.join([*map(str, programs[-1:]), os.environ.get("PATH", "")]))
+        if found is None:
+            raise ServerMissing("PostgreSQL is not installed: apt-get install postgresql")
+        self.port = 0
+        self._program = Path(found).resolve()
+        # It refuses to be root; the Debian package makes this user.
+        self._user = "postgres" if os.geteuid() == 0 else None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> PostgreSQL:
+        """Return self when the server takes connections."""
+        self.port = free_ports(1)
+        # Not in pytest's folder: nobody but root may look into that.
+        self._folder = tempfile.TemporaryDirectory(prefix="fastq-postgresql-")
+        folder = Path(self._folder.name)
+        if self._user:
+            shutil.chown(folder, self._user)
+        data = folder / "data"
+        make = ["initdb", "-D", str(data), "-U", "postgres", "-A", "trust", "-N", "--no-instructions"]
+        log = folder / "postgresql.log"
+        with log.open("ab") as output:
+            done = subprocess.run(
+                [self._program.with_name(make[0]), *make[1:]],
+                user=self._user,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                check=False,
+            )
+            if done.returncode:
+                raise ServerFailed(f"initdb ended with exit code {done.returncode}\n{log.read_text()}")
+            self._process = subprocess.Popen(
+                [self._program, "-D", data, "-p", str(self.port), "-h", "127.0.0.1", "-k", "", "-F"],
+                user=self._user,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        wait_until(
+            lambda: "ready to accept connections" in log.read_text(),
+            START_TIMEOUT_S,
+            lambda: ServerFailed(f"PostgreSQL did not start\n{log.read_text()}"),
+        )
+        return self
+
+    def close(self) -> None:
+        """Stop the server, whoever is connected."""
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(STOP_TIMEOUT_S)
+        self._process = None
+        self._folder.cleanup()
 
 
 def free_ports(count: int) -> int:

@@ -7,6 +7,7 @@ sleeps in its thread, ``name_async`` awaits. ``support.kinds`` knows which of th
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import importlib
 import json
@@ -14,6 +15,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -34,6 +36,14 @@ SENT_BY_TASKS = 10_000
 
 Steps: TypeAlias = "Generator[float, None, Any]"
 Body: TypeAlias = "Callable[..., Steps]"
+
+#: Whose sockets this application has found when it was imported.
+SOCKETS_AT_IMPORT = socket.socket.__module__
+if "FASTQ_TEST_LEDGER" in os.environ:
+    # A child ends without this; of the main process it is the last word.
+    atexit.register(
+        lambda: os.write(2, f"sockets of {os.getpid()}: {SOCKETS_AT_IMPORT}, {socket.socket.__module__}\n".encode())
+    )
 
 _mark: ContextVar[int | None] = ContextVar("mark", default=None)
 _kept: list[bytearray] = []
@@ -159,6 +169,12 @@ def add_tasks(app: Any, words: Words) -> None:
             "subprocess": child.stdout.split(),
             "thread": threading.current_thread().name,
         }
+
+    @task()
+    def sockets(self: Any, number: int) -> Steps:
+        """Return whose sockets the process had when the application was imported, and whose it has now."""
+        yield 0
+        return [SOCKETS_AT_IMPORT, socket.socket.__module__]
 
     @task()
     def imports(self: Any, number: int, folder: str) -> Steps:
@@ -471,6 +487,75 @@ def add_coroutines(app: Any, words: Words) -> None:
             seen.append("moved on")
         seen.append(await anyio.to_thread.run_sync(lambda: self.request.id))
         return seen
+
+    @task
+    async def fetches_by_httpx(self: Any, number: int, url: str) -> list[Any]:
+        """Get pages at a time, and one that is too late."""
+        import httpx
+
+        async with httpx.AsyncClient(trust_env=False) as client:
+            pages = await asyncio.gather(*(client.get(f"{url}/{page}") for page in range(3)))
+            with contextlib.suppress(httpx.ReadTimeout):
+                await client.get(f"{url}/late", timeout=0.1)
+                raise AssertionError("it was not too late")
+            return [self.request.id, *(page.text for page in pages)]
+
+    @task
+    async def fetches_by_aiohttp(self: Any, number: int, url: str) -> list[Any]:
+        """Do the same with another library, which refuses to wait outside of a task of the loop's."""
+        import aiohttp
+
+        async with aiohttp.ClientSession() as session:
+
+            async def get(page: object, seconds: float = 60) -> str:
+                async with session.get(f"{url}/{page}", timeout=aiohttp.ClientTimeout(total=seconds)) as answer:
+                    return await answer.text()
+
+            pages = await asyncio.gather(*(get(page) for page in range(3)))
+            with contextlib.suppress(asyncio.TimeoutError):
+                await get("late", 0.1)
+                raise AssertionError("it was not too late")
+            return [self.request.id, *pages]
+
+    @task
+    async def queries_by_asyncpg(self: Any, number: int, url: str) -> list[Any]:
+        """Query by a pool of connections, at a time; have one query take too long, and go on."""
+        import asyncpg
+
+        async with asyncpg.create_pool(url, min_size=1, max_size=2) as pool:
+            found = await asyncio.gather(*(pool.fetchval("SELECT $1::int + 1", each) for each in range(4)))
+            async with pool.acquire() as connection, connection.transaction():
+                with contextlib.suppress(asyncio.TimeoutError):
+                    async with connection.transaction():
+                        await connection.execute("SELECT pg_sleep(60)", timeout=0.1)
+                        raise AssertionError("it did not take too long")
+                found.append(await connection.fetchval("SELECT 7"))
+            return [self.request.id, *found]
+
+    @task
+    async def queries_by_sqlalchemy(self: Any, number: int, url: str) -> list[Any]:
+        """Query in sessions, of which each task of the loop's has one."""
+        from sqlalchemy import text
+        from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker, create_async_engine
+
+        engine = create_async_engine(url.replace("postgresql:", "postgresql+asyncpg:"))
+        sessions = async_scoped_session(async_sessionmaker(engine), asyncio.current_task)
+        kept = []  # so that no other one has the same place in memory
+
+        async def query(value: int) -> int:
+            kept.append(sessions())
+            try:
+                await sessions.execute(text("CREATE TEMPORARY TABLE mine (value int) ON COMMIT DROP"))
+                await sessions.execute(text("INSERT INTO mine VALUES (:value)"), {"value": value})
+                found: int = (await sessions.execute(text("SELECT sum(value) FROM mine"))).scalar_one()
+                assert kept.count(sessions()) == 1
+                return found
+            finally:
+                await sessions.remove()
+
+        found = [await query(0), *await asyncio.gather(*map(query, range(1, 4)))]
+        await engine.dispose()
+        return [self.request.id, len({*map(id, kept)}), *found]
 
     @task
     async def cancels_itself(self: Any, number: int, how: str) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import missing
 from tests.support.kinds import ROWS, SOME_ROWS, Field, Row, open_field
+from tests.support.servers import PostgreSQL, ServerMissing
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -35,3 +37,17 @@ def shared(row: Row, request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
     opened.start()
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    """A private PostgreSQL."""
+    try:
+        server = PostgreSQL()
+    except ServerMissing as error:
+        missing(error)
+        raise
+    try:
+        yield server.start()
+    finally:
+        server.close()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from tests.support.kinds import CALLS, PATIENCE_S, Field, rows
+from tests.support.servers import PostgreSQL
 from tests.support.stage import until
 
 async_rows = rows(lambda row: row.kind.has_loop)
@@ -60,6 +64,62 @@ def test_anyio_works(shared: Field) -> None:
     result = shared.stage.call("anyio_scopes")
     seen = result.get(timeout=PATIENCE_S)
     assert (sorted(seen[:2]), seen[2:]) == (["first", "second"], ["moved on", result.id])
+
+
+class Pages(BaseHTTPRequestHandler):
+    """Pages with their names; one never comes."""
+
+    protocol_version = "HTTP/1.1"
+    is_over = threading.Event()
+
+    def do_GET(self) -> None:
+        """Answer."""
+        if self.path == "/late":
+            self.is_over.wait(PATIENCE_S)
+            self.close_connection = True
+            return
+        page = f"page {self.path}".encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[str]:
+    """The address of a web server."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        Pages.is_over.set()
+        server.shutdown()
+        thread.join()
+
+
+@async_rows
+@pytest.mark.parametrize("library", ["httpx", "aiohttp"])
+def test_libraries_for_http_work(shared: Field, web: str, library: str) -> None:
+    results = [shared.stage.call(f"fetches_by_{library}", web) for _ in range(CALLS)]
+    for result in results:
+        assert result.get(timeout=PATIENCE_S) == [result.id, "page /0", "page /1", "page /2"]
+
+
+@async_rows
+def test_asyncpg_works(shared: Field, postgresql: PostgreSQL) -> None:
+    results = [shared.stage.call("queries_by_asyncpg", postgresql.url) for _ in range(CALLS)]
+    for result in results:
+        assert result.get(timeout=PATIENCE_S) == [result.id, 1, 2, 3, 4, 7]
+
+
+@async_rows
+def test_sqlalchemy_works(shared: Field, postgresql: PostgreSQL) -> None:
+    results = [shared.stage.call("queries_by_sqlalchemy", postgresql.url) for _ in range(CALLS)]
+    for result in results:
+        assert result.get(timeout=PATIENCE_S) == [result.id, 4, 0, 1, 2, 3]
 
 
 @async_rows

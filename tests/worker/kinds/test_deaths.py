@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
+import pytest
 
 from tests.support.fault_proxy import FaultProxy
-from tests.support.kinds import CALLS, PATIENCE_S, Field, rows, sharing_rows
-from tests.support.servers import RabbitMQ
-from tests.support.stage import until
+from tests.support.kinds import CALLS, PATIENCE_S, Field, Row, central_rows, rows, sharing_rows
+from tests.support.servers import RabbitMQ, Redis
+from tests.support.stage import Stage, until
 
 MANY = 20
 
@@ -41,6 +43,7 @@ def alive(field: Field) -> dict[int, int]:
     return {number: pid for number, pid in field.ledger.running().items() if psutil.pid_exists(pid)}
 
 
+@central_rows
 def test_a_call_that_kills_its_process_ends_and_no_other_one(field: Field) -> None:
     worker = field.start_reliable()
     killing = field.call("kill")
@@ -65,6 +68,7 @@ def test_killing_calls_side_by_side_end_and_innocents_succeed(field: Field) -> N
     assert worker.exit_code is None
 
 
+@central_rows
 def test_a_worker_that_is_killed_loses_nothing(field: Field) -> None:
     worker = field.start_reliable(calls=MANY if field.kind.shares else CALLS)
     field.send(300, "work", 0.05)
@@ -101,16 +105,41 @@ def test_a_connection_that_is_cut_loses_nothing(field: Field, fault_proxy: Calla
     assert [result.get(timeout=PATIENCE_S) for result in results] == field.stage.sent
 
 
-@rows(lambda row: row.broker == "amqp")
-def test_a_broker_that_restarts_loses_nothing(field: Field, rabbitmq: RabbitMQ) -> None:
-    worker = field.start_reliable(calls=MANY if field.kind.shares else CALLS)
-    field.send(300, "work", 0.05)
-    field.ledger.wait_for_done(30, PATIENCE_S)
-    rabbitmq.restart()
+def check_restart(field: Field, restart: Callable[[], None]) -> None:
+    """Restart the broker while calls run; raise when one is lost."""
+    calls = MANY if field.kind.shares else CALLS
+    worker = field.start_reliable(calls=calls)
+    field.send(30 * calls, "work", 0.1)
+    field.ledger.wait_for_done(3 * calls, PATIENCE_S)
+    restart()
+    assert len(field.ledger.done()) < 30 * calls
     field.stage.wait_for(field.stage.sent, 3 * PATIENCE_S)
     field.stage.wait_for_settled(PATIENCE_S)
     assert not field.stage.verdict("restart of the broker").lost
+    assert "Connection to broker lost" in worker.log()
     assert worker.exit_code is None
+
+
+@rows(lambda row: row.broker == "amqp")
+def test_a_rabbitmq_that_restarts_loses_nothing(field: Field, rabbitmq: RabbitMQ) -> None:
+    check_restart(field, rabbitmq.restart)
+
+
+@rows(lambda row: row.broker == "redis")
+def test_a_redis_that_restarts_loses_nothing(row: Row, tmp_path: Path, lasting_redis: Redis) -> None:
+    field = Field(row, Stage("redis", lasting_redis.url(), tmp_path))
+    try:
+        check_restart(field, lasting_redis.restart)
+    finally:
+        field.close()
+
+
+@pytest.fixture
+def lasting_redis(redis_server: Redis, tmp_path: Path) -> Iterator[Redis]:
+    """A server beside the session's, with a log of every change, which is on the disk before a change is confirmed."""
+    server = Redis(tmp_path, {"appendonly": "yes", "appendfsync": "always"}).start()
+    yield server
+    server.close()
 
 
 def test_compat_counts_what_ran_in_a_process_that_died_as_failed(field: Field) -> None:

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.kinds import CALLS, PATIENCE_S, Field, rows
+from tests.support.kinds import (
+    CALLS,
+    PATIENCE_S,
+    Field,
+    central_and_solo_rows,
+    central_rows,
+    rows,
+    solo_too,
+    some_and_solo_rows,
+)
 from tests.support.stage import until
 from tests.support.tasks_for_kinds import STOPPED
 
@@ -16,6 +25,7 @@ def stops_seen(field: Field) -> list[int]:
     return [entry.number for entry in field.ledger.entries() if entry.what == STOPPED.rstrip(b"\0").decode()]
 
 
+@central_rows
 def test_a_soft_limit_can_be_caught(shared: Field) -> None:
     gate = shared.gate()
     other = shared.call("until", str(gate))
@@ -27,6 +37,7 @@ def test_a_soft_limit_can_be_caught(shared: Field) -> None:
     assert sorted(stops_seen(shared))[-CALLS + 1 :] == shared.last(CALLS - 1)
 
 
+@central_and_solo_rows
 def test_a_soft_limit_that_nobody_catches_is_a_failure(shared: Field) -> None:
     result = shared.call("work", 2, soft_time_limit=0.5)
     assert shared.error_of(result) == "SoftTimeLimitExceeded"
@@ -35,6 +46,7 @@ def test_a_soft_limit_that_nobody_catches_is_a_failure(shared: Field) -> None:
     assert [each.get(timeout=PATIENCE_S) for each in shared.call_many(CALLS, "work", 0.05)] == shared.last(CALLS)
 
 
+@solo_too
 def test_a_call_that_ends_at_its_soft_limit_harms_no_other(shared: Field) -> None:
     """It comes just before the end or just after it."""
     results = shared.call_many(60, "work", 0.1, soft_time_limit=0.1)
@@ -52,6 +64,7 @@ def test_a_module_that_is_imported_is_made_whole(shared: Field, tmp_path: Path) 
     assert [result.get(timeout=PATIENCE_S) for result in results] == ["stopped with 7"] * CALLS
 
 
+@central_rows
 def test_a_hard_limit_ends_one_call(field: Field) -> None:
     worker = field.start_reliable()
     gate = field.gate()
@@ -68,6 +81,7 @@ def test_a_hard_limit_ends_one_call(field: Field) -> None:
     assert worker.exit_code is None
 
 
+@some_and_solo_rows
 def test_a_call_that_goes_on_after_its_soft_limit_meets_the_hard_one(field: Field) -> None:
     worker = field.start_reliable()
     limited = field.call("ignores_soft_limit", 30, soft_time_limit=0.5, time_limit=1.5)
@@ -131,6 +145,7 @@ def test_a_waiting_call_can_be_revoked(shared: Field) -> None:
     assert shared.stage.sent[-1] not in shared.ledger.started()
 
 
+@central_rows
 @pytest.mark.parametrize("signal", ["SIGTERM", "SIGKILL"])
 def test_a_running_call_can_be_revoked(field: Field, signal: str) -> None:
     worker = field.start_reliable()

@@ -6,10 +6,11 @@ import re
 
 import psutil
 
-from tests.support.kinds import CALLS, PATIENCE_S, Field, rows, sharing_rows
+from tests.support.kinds import CALLS, PATIENCE_S, Field, central_rows, rows, sharing_rows
 from tests.support.stage import until
 
 
+@central_rows
 def test_a_process_is_replaced_after_so_many_calls(field: Field) -> None:
     worker = field.start_reliable("--max-tasks-per-child", "7")
     gate = field.gate()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.support.kinds import CALLS, PATIENCE_S, Field, rows
+from tests.support.kinds import CALLS, PATIENCE_S, Field, rows, solo_too
 from tests.support.stage import until
 from tests.support.tasks_for_kinds import SENT_BY_TASKS
 
@@ -44,6 +44,7 @@ def test_what_is_no_exception_ends_one_call(field: Field, name: str) -> None:
     assert worker.exit_code is None
 
 
+@solo_too
 @pytest.mark.parametrize("what", ["object", "generator", "error", "depth"])
 def test_what_cannot_be_told_is_a_failure(shared: Field, what: str) -> None:
     result = shared.call("strange", what)

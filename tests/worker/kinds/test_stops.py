@@ -5,38 +5,40 @@ from __future__ import annotations
 import os
 import signal
 
-from tests.support.kinds import CALLS, PATIENCE_S, Field
+from tests.support.kinds import CALLS, PATIENCE_S, Field, central_and_solo_rows
 from tests.support.stage import until
 
 
+@central_and_solo_rows
 def test_a_stop_waits_for_what_runs(field: Field) -> None:
     worker = field.start_reliable()
     gate = field.gate()
-    results = field.call_many(CALLS + 2, "until", str(gate))
-    field.wait_for_running(range(CALLS))
+    results = field.call_many(field.kind.most + 2, "until", str(gate))
+    field.wait_for_running(range(field.kind.most))
     worker.signal(signal.SIGTERM)
     worker.wait_for_log("Warm shutdown", PATIENCE_S)
     gate.touch()
     assert worker.wait() == 0
     worker.wait_for_no_leftovers()
-    assert [result.get(timeout=PATIENCE_S) for result in results[:CALLS]] == [*range(CALLS)]
-    assert field.ledger.done().keys() == {*range(CALLS)}
+    assert [result.get(timeout=PATIENCE_S) for result in results[: field.kind.most]] == [*range(field.kind.most)]
+    assert field.ledger.done().keys() == {*range(field.kind.most)}
     until(lambda: field.stage.depth() == 2, PATIENCE_S, "what had not started is in the queue")
 
 
+@central_and_solo_rows
 def test_what_does_not_end_in_time_is_given_back(field: Field) -> None:
     worker = field.start_reliable("--grace", "1")
     gate = field.gate()
-    results = field.call_many(CALLS, "until", str(gate))
-    field.wait_for_running(range(CALLS))
+    results = field.call_many(field.kind.most, "until", str(gate))
+    field.wait_for_running(range(field.kind.most))
     assert worker.stop() == 0
     worker.wait_for_no_leftovers()
-    until(lambda: field.stage.depth() == CALLS, PATIENCE_S, "all are in the queue")
+    until(lambda: field.stage.depth() == field.kind.most, PATIENCE_S, "all are in the queue")
     assert not field.ledger.done()
     assert "running tasks did not end within 1" in worker.log()
     gate.touch()
     field.start_reliable()
-    assert [result.get(timeout=PATIENCE_S) for result in results] == [*range(CALLS)]
+    assert [result.get(timeout=PATIENCE_S) for result in results] == [*range(field.kind.most)]
     field.stage.wait_for_settled()
 
 
