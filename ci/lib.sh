@@ -144,7 +144,11 @@ set_up() {
 need_servers() {
   need rabbitmq-server "RabbitMQ" test -x /usr/lib/rabbitmq/bin/rabbitmq-server
   need redis-server "Redis" command -v redis-server
+  need postgresql "PostgreSQL" has_postgresql
 }
+
+# Debian keeps its server off the PATH.
+has_postgresql() { command -v postgres || compgen -G "/usr/lib/postgresql/*/bin/postgres"; }
 
 # Clients in other languages: Node.js with the locked npm packages, PHP with Debian's libraries.
 need_clients() {

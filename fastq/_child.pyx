@@ -266,8 +266,8 @@ cdef class ManyChild(Child):
     """A child that runs several calls at a time. It starts them at once and in order, and answers them in any.
 
     ``gives_up``: a call that does not end when it is told to is left behind, and the process replaced once its others
-    have ended, for which they have the worker's grace; else the process is killed, and the others run again. ``stall_s``: an event loop runs them, and the process
-    is killed too when that has taken no turn for so long (0: no loop).
+    have ended, for which they have the worker's grace; else the process is killed, and the others run again. ``stall_s``: an
+    event loop runs them, and the process is killed too when that has taken no turn for so long (0: no loop).
     """
 
     def __init__(self, Keeper keeper, int slot, int pid, RingReader reader, *, int slots, int group=0, bint gives_up=False,
