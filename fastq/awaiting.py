@@ -62,6 +62,21 @@ def run_here(coroutine: Coroutine[Any, Any, T]) -> T:
                 _own.interrupt = None
 
 
+def close_here() -> None:
+    """End the loop of this thread, and what its coroutines have left running on it."""
+    loop, _own.loop = _own.loop, None
+    if loop is None or _own.pid != os.getpid():
+        return
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    if left:
+        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+
+
 @contextlib.contextmanager
 def entered_here(manager: AbstractAsyncContextManager[T]) -> Iterator[T]:
     """Enter an asynchronous context manager on the loop that runs this thread's coroutines; leave it there, too."""

@@ -14,6 +14,7 @@ from kombu.transport.memory import Channel
 from kombu.utils.json import dumps
 
 from fastq.brokers.memory.space import Space, find_space
+from fastq.celery.running.coroutines import restore
 from fastq.celery.worker.program import CeleryProgram
 from fastq.errors import SettingsError
 from fastq.net.urls import scheme_of
@@ -39,6 +40,8 @@ def program_of(app: Any) -> Iterator[CeleryProgram]:
         yield program
     finally:
         program.leave()
+        for task in target.tasks.values():
+            restore(task)
         trace.reset_worker_optimizations(target)
         _state.set_default_app(default)
         current.set_current()

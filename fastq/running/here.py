@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from typing import Any
 
 from fastq.running.child import EX_RECYCLE, Children
 from fastq.wire.pipe import ChildPipe
@@ -25,5 +27,8 @@ class Here:
         try:
             self._child.serve(pipe)
         finally:
+            awaiting: Any = sys.modules.get("fastq.awaiting")
+            if awaiting is not None:
+                awaiting.close_here()
             detach()
         return EX_RECYCLE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import threading
@@ -287,6 +288,28 @@ def test_a_celery_application_on_memory(celery_app: celery.Celery) -> None:
     assert Channel.queues["celery"].qsize() == 1
     with worker(celery_app):
         assert late.get(timeout=20) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"autoretry_for": (KeyError,)}], ids=["plain", "autoretry"])
+def test_coroutine_functions_of_a_celery_application_are_its_own_again(
+    celery_app: celery.Celery, options: dict[str, Any]
+) -> None:
+    class Handling(celery.Task):
+        async def on_success(self, *args: Any) -> None:
+            seen.append(args[0])
+
+    seen: list[int] = []
+
+    @celery_app.task(base=Handling, name=f"doubled.{len(options)}", **options)
+    async def doubled(number: int) -> int:
+        return 2 * number
+
+    for number in (1, 2):
+        with worker(celery_app):
+            assert doubled.delay(number).get(timeout=5) == 2 * number
+        assert asyncio.run(doubled.run(number)) == 2 * number
+        asyncio.run(doubled.on_success(8, "id", (), {}))
+    assert seen == [2, 8, 4, 8]
 
 
 def test_a_celery_worker_is_ready_in_no_time(celery_app: celery.Celery) -> None:

@@ -33,7 +33,7 @@ def own_function(task: Any) -> Any:
 
 
 def set_own_function(task: Any, function: Any) -> None:
-    """Put another function in its place."""
+    """Put another function in its place, which it is to be known by as its ``fastq_original``."""
     if getattr(task, "_orig_run", None) is None:
         task.run = function
         return
@@ -44,6 +44,7 @@ def set_own_function(task: Any, function: Any) -> None:
             raise error
         return function(*args, **kwargs)
 
+    run.fastq_original = function.fastq_original  # type: ignore[attr-defined]
     task._orig_run = run
 
 
@@ -60,14 +61,24 @@ def finish_handlers(task: Any, finishing: Callable[[Callable[..., Any]], Callabl
         found = True
         finished = finishing(handler)
         if finished is not handler:
-            finished.fastq_handler = handler  # type: ignore[attr-defined]
+            finished.fastq_original = handler  # type: ignore[attr-defined]
         setattr(task, name, finished)
     return found
 
 
 def own_handler(handler: Any) -> Any:
     """Return the handler that ``finish_handlers`` has replaced by this one, or the same."""
-    return getattr(handler, "fastq_handler", handler)
+    return getattr(handler, "fastq_original", handler)
+
+
+def restore(task: Any) -> None:
+    """Put back what ``set_own_function`` and ``finish_handlers`` have replaced."""
+    for name in ("run", "_orig_run", *_HANDLERS):
+        original = getattr(vars(task).get(name), "fastq_original", None)
+        if original is not None:
+            delattr(task, name)
+            if getattr(task, name, None) != original:
+                setattr(task, name, original)
 
 
 def retried(task: Any, error: BaseException, args: Any, kwargs: Any) -> BaseException:

@@ -189,12 +189,12 @@ class CeleryRunner:
     def _enclose(self, plan: Plan) -> None:
         """Have the limit know the task's own function, which Celery's code is to call."""
         function = own_function(plan.task)
-        if not (plan.is_async or self.limit.guards_all) or hasattr(function, "fastq_encloses"):
+        if not (plan.is_async or self.limit.guards_all) or hasattr(function, "fastq_original"):
             return
         enclosed = self.limit.inside(function)
         if enclosed is function:
             return
-        enclosed.fastq_encloses = function
+        enclosed.fastq_original = function
         set_own_function(plan.task, enclosed)
         if plan.is_async and self._has_loop:
             plan.function = function
