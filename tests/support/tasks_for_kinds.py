@@ -600,6 +600,16 @@ def add_coroutines(app: Any, words: Words) -> None:
         record_done(LEDGER, number)
         return [self.request.id, words.current_task().name]
 
+    @task
+    def spins(self: Any, number: int, seconds: float) -> list[Any]:
+        """Take processor time and never give way, but for what the interpreter does."""
+        record_start(LEDGER, number)
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            pass
+        record_done(LEDGER, number)
+        return [self.request.id]
+
 
 class AwaitedHandlers:
     """Handlers that are coroutine functions: each tells, after a wait, of its call, and of the loop that it runs on."""

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from fastq.errors import SettingsError
+from fastq.pool import Group, find_pool
 from fastq.settings import Settings
 from fastq.worker import options as module
+from fastq.worker.groups import groups_of
 from fastq.worker.options import WorkerOptions, available_cpus, chosen_queues, expand_path, node_name
 
 
@@ -167,3 +169,24 @@ def test_the_quota_of_a_control_group_is_rounded_up(tmp_path: Path, text: str, e
     file.write_text(text)
     assert module._quota_cpus(str(file)) == expected
     assert module._quota_cpus(str(tmp_path / "none")) is None
+
+
+@pytest.mark.parametrize(
+    ("pool", "given", "settings", "expected"),
+    [
+        ("prefork", {}, {}, [Group("one", 3), Group("loop", 1, 1000)]),
+        ("threads", {}, {}, [Group("threads", 1, 3), Group("loop", 1, 1000)]),
+        ("gevent", {"processes": 2}, {}, [Group("gevent", 2, 3), Group("loop", 1, 1000)]),
+        ("prefork", {}, {"fastq_async_processes": 2, "fastq_async_slots": 5}, [Group("one", 3), Group("loop", 2, 5)]),
+        ("prefork", {"async_slots": 7}, {"fastq_async_slots": 5}, [Group("one", 3), Group("loop", 1, 7)]),
+        ("prefork", {"async_processes": 0}, {}, [Group("one", 3)]),
+        ("asyncio", {}, {}, [Group("loop", 1, 3)]),
+        ("solo", {}, {}, [Group("one", 1)]),
+    ],
+)
+def test_coroutine_functions_have_children_of_their_own_where_there_are_some(
+    pool: str, given: dict[str, int], settings: dict[str, int], expected: list[Group]
+) -> None:
+    options = WorkerOptions(concurrency=3, pool=pool, **given).resolved(Settings(settings))
+    assert list(groups_of(options, find_pool(pool), has_async=True)) == expected
+    assert list(groups_of(options, find_pool(pool), has_async=False)) == expected[:1]

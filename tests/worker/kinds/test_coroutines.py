@@ -153,6 +153,22 @@ def test_what_a_task_leaves_running_harms_nobody(shared: Field) -> None:
     assert shared.stage.workers[0].exit_code is None
 
 
+@rows(lambda row: row.kind.name == "loop")
+def test_neither_a_loop_that_stands_still_nor_plain_functions_stop_the_other(field: Field) -> None:
+    worker = field.start()
+    stuck = field.call("stuck", 4)
+    field.wait_for_running([0])
+    assert field.stage.call("plain_beside", 0.1).get(timeout=PATIENCE_S)[0] != ""
+    assert 0 in field.ledger.running(), "the loop has gone on before the plain function had ended"
+    assert stuck.get(timeout=PATIENCE_S) == 0
+    busy = field.stage.call("spins", 4)
+    field.wait_for_running([2])
+    assert field.call("work", 0.1).get(timeout=PATIENCE_S) == 3
+    assert 2 in field.ledger.running(), "the plain function had ended before the coroutine"
+    assert busy.get(timeout=PATIENCE_S)[0] == busy.id
+    assert worker.exit_code is None
+
+
 @async_rows
 def test_a_loop_that_does_not_turn_is_told_of(field: Field) -> None:
     worker = field.start()
