@@ -54,8 +54,8 @@ def test_receivers_and_commands_see_the_running_worker(open_stage: Any, kind: An
     stage.until(lambda: ask("seen")["prefetch"] >= prefetch + 7, "more messages are held in advance")
     reserved = seen.pop("reserved")  # Celery counts what waits for its time, or not
     assert [each for each in reserved if each != "third"] == ["first", "second"]
-    if hasattr(celery.worker.state, "scheduled_requests"):  # since Celery 5.7
-        assert seen.pop("scheduled") == ["third"]
+    is_known = hasattr(celery.worker.state, "scheduled_requests")  # since Celery 5.7
+    assert seen.pop("scheduled") == (["third"] if is_known else [])
     assert seen == {
         "level": 7,
         "same": True,
