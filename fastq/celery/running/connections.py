@@ -12,7 +12,6 @@ import socket
 import sys
 from collections.abc import Callable
 from functools import partial
-from queue import LifoQueue, Queue
 from signal import valid_signals
 from threading import Condition, RLock
 from types import FrameType
@@ -41,8 +40,9 @@ class Connections:
 
     def begin(self) -> None:
         """Get ready in the process that has them: from here on an exception may come between any two steps."""
-        if resource.LifoQueue is LifoQueue:
-            resource.LifoQueue = _PoolQueue
+        made = resource.LifoQueue  # Python's, or kombu's own
+        if not issubclass(made, _Reentered):
+            resource.LifoQueue = type(made.__name__, (_Reentered, made), {})
         for pool in [*pools.connections.values(), *pools.producers.values()]:
             _let_reenter(pool._resource)
 
@@ -94,21 +94,21 @@ class Connections:
                 self._app._pool = None
 
 
-class _PoolQueue(LifoQueue[Any]):
-    """The free connections of one of kombu's pools."""
+class _Reentered:
+    """What a queue of free connections is that one of kombu's pools makes."""
 
-    def __init__(self, maxsize: int = 0) -> None:
-        super().__init__(maxsize)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         _let_reenter(self)
 
 
-def _let_reenter(queue: Queue[Any]) -> None:
+def _let_reenter(queue: Any) -> None:
     """Give a queue that nobody uses yet a lock that its thread can take again.
 
     The queue takes and gives it in steps of their own. An exception between two of them leaves it taken, and kombu,
     which gives back the connection then, would wait for it for ever.
     """
-    queue.mutex = lock = RLock()  # type: ignore[assignment]
+    queue.mutex = lock = RLock()
     watched_locks.add(lock)
     queue.not_empty, queue.not_full, queue.all_tasks_done = Condition(lock), Condition(lock), Condition(lock)
 
