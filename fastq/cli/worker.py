@@ -8,8 +8,6 @@ after all forking into the background.
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,8 +33,10 @@ from fastq.worker.process.daemon import (
     change_directory,
     detach_process,
     drop_privileges,
+    go_on_with,
     is_detached,
     set_umask,
+    taken_over,
     warn_root,
 )
 from fastq.worker.process.init import leave_init
@@ -74,15 +74,6 @@ def _autoscale(ctx: click.Context, param: click.Parameter, value: str | None) ->
     return most, least
 
 
-def _executable(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Take the Python that runs this, as ``celery multi`` names it to each node."""
-    if value is not None and os.path.abspath(value) != sys.executable:
-        raise Misuse(
-            f"option --executable {value} is not carried by this version of fastq; "
-            "remove it and start fastq with the Python that is to be used"
-        )
-
-
 #: The help's sections, by an option's parameter; what stands in none of them is general.
 _SECTIONS = {
     "Messages": ("queues", "exclude_queues", "prefetch_multiplier", "disable_prefetch", "purge", "reliable"),
@@ -92,7 +83,7 @@ _SECTIONS = {
     ),
     "Time": ("time_limit", "soft_time_limit", "grace"),
     "Monitoring": ("task_events", "statedb", "without_mingle", "without_heartbeat", "heartbeat_interval"),
-    "Process": ("logfile", "pidfile", "detach", "workdir", "uid", "gid", "umask"),
+    "Process": ("logfile", "pidfile", "detach", "executable", "workdir", "uid", "gid", "umask"),
 }
 
 
@@ -157,7 +148,7 @@ class WorkerCommand(click.Command):
     type=click.Choice(["fork", "forkserver", "spawn"]),
     help="How children start. Default: forked, but spawned where the application's import starts threads.",
 )
-@click.option("--executable", callback=_executable, expose_value=False, hidden=True)
+@click.option("--executable", help="With --detach: the Python that runs the worker.")
 @click.argument("overrides", nargs=-1, metavar="[-- SETTING=VALUE ...]")
 @misplaced_globals
 @click.pass_obj
@@ -170,6 +161,7 @@ def command(
     gid: str,
     umask: str,
     detach: bool,
+    executable: str | None,
     grace: float | None,
     **options: Any,
 ) -> int:
@@ -185,10 +177,17 @@ def command(
     if umask:
         set_umask(umask)
     asked = WorkerOptions(**options, grace_s=grace, color=settings.color, quiet=settings.quiet)
-    start = Start(settings, asked, uid, gid, overrides, umask)
-    if not detach or is_detached():
+    start = Start(settings, asked, uid, gid, overrides, umask, executable or "")
+    if not detach:
         return start.run()
-    start.daemon = detach_process()
+    if not is_detached():
+        if executable:
+            go_on_with(executable)
+        start.daemon = detach_process()
+    elif (daemon := taken_over()) is not None:
+        start.daemon = daemon
+    else:  # it was restarted
+        return start.run()
     # An error is reported while the terminal is still ours; its code becomes that of the command that was typed.
     code = run_guarded(start.run)
     start.daemon.finished(code)
@@ -205,6 +204,7 @@ class Start:
     gid: str = ""
     overrides: tuple[str, ...] = ()
     umask: str = ""
+    executable: str = ""
     daemon: Daemon | None = None
     _imported: list[threading.Thread] | None = None  # threads that the application's import has started
 
@@ -238,6 +238,8 @@ class Start:
         """Do what the command line has left to the settings; what they say is known only once they are imported."""
         said = program.process_settings
         self.options = program.complete(self.options)
+        if self.daemon is not None and said["executable"] and not self.executable:
+            go_on_with(said["executable"], self.daemon)
         if said["umask"] and not self.umask:
             set_umask(said["umask"])
         if not self.uid and not self.gid:

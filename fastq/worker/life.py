@@ -34,10 +34,11 @@ from fastq.running import messages
 from fastq.settings import Settings
 from fastq.worker.hooks import Hooks
 from fastq.worker.options import WorkerOptions
+from fastq.worker.process.daemon import restart
 from fastq.worker.process.exitcodes import EX_FAILURE, EX_OK
 from fastq.worker.process.log import SHOW_INFO
 from fastq.worker.process.logthread import LogThread
-from fastq.worker.process.signals import Install, dump_stacks, restart
+from fastq.worker.process.signals import Install, dump_stacks
 from fastq.worker.program import Program
 from fastq.worker.remote.remote import Remote
 from fastq.worker.stop import Stop

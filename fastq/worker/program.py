@@ -93,7 +93,7 @@ class Program(Protocol):
 
     @property
     def process_settings(self) -> Mapping[str, str]:
-        """Return "uid", "gid" and "umask" as the settings want them for the process; what they leave open is empty."""
+        """Return "uid", "gid", "umask" and "executable" as the settings want them; what they leave open is empty."""
 
     def begin(self, options: WorkerOptions) -> None:
         """Tell the application that a worker starts; it may still change its settings. Logging is not set up yet."""
@@ -223,7 +223,7 @@ class FastQProgram:
     @property
     def process_settings(self) -> Mapping[str, str]:
         """Return nothing: the command line alone says it."""
-        return {"uid": "", "gid": "", "umask": ""}
+        return {"uid": "", "gid": "", "umask": "", "executable": ""}
 
     def begin(self, options: WorkerOptions) -> None:
         """Nobody waits to be told."""

@@ -226,12 +226,6 @@ def test_a_setting_after_the_options_that_cannot_be_read_is_refused(
     assert done.stderr.count("\n") == 1
 
 
-def test_what_is_not_carried_says_so_in_one_line(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    done = run("-A", "tasks", "worker", "--executable=/other/python")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "is not carried by this version of fastq" in done.stderr
-
-
 def test_files_and_mask_that_the_settings_name_count_where_no_option_does(
     url: str, start_worker: START, program: Program, tmp_path: Path
 ) -> None:

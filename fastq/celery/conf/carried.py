@@ -7,7 +7,6 @@ for the few that are read without a default.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -255,8 +254,7 @@ CARRIED: Mapping[str, Entry] = (
         "worker_timer": Entry(How.MEANINGLESS, "the event loop has timers of its own"),
         "worker_timer_precision": Entry(How.MEANINGLESS, "timers fire when they are due"),
     }
-    | _prefixed("worker", How.NATIVE, "gid logfile pidfile uid umask", _OPTION)
-    | {"worker_executable": Entry(How.NATIVE, "the Python that runs the worker", _one_of(None, "", sys.executable))}
+    | _prefixed("worker", How.NATIVE, "executable gid logfile pidfile uid umask", _OPTION)
 )
 
 #: What a setting that Celery reads without a default of its own has when nobody sets it.

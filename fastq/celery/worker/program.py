@@ -195,8 +195,8 @@ class CeleryProgram:
 
     @property
     def process_settings(self) -> Mapping[str, str]:
-        """Return ``worker_uid``, ``worker_gid`` and ``worker_umask``."""
-        found = {name: self.app.conf.get(f"worker_{name}") for name in ("uid", "gid", "umask")}
+        """Return ``worker_uid``, ``worker_gid``, ``worker_umask`` and ``worker_executable``."""
+        found = {name: self.app.conf.get(f"worker_{name}") for name in ("uid", "gid", "umask", "executable")}
         if isinstance(found["umask"], int):
             found["umask"] = f"{found['umask']:o}"
         return {name: "" if value is None else str(value) for name, value in found.items()}

@@ -11,7 +11,7 @@ import os
 import pwd
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, NoReturn
 
 from fastq.errors import SettingsError
 from fastq.worker.process.exitcodes import EX_FAILURE, EX_OK
@@ -28,6 +28,9 @@ _PICKLE_NAMES: Final = ("pickle", "application/x-python-serialize", "application
 #: Environment variables that outlive a restart by exec: where the command was typed, and which process is detached.
 START_DIRECTORY: Final = "FASTQ_START_DIRECTORY"
 _DETACHED_PID: Final = "FASTQ_DETACHED_PID"
+#: And those that outlive a start by another Python: which one that was, and where a detached process reports to.
+_EXECUTABLE: Final = "FASTQ_EXECUTABLE"
+_REPORT: Final = "FASTQ_DETACHED_REPORT"
 
 
 class Daemon:
@@ -50,6 +53,47 @@ class Daemon:
             os.write(self._report, bytes([code & 0xFF]))
             os.close(self._report)
             self._report = -1
+
+    def leave_to_another(self) -> None:
+        """Have the program that takes this one's place in the process report, by ``taken_over``."""
+        os.set_inheritable(self._report, True)
+        os.environ[_REPORT] = str(self._report)
+
+
+def taken_over() -> Daemon | None:
+    """Return the line that another Python has left to this one, if there is one."""
+    report = os.environ.pop(_REPORT, None)
+    if report is None:
+        return None
+    os.set_inheritable(int(report), False)
+    return Daemon(int(report))
+
+
+def go_on_with(executable: str, daemon: Daemon | None = None) -> None:
+    """Have another Python start this worker in our place; returns when this is that Python.
+
+    Raises SettingsError when there is no such program.
+    """
+    if os.path.abspath(executable) == sys.executable or os.environ.get(_EXECUTABLE) == executable:
+        return
+    os.environ[_EXECUTABLE] = executable
+    if daemon is not None:
+        daemon.leave_to_another()
+    try:
+        restart(executable)
+    except OSError as error:
+        text = f"--executable (worker_executable) is {executable!r}: {error.strerror}. Name a Python that has fastq"
+        raise SettingsError(text) from error
+
+
+def restart(executable: str | None = None) -> NoReturn:
+    """Replace this process by a fresh one with the same command line; the pid stays. ``executable``: another Python."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A relative --workdir in the command line counts from where it was typed.
+    os.chdir(os.environ.get(START_DIRECTORY, os.curdir))
+    program = executable or sys.executable
+    os.execv(program, [program, *sys.orig_argv[1:]])  # noqa: S606  no shell is wanted
 
 
 def change_directory(path: str) -> None:

@@ -20,7 +20,6 @@ from typing import Any, Final, Literal, TypeAlias, cast
 
 from fastq.errors import SettingsError
 from fastq.pool.process import DUMP_SIGNAL
-from fastq.worker.process.daemon import START_DIRECTORY
 from fastq.worker.process.log import log_stream
 
 Action = Literal["warm", "cold", "restart", "dump", "grow", "shrink", "ignore"]
@@ -249,12 +248,3 @@ def dump_stacks(children: Iterable[int]) -> None:
             os.kill(pid, DUMP_SIGNAL)
         except ProcessLookupError:
             continue  # it ended in the meantime
-
-
-def restart() -> None:
-    """Replace this process by a fresh one with the same command line; the pid stays. Returns never."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # A relative --workdir in the command line counts from where it was typed.
-    os.chdir(os.environ.get(START_DIRECTORY, os.curdir))
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  no shell is wanted

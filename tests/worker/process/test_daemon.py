@@ -16,7 +16,7 @@ from fastq.errors import SettingsError
 from fastq.worker.process.daemon import drop_privileges, set_umask, warn_root
 from fastq.worker.process.pidfile import is_running
 from tests import ROOT
-from tests.support.servers import wait_until
+from tests.support.servers import Redis, wait_until
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 
@@ -169,6 +169,53 @@ def test_a_detached_worker_restarts_and_stops_on_signals(background: Background)
     background.wait_for_end(pid)
     assert not background.pidfile.exists()
     assert "worker: Warm shutdown (MainProcess)" in background.log.read_text()
+
+
+def named_python(folder: Path) -> tuple[Path, Path]:
+    """Return a program that is this Python by another name, and the file in which it writes how it was started."""
+    program, started = folder / "python-by-name", folder / "started"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {started}\nexec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    return program, started
+
+
+@pytest.mark.slow
+def test_another_python_runs_it_when_it_is_detached(background: Background) -> None:
+    program, started = named_python(background.folder)
+    done = background.start("--executable", str(program))
+    assert done.returncode == 0, done.stderr
+    background.wait_for_log("ready.")
+    pid = background.pid
+    assert started.read_text().startswith("-m fastq -A shop worker")
+    os.kill(pid, signal.SIGHUP)
+    background.wait_for_log("ready.", count=2)
+    assert started.read_text().count("\n") == 1
+    os.kill(pid, signal.SIGTERM)
+    background.wait_for_end(pid)
+
+
+@pytest.mark.slow
+@pytest.mark.redis
+def test_the_settings_of_a_celery_application_name_the_python(background: Background, redis_server: Redis) -> None:
+    program, started = named_python(background.folder)
+    (background.folder / "proj.py").write_text(
+        f"import celery\napp = celery.Celery('proj', broker={redis_server.url(6)!r})\n"
+        f"app.conf.update(worker_executable={str(program)!r}, broker_connection_retry_on_startup=True)\n"
+    )
+    done = background.start("-n", "fastq@%h", app="proj")
+    assert done.returncode == 0, done.stderr
+    background.wait_for_log("ready.")
+    pid = background.pid
+    assert started.read_text().count("\n") == 1
+    assert os.readlink(f"/proc/{pid}/fd/2") == os.devnull
+    os.kill(pid, signal.SIGTERM)
+    background.wait_for_end(pid)
+
+
+def test_a_python_that_is_not_there_is_named(background: Background) -> None:
+    done = background.start("--executable", "/no/such/python")
+    assert done.returncode == 78
+    assert "--executable (worker_executable) is '/no/such/python': No such file or directory" in done.stderr
 
 
 def test_an_error_at_start_up_is_seen_where_the_command_was_typed(background: Background) -> None:

@@ -102,7 +102,7 @@ def test_no_signal_that_ends_a_process_by_default_is_forgotten() -> None:
 
 RESTART = """
 import os, sys
-from fastq.worker.process.signals import restart
+from fastq.worker.process.daemon import restart
 print(os.getpid(), os.getcwd(), sys.argv[1:], flush=True)
 if os.environ.setdefault("TURN", "1") == "1":
     os.environ["TURN"] = "2"
