@@ -25,7 +25,8 @@ RUNNERS: tuple[Program, ...] = ("celery", "fastq")
 #: that are marked with ``versions``.
 SLOW_FILES = (
     *("test_accelerate", "test_acks", "test_commands", "test_events", "test_examples", "test_flower"),
-    *("test_frameworks", "test_hookpoints", "test_mixed", "test_options", "test_patch", "test_strikes", "test_wire"),
+    *("test_frameworks", "test_hookpoints", "test_leases", "test_mixed", "test_options", "test_patch", "test_strikes"),
+    "test_wire",
 )
 
 OpenStage = Callable[..., CeleryStage]
