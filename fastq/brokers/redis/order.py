@@ -60,8 +60,7 @@ class QueueOrder:
     def update(self, queues: Sequence[str]) -> None:
         """Receive from these queues from now on."""
         self._given = sorted(queues) if self._strategy == "sorted" else list(queues)
-        if self._own is not None:
-            self._own.update(list(queues))
+        self._ask(lambda own: own.update(list(queues)))
 
     @property
     def queues(self) -> list[str]:
@@ -76,23 +75,19 @@ class QueueOrder:
 
     def choose(self) -> list[str]:
         """Return the queues that may give something now, the first ones first, as the application's object says."""
-        try:
-            chosen = list(self._own.consume(len(self._given)))
-        except Exception as error:
-            self._give_up(error)
-            return self._given
-        return [queue for queue in chosen if queue in self._given]
+        chosen = self._ask(lambda own: dict.fromkeys(own.consume(len(self._given))))
+        return self._given if chosen is None else [queue for queue in chosen if queue in self._given]
 
     def gave(self, queues: Iterable[str]) -> None:
         """Tell the application's object which queues have given something."""
-        try:
-            for queue in queues:
-                self._own.rotate(queue)
-        except Exception as error:
-            self._give_up(error)
+        self._ask(lambda own: [own.rotate(queue) for queue in queues])
 
-    def _give_up(self, error: Exception) -> None:
-        """Do without it: what it raises is to stop nothing."""
-        text = "queue_order_strategy %r has failed: queues are looked at in their order"
-        logger.error(text, self._strategy, exc_info=error)
-        self._own = None
+    def _ask(self, question: Callable[[Any], Any]) -> Any:
+        """Return what the application's object answers; None without one, as from when it fails: that stops nothing."""
+        try:
+            return None if self._own is None else question(self._own)
+        except Exception as error:
+            text = "queue_order_strategy %r has failed: queues are looked at in their order"
+            logger.error(text, self._strategy, exc_info=error)
+            self._own = None
+            return None

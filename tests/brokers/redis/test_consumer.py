@@ -510,8 +510,20 @@ class OneByOne(Backwards):
             self._queues.append(self._queues.pop(0))
 
 
+class Repeating(OneByOne):
+    """Names that queue more than once."""
+
+    def consume(self, n: int) -> list[str]:
+        return super().consume(n) * 3
+
+
 class Broken(Backwards):
     def consume(self, n: int) -> list[str]:
+        raise ZeroDivisionError
+
+
+class BrokenAtOnce(Backwards):
+    def update(self, queues: Iterable[str]) -> None:
         raise ZeroDivisionError
 
 
@@ -526,11 +538,20 @@ def test_an_order_of_the_applications_may_leave_queues_out(
     assert consumer.bodies(3) == [b"a1", b"b1", b"c1"]
 
 
+def test_a_queue_that_an_order_names_twice_does_not_stand_for_another(
+    publisher: Publisher, consume: Callable[..., Consuming]
+) -> None:
+    publisher.publish([message("a1", queue="a"), message("b1", queue="b")])
+    consumer = consume("a", "b", window=3, broker_transport_options={"queue_order_strategy": Repeating})
+    assert consumer.bodies(2) == [b"a1", b"b1"]
+
+
+@pytest.mark.parametrize("order", [Broken, BrokenAtOnce])
 def test_an_order_that_fails_is_given_up(
-    publisher: Publisher, consume: Callable[..., Consuming], caplog: pytest.LogCaptureFixture
+    publisher: Publisher, consume: Callable[..., Consuming], caplog: pytest.LogCaptureFixture, order: type
 ) -> None:
     publisher.publish([message("1", queue="a"), message("2", queue="b")])
-    consumer = consume("a", "b", broker_transport_options={"queue_order_strategy": Broken})
+    consumer = consume("a", "b", broker_transport_options={"queue_order_strategy": order})
     assert consumer.bodies(2) == [b"1", b"2"]
     assert "queues are looked at in their order" in caplog.text
     assert "ZeroDivisionError" in caplog.text
