@@ -86,6 +86,7 @@ cdef class ManyChild(Child):
     cdef uint32_t most                      # calls that it may have
     cdef set taken                          # numbers of calls that were taken back and are to be answered yet
     cdef set left                           # numbers of calls that were left behind
+    cdef int64_t left_since_ns              # when the first of those was left behind
     cdef dict limits                        # the hard limits of calls that have one, by number
     cdef dict cancelled                     # calls that were told to end, by number: (kind, detail, monotonic time)
     cdef readonly bint gives_up             # a call that does not end when it is told to is left behind; else the process is killed
@@ -94,7 +95,6 @@ cdef class ManyChild(Child):
     cdef bint alone                         # it runs one call, which may be what has killed children
     cdef int64_t unstarted_since_ns         # when it was first seen not to take what it was given
     cdef bint is_stalled
-    cdef int64_t left_since_ns              # when the first of those was left behind
     cdef int64_t stall_ns                   # how long its loop may stand still; 0: there is none
     cdef int64_t busy_since_ns              # when it was given a call while it had none
     cdef int cancel(self, Delivery delivery, str kind, object detail, int signum) except -1

@@ -21,7 +21,7 @@ def import_object(path: str) -> object:
         found: object = importlib.import_module(module)
         return getattr(found, attribute) if attribute else found
     except ModuleNotFoundError as error:
-        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+        if not _is_about(module, error):
             raise
         raise SettingsError(f"the module with settings {module!r} is not found; is it on sys.path?") from error
     except AttributeError as error:
@@ -40,9 +40,14 @@ def import_named(module: str, where: str) -> None:
 
 def not_found(module: str, where: str, error: ModuleNotFoundError) -> SettingsError | None:
     """Return the error that names the module, and the nearest one; None when another one is missing."""
-    if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+    if not _is_about(module, error):
         return None
-    return SettingsError(f"{where} names {module!r}, which is not found{_near_module(error.name)}")
+    return SettingsError(f"{where} names {module!r}, which is not found{_near_module(error.name or module)}")
+
+
+def _is_about(module: str, error: ModuleNotFoundError) -> bool:
+    """Return whether it is this module, or a package of it, that is not there, and not one that it imports."""
+    return error.name is not None and (module == error.name or module.startswith(error.name + "."))
 
 
 def _near_module(name: str) -> str:

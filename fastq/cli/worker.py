@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -282,8 +282,7 @@ class Start:
             raise click.NoSuchOption(unknown, ctx=click.get_current_context())
         for name in self.options.include:
             import_module(name, f"-I {name}")
-        application = cast("Any", program).app  # either kind of program has one
-        load_tasks(lambda: program.load(self.options, overrides), application)
+        load_tasks(lambda: program.load(self.options, overrides), program.app)
         if self.settings.application is None:  # else it is a program's own business how its children start
             self._imported = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
         return program

@@ -7,8 +7,10 @@ Each task line is logged with that context as the record's only argument and as 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from fastq.printable import cut
 
 RECEIVED: Final = "Task %(name)s[%(id)s] received"
 SUCCEEDED: Final = "Task %(name)s[%(id)s] succeeded in %(runtime).6fs: %(return_value)s"
@@ -54,7 +56,7 @@ class TaskLog:
         self, name: str, task_id: str, runtime_s: float, return_repr: str, args: str = "", kwargs: str = ""
     ) -> None:
         """Log, at INFO, that a task returned; ``args`` and ``kwargs`` as its sender wrote them."""
-        context = {"name": name, "id": task_id, "runtime": runtime_s, "return_value": shorten(return_repr)}
+        context = {"name": name, "id": task_id, "runtime": runtime_s, "return_value": cut(return_repr, MAX_RETURN_REPR)}
         context |= {"args": args, "kwargs": kwargs}
         self._write(logging.INFO, SUCCEEDED, context)
 
@@ -99,6 +101,10 @@ class TaskLog:
         """Log, at ERROR, that a message names a task that this application does not have."""
         self._write(logging.ERROR, UNREGISTERED, {"name": name, "id": task_id})
 
+    def handler_failed(self, handler: Callable[..., Any], error: BaseException) -> None:
+        """Log, at ERROR, what one of a task's handlers raises: the task's outcome stands already."""
+        self._logger.error("task handler %r failed", getattr(handler, "__qualname__", handler), exc_info=error)
+
     def _write(self, level: int, line: str, context: Mapping[str, object]) -> None:
         self._logger.log(level, line, context, extra={"data": context})
 
@@ -112,8 +118,3 @@ def retry_reason(delay_s: float | None, exc_repr: str | None, count: int = 0, mo
     which += f" of {most}" if count and most is not None else ""
     when = "" if delay_s is None else f" in {delay_s:g}s"
     return f"Retry{which}{when}: {exc_repr}" if exc_repr else f"Retry{which}{when}"
-
-
-def shorten(text: str, limit: int = MAX_RETURN_REPR) -> str:
-    """Return the text, cut to the limit with an ellipsis."""
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -166,7 +166,7 @@ class Runner:
                     try:
                         after(SUCCESS, value, call.id, args, kwargs, None)
                     except self._caught as error:
-                        _log_failed(after, error)
+                        self._log.handler_failed(after, error)
             report = self._tell(call, request, value) if self._logs_info or call.wants_report else None
             self._pipe.finish(call, OUTCOME_SUCCESS, meta, report, self._memory.flag() if self._memory.limit_kib else 0)
         finally:
@@ -219,7 +219,7 @@ class Runner:
         except BaseException as error:
             if self.limit.is_cancelled(call):
                 raise
-            _log_failed(after, error)
+            self._log.handler_failed(after, error)
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -262,7 +262,7 @@ class Runner:
             try:
                 after(end.state, end.value, call.id, request.args, request.kwargs, end.info)
             except self._caught as raised:
-                _log_failed(after, raised)
+                self._log.handler_failed(after, raised)
         self._report(plan, call, request, end)
 
     def _report(self, plan: Plan, call: Call, request: Request, end: End) -> None:
@@ -341,11 +341,6 @@ def _finishing(function: Callable[..., Any]) -> Callable[..., Any]:
         finished(function(*args))
 
     return run
-
-
-def _log_failed(after: After, error: BaseException) -> None:
-    """Log what a function that is called behind a task raises: the task's outcome stands already."""
-    logger.error("task handler %r failed", getattr(after, "__qualname__", after), exc_info=error)
 
 
 def _report(call: Call, **fields: object) -> str | None:

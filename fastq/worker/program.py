@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 class Program(Protocol):
     """What a worker runs."""
 
+    #: The application itself, of either kind.
+    app: Any
     #: The first part of a node name that none was given for.
     node: str
     #: What the titles of the worker's processes begin with.

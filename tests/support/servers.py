@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -507,28 +507,19 @@ class PostgreSQL:
         if self._user:
             shutil.chown(folder, self._user)
         data = folder / "data"
-        make = ["initdb", "-D", str(data), "-U", "postgres", "-A", "trust", "-N", "--no-instructions"]
+        make = ["-D", str(data), "-U", "postgres", "-A", "trust", "-N", "--no-instructions"]
         log = folder / "postgresql.log"
         with log.open("ab") as output:
-            done = subprocess.run(
-                [self._program.with_name(make[0]), *make[1:]],
-                user=self._user,
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                check=False,
-            )
+            alike: dict[str, Any] = {
+                "user": self._user, "cwd": folder, "stdin": subprocess.DEVNULL, "stdout": output, "stderr": output
+            }  # fmt: skip
+            done = subprocess.run([self._program.with_name("initdb"), *make], check=False, **alike)
             if done.returncode:
                 raise ServerFailed(f"initdb ended with exit code {done.returncode}\n{log.read_text()}")
             self._process = subprocess.Popen(
                 [self._program, "-D", data, "-p", str(self.port), "-h", "127.0.0.1", "-k", "", "-F"],
-                user=self._user,
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
                 start_new_session=True,
+                **alike,
             )
         wait_until(
             lambda: "ready to accept connections" in log.read_text(),

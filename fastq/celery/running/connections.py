@@ -44,7 +44,8 @@ class Connections:
         if not issubclass(made, _Reentered):
             resource.LifoQueue = type(made.__name__, (_Reentered, made), {})
         for pool in [*pools.connections.values(), *pools.producers.values()]:
-            _let_reenter(pool._resource)
+            if getattr(pool._resource, "mutex", None) not in watched_locks:
+                _let_reenter(pool._resource)
 
     def have_old(self) -> bool:
         """Return whether there is something to close, or to free: one was replaced since this was last asked."""

@@ -28,6 +28,7 @@ from fastq.celery.running.plan import Plan, ignores, is_default_loader
 from fastq.codecs.json import encode as encode_json
 from fastq.errors import EncodeError
 from fastq.running.calls import awaited
+from fastq.running.messages import TaskLog
 from fastq.states import FAILURE, IGNORED, REJECTED, RETRY, STARTED, SUCCESS
 from fastq.wire.call import Call
 
@@ -47,6 +48,7 @@ class Straight:
         self._guards_all = limit.guards_all
         self._stores = stores
         self._extended = bool(app.conf.result_extended)
+        self._log = TaskLog(logger)
         self._logs_info = False
         self._init_task = None if is_default_loader(app, "on_task_init") else app.loader.on_task_init
 
@@ -253,7 +255,7 @@ class Straight:
         except (Reject, MemoryError):
             raise
         except Exception as error:
-            _log_failed(handler, error)
+            self._log.handler_failed(handler, error)
 
     async def _handler_async(self, call: Call, handler: Callable[..., Any], *args: Any) -> None:
         """Await one of the task's handlers in the same way, unless the call is to end."""
@@ -264,9 +266,4 @@ class Straight:
         except BaseException as error:
             if self._limit.is_cancelled(call):
                 raise
-            _log_failed(handler, error)
-
-
-def _log_failed(handler: Callable[..., Any], error: BaseException) -> None:
-    """Log what a handler raises."""
-    logger.error("task handler %r failed", getattr(handler, "__qualname__", handler), exc_info=error)
+            self._log.handler_failed(handler, error)

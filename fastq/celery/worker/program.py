@@ -276,8 +276,6 @@ class CeleryProgram:
         """Return what runs in each child."""
         from fastq.celery.running.child import CeleryChild
 
-        # What tasks send by is imported once for all children.
-        self.app.connection_for_write().get_transport_cls()
         self._redirect(options)
         options = replace(options, setup=logs.ChildLogging(self.app, self._logfile, self._hostname, options.calls))
         return CeleryChild(self.app, options, self.results)
