@@ -56,6 +56,7 @@ cdef class Core(Ledger):
     cdef int hand(self, Delivery delivery) except -1
     cdef int give_back_handed(self) except -1
     cdef bint postpone(self, Delivery delivery) except -1
+    cdef int tell(self, Delivery delivery, int verdict) except -1
     cdef bint is_revoked(self, Delivery delivery) except -1
     cdef bint runs_already(self, Delivery delivery) except -1
     cdef double turn_of(self, Delivery delivery, double now) except -1

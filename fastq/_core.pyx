@@ -840,14 +840,30 @@ cdef class Core(Ledger):
     cdef int settle(self, Delivery delivery, int verdict) except -1:
         if delivery.state == SETTLED:
             return 0
+        if verdict == REJECT and not delivery.settled:
+            name, task_id = delivery_task(delivery) or "?", delivery_id(delivery) or "?"
+            delivery.reason = f"{name}[{task_id}]: {delivery.reason or 'rejected'}"
+            if delivery.source.dead_letter is not None and not delivery.oversized \
+                    and delivery.source.dead_letter(delivery, delivery.reason):
+                self.move(delivery, FINISHED)
+                delivery.pending += 1
+                return 0
+        return self.tell(delivery, verdict)
+
+    cdef int tell(self, Delivery delivery, int verdict) except -1:
+        """Have the broker hear of the verdict, unless it was told before the call ran."""
         self.move(delivery, SETTLED)
         if not delivery.settled:
             delivery.settled = True
-            if verdict == REJECT:
-                name, task_id = delivery_task(delivery) or "?", delivery_id(delivery) or "?"
-                delivery.reason = f"{name}[{task_id}]: {delivery.reason or 'rejected'}"
             delivery.source.tell(delivery, verdict)
         return 0
+
+    def buried(self, Delivery delivery, bint is_moved) -> None:
+        """A rejected message is among the dead letters, by the source's ``dead_letter``; else the broker is to move it."""
+        delivery.pending -= 1
+        if delivery.state == FINISHED:
+            self.tell(delivery, ACK if is_moved else REJECT)
+        self.on_batch()
 
     cdef int flush(self, bint now) except -1:
         for each in self.sources:

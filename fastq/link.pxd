@@ -70,6 +70,7 @@ cdef class Source:
     cdef public Py_ssize_t max_held_bytes   # reading stops above this
     cdef public bint is_own             # it brings calls that the main process has made itself, not a broker's messages
     cdef public object postpone         # (delivery as a dict, unix time) -> Message that brings it back then, or None
+    cdef public object dead_letter      # (Delivery, reason) -> whether it is moved to the dead letters here; Core.buried follows
 
     cdef int bind(self, Sink sink) except -1
     cdef int give(self, Delivery delivery) except -1

@@ -26,6 +26,7 @@ class Source:
     max_held_bytes: int
     is_own: bool
     postpone: Callable[[dict[str, Any], float], Message | None] | None
+    dead_letter: Callable[[Delivery, str], bool] | None
 
 class BatchSource(Source):
     unsaved_bytes: int

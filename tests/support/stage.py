@@ -22,7 +22,7 @@ from fastq.brokers.rabbitmq.url import Endpoints
 from fastq.brokers.redis.blocking import BlockingRedis
 from fastq.brokers.redis.url import parse_redis_url
 from fastq.settings import Settings
-from fastq.wire.amqp import METHODS
+from fastq.wire.amqp import METHODS, decode_properties
 from fastq.wire.ids import new_id
 from fastq.wire.kombu import decode_envelope
 from fastq.wire.message import Message, encode_task
@@ -141,10 +141,13 @@ class Stage:
         return found
 
     def dead_reasons(self) -> list[str]:
-        """Return why the dead letters are there, where the broker has a place for that; they stay."""
+        """Return why the dead letters are there, where the broker has a place for that; not for long on RabbitMQ."""
         if self.redis is not None:
             found = self.redis.call("LRANGE", f"{QUEUE}.dead", 0, -1)
             return [json.loads(raw)["headers"]["x-rejected"] for raw in found]
+        if self.rabbitmq is not None:
+            found = [decode_properties(props)["headers"] for props, _ in self._take_dead_messages()]
+            return [headers["x-rejected"] for headers in found]
         with self._database() as database:
             return [reason for (reason,) in database.execute("SELECT reason FROM dead")]
 
@@ -236,15 +239,15 @@ def _get(connection: BlockingConnection) -> tuple[bytes, bytes] | None:
     return (event.props, event.body) if event.method_id == METHODS["basic.get-ok"] else None
 
 
-def open_stage(kind: Kind, request: pytest.FixtureRequest, folder: Path) -> Stage:
+def open_stage(kind: Kind, request: pytest.FixtureRequest, folder: Path, **settings: Any) -> Stage:
     """Return a stage on the session's RabbitMQ or Redis, in a place of its own, or on a new database file."""
     if kind == "sqlite":
-        return Stage(kind, f"sqlite:///{folder / 'fastq.db'}", folder)
+        return Stage(kind, f"sqlite:///{folder / 'fastq.db'}", folder, **settings)
     if kind == "redis":
         server: Redis = request.getfixturevalue("redis_server")
-        return Stage(kind, empty_database(server), folder)
+        return Stage(kind, empty_database(server), folder, **settings)
     rabbitmq: RabbitMQ = request.getfixturevalue("rabbitmq")
-    return Stage(kind, rabbitmq.url(rabbitmq.new_vhost()), folder, rabbitmq)
+    return Stage(kind, rabbitmq.url(rabbitmq.new_vhost()), folder, rabbitmq, **settings)
 
 
 _databases = itertools.cycle(range(5, 16))  # those below are other tests'

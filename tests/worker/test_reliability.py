@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -22,7 +23,7 @@ from tests.conftest import missing
 from tests.support.fault_proxy import Direction, FaultProxy
 from tests.support.malformed_messages import MIB
 from tests.support.servers import RabbitMQ, Redis, ServerMissing
-from tests.support.stage import QUEUE, Kind, Stage, open_stage, until
+from tests.support.stage import DEAD, QUEUE, Kind, Stage, open_stage, until
 from tests.support.worker_process import WorkerProcess
 from tests.worker.test_malformed import memory_of
 
@@ -402,9 +403,13 @@ def test_a_deleted_queue_is_declared_again(stage: Stage) -> None:
     assert worker.exit_code is None
 
 
-@pytest.mark.parametrize("kind", ["amqp", "redis", "sqlite"])
-def test_a_dead_letter_says_which_task_and_why(kind: Kind, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    stage = open_stage(kind, request, tmp_path)
+@pytest.mark.parametrize("kind", ["amqp", "quorum", "redis", "sqlite", "policy"])
+def test_a_dead_letter_says_which_task_and_why(
+    kind: Kind | Literal["policy"], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    queue = {"name": QUEUE, "dead_letter_exchange": "", "dead_letter_routing_key": DEAD}
+    settings = {"task_queues": [queue]} if kind in ("amqp", "quorum") else {}
+    stage = open_stage("amqp" if kind == "policy" else kind, request, tmp_path, **settings)
     try:
         worker = stage.start_worker("-c", "1", fastq_max_child_deaths=2)
         unknown, killing, malformed, rejected = (new_id() for _ in range(4))
@@ -416,7 +421,7 @@ def test_a_dead_letter_says_which_task_and_why(kind: Kind, request: pytest.Fixtu
                 encode_task("turn_down", rejected, b"[[0], {}, {}]"),
             ]
         )
-        if kind == "amqp":  # the broker says "rejected" of each; why stands in the log
+        if kind == "policy":  # the broker says "rejected" of each; why stands in the log
             stage.dead_letters(4, 10)
             for line in (
                 rf"Received unregistered task of type 'no\.such\.task'\.\nThe message was rejected: '{unknown}'",
@@ -438,7 +443,7 @@ def test_a_dead_letter_says_which_task_and_why(kind: Kind, request: pytest.Fixtu
             found.update(reason.partition(" Job: ")[0] for reason in stage.dead_reasons())
             return found == wanted
 
-        until(look, 10, f"{wanted} among the dead letters")
+        until(look, 10, f"{wanted} among the dead letters {found}")
     finally:
         stage.close()
 

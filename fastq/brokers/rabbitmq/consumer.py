@@ -14,6 +14,7 @@ from collections.abc import Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastq.brokers.rabbitmq.aio import ADMIN_CHANNEL, CHANNEL, AmqpConnection
+from fastq.brokers.rabbitmq.dead_letters import DeadLetters
 from fastq.brokers.rabbitmq.delays import DelayQueues
 from fastq.brokers.rabbitmq.link import AmqpLink
 from fastq.brokers.rabbitmq.native_delays import binding_steps, delay_steps
@@ -26,6 +27,7 @@ from fastq.wire.amqp import METHODS, decode_method
 
 if TYPE_CHECKING:
     from fastq._core import Core
+    from fastq.link import Delivery
     from fastq.settings import Settings
     from fastq.wire.message import Message
 
@@ -70,6 +72,7 @@ class AmqpConsumer:
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._tidying: asyncio.Task[None] | None = None
+        self._dead_letters: DeadLetters | None = None
 
     async def open(self) -> None:
         """Connect to the first broker that takes us. Raises ConnectionLost (try again) or SettingsError (do not)."""
@@ -102,6 +105,9 @@ class AmqpConsumer:
         self.outlet.start_confirms(CHANNEL)
         self.replies = TaskQueueReplies(self._publishing, self._settings)
         self.source.postpone = self._postpone
+        if self._core is not None:
+            self._dead_letters = DeadLetters(url, self._settings, self._core.buried)
+            self.source.dead_letter = self._bury
         for connection in (self._consuming, self._publishing):
             connection.lost.add_done_callback(lambda lost: self._lose(lost.result()))
 
@@ -218,7 +224,10 @@ class AmqpConsumer:
         """Close both connections; what is not settled goes back to the broker."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(self._consuming.close(), self._publishing.close())
+        closing = [self._consuming.close(), self._publishing.close()]
+        if self._dead_letters is not None:
+            closing.append(self._dead_letters.close())
+        await asyncio.gather(*closing)
 
     def _spec(self, queue: str) -> QueueSpec:
         return self._added.get(queue) or self._topology.spec(queue)
@@ -293,6 +302,15 @@ class AmqpConsumer:
             self._delays.asked.add(seconds)
             self._run(self._declare_delay(seconds))
         return None
+
+    def _bury(self, delivery: Delivery, reason: str) -> bool:
+        """Move a rejected message to where its queue's arguments say; False leaves that to the broker."""
+        queue = self._tagged.get(delivery.describe()["consumer"])
+        return (
+            self._dead_letters is not None
+            and queue is not None
+            and self._dead_letters.take(delivery, self._spec(queue), reason)
+        )
 
     async def _declare_delay(self, seconds: int) -> None:
         try:

@@ -100,7 +100,7 @@ cdef class AmqpLink(Source):
 
     cdef int let_go(self) except -1:
         """Keep nothing of the connection but what was not confirmed: the collector, which finds cycles, is rarely asked."""
-        self.on_method = self.on_returned = self.on_unknown_queue = self.postpone = None
+        self.on_method = self.on_returned = self.on_unknown_queue = self.postpone = self.dead_letter = None
         self.transport = self.write_bytes = self.view = None
         self.buffer = bytearray()
         return 0

@@ -261,14 +261,17 @@ class AmqpLoopPublisher(LoopPublisher):
 
     async def _open(self) -> AmqpLine:
         failures: list[ConnectionLost] = []
-        settings = self._settings
         for url in self._endpoints:
-            heartbeat_s = settings.broker_heartbeat if url.heartbeat_s is None else url.heartbeat_s
-            line = AmqpLine(AmqpConnection(url, AmqpLink(None), heartbeat_s, "producer"), self._topology)
             try:
-                await line.open(settings.broker_connection_timeout)
+                return await open_line(url, self._settings, self._topology, "producer")
             except ConnectionLost as error:
                 failures.append(error)
-            else:
-                return line
         raise none_reachable(failures)
+
+
+async def open_line(url: AmqpUrl, settings: Settings, topology: Topology, purpose: str) -> AmqpLine:
+    """Return a new connection to one broker. Raises ConnectionLost (try again) or SettingsError (do not)."""
+    heartbeat_s = settings.broker_heartbeat if url.heartbeat_s is None else url.heartbeat_s
+    line = AmqpLine(AmqpConnection(url, AmqpLink(None), heartbeat_s, purpose), topology)
+    await line.open(settings.broker_connection_timeout)
+    return line

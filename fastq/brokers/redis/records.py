@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
+from fastq.brokers.headers import DELIVERY_COUNT, REJECTED
 from fastq.wire.kombu import is_bounded
-
-#: How often a message had been handed out when it went back; RabbitMQ's name for it, which the core knows.
-DELIVERY_COUNT: Final = "x-delivery-count"
-
-#: Header of a dead letter: the task, its id, and why it is there.
-REJECTED: Final = "x-rejected"
 
 
 @dataclass(frozen=True)
