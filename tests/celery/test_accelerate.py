@@ -22,7 +22,8 @@ from celery.utils.saferepr import saferepr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kombu import Connection, Exchange, Producer, Queue
-from kombu.exceptions import OperationalError
+from kombu.exceptions import EncodeError as KombuEncodeError
+from kombu.exceptions import OperationalError, SerializerNotInstalled
 from kombu.utils.json import dumps as kombu_dumps
 from redis import Redis as RedisClient
 
@@ -78,10 +79,10 @@ def broker_url(request: pytest.FixtureRequest) -> Iterator[str]:
         client.flushdb()
 
 
-def taken(url: str, queue: str = "celery", count: int = 1) -> list[Any]:
+def taken(url: str, queue: str = "celery", count: int = 1, accept: list[str] | None = None) -> list[Any]:
     """Return kombu's messages from a queue."""
     with Connection(url) as connection:
-        buffer = connection.SimpleQueue(queue)
+        buffer = connection.SimpleQueue(queue, accept=accept)
         try:
             found = [buffer.get(timeout=TIMEOUT_S) for _ in range(count)]
             for message in found:
@@ -482,6 +483,28 @@ def test_a_message_to_a_deleted_queue_is_dropped_as_in_celery(
     assert rabbitmq.queue_depth(amqp_vhost, "celery") == 1
     assert [each.payload[0][0] for each in taken(amqp_url)] == [3]
     other.close()
+
+
+def test_a_form_that_the_applications_workers_refuse_is_refused_at_once(broker_url: str) -> None:
+    app = make(broker_url)
+    pickled = app.task(name="accelerated.pickled", serializer="pickle")(_any)
+    calls = (
+        lambda: app.add.apply_async((1, 2), serializer="pickle"),
+        lambda: app.send_task("accelerated.add", (1, 2), serializer="pickle"),
+        pickled.delay,
+        pickled.delay,
+    )
+    for call in calls:
+        with pytest.raises(KombuEncodeError, match=r"serializer 'pickle'.*accept_content is \['json'\]. Add 'pickle'"):
+            call()
+    with pytest.raises(SerializerNotInstalled):
+        app.add.apply_async((1, 2), serializer="jsn")
+    app.send_task("somebody.elses", (1, 2), serializer="pickle")  # whose workers may take it
+    app.conf.accept_content = ["application/json", "pickle"]
+    pickled.delay()
+    found = [each.headers["task"] for each in taken(broker_url, count=2, accept=["pickle"])]
+    assert found == ["somebody.elses", "accelerated.pickled"]
+    app.close()
 
 
 def test_arguments_that_cannot_be_written_raise_kombus_error(broker_url: str) -> None:

@@ -142,6 +142,7 @@ class Shape:
         if not self.is_whole:
             return
         routed = plan.route(defaults.options.copy(), task.name, (), {}, task)
+        plan.check_serializer(task.name, routed)
         self.is_whole = ROUTED.issuperset(routed) and not routed.get("headers")
         self.exchange, self.routing_key, self.queue = destination(plan, routed.pop)
         self.declare = tuple(declarations(self.queue) or ())

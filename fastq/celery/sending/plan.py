@@ -6,6 +6,7 @@ message (``LIVE``) is looked up for every message here too.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from typing import Any
@@ -16,6 +17,8 @@ import kombu.messaging
 from celery.app import routes
 from celery.utils.nodenames import anon_nodename
 from celery.utils.saferepr import saferepr
+from kombu.exceptions import EncodeError, SerializerNotInstalled
+from kombu.serialization import prepare_accept_content, registry
 
 from fastq.celery.conf.settings import spellings
 from fastq.celery.sending import stock
@@ -60,6 +63,7 @@ class Plan:
         self.routing_key: str = conf.task_default_routing_key
         self.serializer: str = conf.task_serializer
         self.compression: str | None = conf.task_compression
+        self._accepted: set[str] = set()
         self._keys = {name: spellings(conf, name) for name in LIVE}
         self._routes: dict[str, tuple[str, dict[str, Any]]] = {}
         #: Whether a task's name alone decides where it goes, unless its call says so.
@@ -95,6 +99,24 @@ class Plan:
     def live(self, name: str) -> Any:
         """Return a setting as it is now."""
         return read_setting(self.conf.maps, self._keys[name], LIVE[name])
+
+    def check_serializer(self, task: str, options: dict[str, Any]) -> None:
+        """Raise kombu's EncodeError for a call in a form that the application's own workers would refuse.
+
+        Celery sends it all the same, and whoever waits for its result is told by the worker. A task that is not the
+        application's own may have workers of another configuration.
+        """
+        name = options.get("serializer") or self.serializer
+        if name in self._accepted or task not in self.app.tasks:
+            return
+        codec, accept = registry._encoders.get(name), self.conf.accept_content
+        with contextlib.suppress(SerializerNotInstalled):
+            if codec is not None and codec.content_type not in (prepare_accept_content(accept) or [codec.content_type]):
+                raise EncodeError(
+                    f"serializer {name!r}: the application's own workers would refuse a call of {task!r}, as "
+                    f"accept_content is {sorted(accept)}. Add {name!r} to it, or choose another serializer"
+                )
+        self._accepted.add(name)
 
     # --- routes
 

@@ -167,6 +167,7 @@ class Sender:
         routed = plan.route(options, call.get("route_name") or name, args, kwargs, call.get("task_type"))
         if (expires := call.get("expires")) is not None:
             routed["expiration"] = expires
+        plan.check_serializer(name, routed)
         parent = get_current_worker_task() if RUNNING else None
         if parent:
             inherit(plan, call, routed, parent.request)
