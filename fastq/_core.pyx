@@ -232,7 +232,7 @@ cdef class Core(Ledger):
         if cancelled is not None:
             self.end_cancelled(delivery, cancelled[0], cancelled[1])
             return True
-        if child.sacrificed and not child.is_stuck and (delivery.settled or (<TaskRules> delivery.options).requeue_lost):
+        if child.sacrificed and not child.is_stuck:
             self.release(delivery)
             return True
         return False

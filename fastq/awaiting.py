@@ -15,6 +15,9 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
+#: How long what coroutines have left running may take to end. Below the second that a call has to give way.
+CLOSE_S = 0.5
+
 
 class _Own(threading.local):
     """The loop of a thread: one for all coroutines, as what they keep open belongs to it."""
@@ -71,10 +74,9 @@ def close_here() -> None:
     for task in left:
         task.cancel()
     if left:
-        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        loop.run_until_complete(asyncio.wait(left, timeout=CLOSE_S))
     loop.run_until_complete(loop.shutdown_asyncgens())
-    loop.run_until_complete(loop.shutdown_default_executor())
-    loop.close()
+    loop.close()  # threads of its executor are not waited for
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import contextlib
 import logging
 from importlib import _bootstrap
 from threading import get_ident
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 #: Locks of others that are given back too, which who has one can take again (``threading.RLock``).
@@ -67,7 +67,9 @@ def release_locks() -> None:
         while module_lock is not None and module_lock.owner == mine:
             module_lock.release()
     handlers = [reference() for reference in list(log._handlerList)]
-    for lock in (log._lock, *(getattr(handler, "lock", None) for handler in handlers), *watched_locks):
+    # The set itself: another thread may add to it meanwhile, which an iteration in Python would see.
+    watched = [reference() for reference in list(cast("Any", watched_locks).data)]
+    for lock in (log._lock, *(getattr(handler, "lock", None) for handler in handlers), *watched):
         is_owned = getattr(lock, "_is_owned", None)  # a handler's may be of another kind
         while is_owned is not None and is_owned():
             lock.release()

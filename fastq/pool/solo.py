@@ -15,6 +15,7 @@ import os
 import queue
 import signal
 import socket
+import struct
 import sys
 import threading
 import traceback
@@ -36,6 +37,10 @@ logger = logging.getLogger("fastq.worker")
 
 #: Interrupts the call that runs in the main thread. Nobody's but ours; ``fastq.pool.process`` has the ones before.
 END_SIGNAL: Final = signal.SIGRTMAX - 4
+#: The thread that runs calls handles the process's signals, too: it looks for them so often while it waits, as one that
+#: comes just before, or to another thread, does not wake it.
+SIGNALS_EVERY_S: Final = 0.25
+_TIMEVAL: Final = struct.pack("ll", 0, int(SIGNALS_EVERY_S * 1e6))
 #: How long a call may take to end once it was told to. Chosen: time to close a file, not to finish the work.
 END_S: Final = 1.0
 
@@ -45,6 +50,7 @@ class Place:
 
     def __init__(self) -> None:
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL)
         self.shared = os.memfd_create("fastq-solo", os.MFD_CLOEXEC)
         os.ftruncate(self.shared, SHARED_SIZE)
         self.reader = RingReader(self.shared)
@@ -91,13 +97,19 @@ class Solo:
         self._by_signal = threading.current_thread() is threading.main_thread()
         before = signal.signal(END_SIGNAL, self._on_signal) if self._by_signal else None
         try:
-            while (place := self._places.get()) is not None:
+            while (place := self._next()) is not None:
                 code = self._run(place)
                 place.close()
                 place.on_end(code)
         finally:
             if self._by_signal:
                 signal.signal(END_SIGNAL, before)
+
+    def _next(self) -> Place | None:
+        """Wait for the next place; None when there will be none."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._places.get(timeout=SIGNALS_EVERY_S)
 
     def _run(self, place: Place) -> int:
         """Run the calls of one place; returns what would be its exit code."""

@@ -232,6 +232,8 @@ cdef class ChildPipe:
                 self.end += got
                 return 0
             if got < 0 and errno == EAGAIN:
+                if waits:   # the socket's own time-out, where handlers of signals must not wait for a call to come
+                    PyErr_CheckSignals()
                 return 0
             if got == 0 or errno == ECONNRESET:    # reset: it has gone without having read our last bell
                 self.stopped = self.closed = True

@@ -46,13 +46,17 @@ class Window:
 
     def widen(self, n: int) -> None:
         """Hold so many messages more in advance from now on, or fewer, as the application's own code asks for."""
-        self._more += n
+        self._more = max(self._more + n, 1 - self._base)
 
     @property
     def size(self) -> int:
         """Return how many messages may be here at first."""
         multiplier = self._options.prefetch_multiplier
-        return UNBOUNDED if multiplier == 0 else max(1, int((multiplier or 4) * self._slots) + self._more)
+        return UNBOUNDED if multiplier == 0 else max(1, self._base + self._more)
+
+    @property
+    def _base(self) -> int:
+        return int((self._options.prefetch_multiplier or 4) * self._slots)
 
     @property
     def _slots(self) -> int:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
+from unittest import mock
 
 import celery
 import pytest
@@ -313,6 +314,44 @@ def test_coroutine_functions_of_a_celery_application_are_its_own_again(
         assert asyncio.run(doubled.run(number)) == 2 * number
         asyncio.run(doubled.on_success(8, "id", (), {}))
     assert seen == [2, 8, 4, 8]
+
+
+def test_a_coroutine_awaits_a_handler_of_its_task(celery_app: celery.Celery) -> None:
+    class Handling(celery.Task):
+        async def on_failure(self, *args: Any) -> None:
+            seen.append(args[1])
+
+    seen: list[str] = []
+
+    @celery_app.task(base=Handling, bind=True, name="awaits_handler")
+    async def awaits_handler(self: Any) -> int:
+        await self.on_failure(ValueError(), "shared", (), {}, None)
+        return 1
+
+    with worker(celery_app):
+        assert awaits_handler.delay().get(timeout=5) == 1
+    assert seen == ["shared"]
+
+
+def test_what_a_test_has_patched_stays_patched(celery_app: celery.Celery) -> None:
+    class Handling(celery.Task):
+        async def on_success(self, *args: Any) -> None: ...
+
+    @celery_app.task(base=Handling, name="patched")
+    def patched() -> int:
+        return 1
+
+    with (
+        mock.patch.object(patched, "run", return_value=7) as run,
+        mock.patch.object(patched, "on_failure") as on_failure,
+        mock.patch.object(Handling, "on_success") as on_success,
+    ):
+        with worker(celery_app):
+            assert patched.delay().get(timeout=5) == 7
+        assert patched.run is run
+        assert patched.on_failure is on_failure
+    run.assert_called_once()
+    on_success.assert_called_once()
 
 
 def test_a_celery_worker_is_ready_in_no_time(celery_app: celery.Celery) -> None:

@@ -16,13 +16,13 @@ from typing import Any
 import psutil
 import pytest
 
-from fastq import AsyncResult, FastQ, TaskRevoked
+from fastq import AsyncResult, FastQ, TaskRevoked, TimeLimitExceeded
 from tests.support.servers import Redis, wait_until
 from tests.support.stage import Stage, empty_database, open_stage
 from tests.support.worker_process import WorkerProcess
 
 SOURCE = """
-import multiprocessing, os, signal, sys, threading, time
+import asyncio, contextlib, multiprocessing, os, signal, sys, threading, time
 
 from fastq import FastQ
 from fastq.errors import SoftTimeLimitExceeded
@@ -70,6 +70,30 @@ def softly(seconds):
 @app.task
 def leave():
     sys.exit(3)
+
+
+@app.task
+def strike_from_another_thread():
+    def strike():
+        time.sleep(0.5)  # the call has ended by then
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    threading.Thread(target=strike, daemon=True).start()
+
+
+@app.task
+async def leave_something_running():
+    async def go_on():
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(1)
+
+    app.left = asyncio.create_task(go_on())
+
+
+@app.task(time_limit=1)
+async def wait_in_a_thread():
+    await asyncio.to_thread(time.sleep, 6)
 
 
 @app.task
@@ -258,6 +282,20 @@ def test_hup_restarts_after_the_call(solo: Callable[..., Solo]) -> None:
     assert sent.get(timeout=5) is None
     assert at.get("where")[0] == at.worker.pid
     assert at.worker.stop() == 0
+
+
+def test_a_signal_that_does_not_wake_the_main_thread_is_heard_all_the_same(solo: Callable[..., Solo]) -> None:
+    at = solo()
+    at.get("strike_from_another_thread")
+    assert at.worker.wait(5) == 0
+
+
+def test_a_hard_limit_does_not_wait_for_threads_and_tasks_that_a_coroutine_has_left(solo: Callable[..., Solo]) -> None:
+    at = solo()
+    at.get("leave_something_running")
+    assert isinstance(at.send("wait_in_a_thread").get(timeout=20, propagate=False), TimeLimitExceeded)
+    assert at.get("where")[0] == at.worker.pid
+    assert at.worker.stop(20) == 0  # Python itself waits for the thread
 
 
 def test_a_debugger_has_the_terminal(solo: Callable[..., Solo], start_worker: Callable[..., WorkerProcess]) -> None:

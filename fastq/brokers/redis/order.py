@@ -48,9 +48,10 @@ class QueueOrder:
 
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
-        self._own: Any = None if isinstance(strategy, str) else strategy()
         self._given: list[str] = []
         self._turn = -1
+        self._own: Any = None if isinstance(strategy, str) else strategy
+        self._own = self._ask(lambda make: make())
 
     @property
     def has_own(self) -> bool:

@@ -6,8 +6,10 @@ Celery's stacks of running tasks go by thread. Where several calls share one, th
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import wraps
 from threading import get_ident
 from typing import Any, Final
 
@@ -60,22 +62,32 @@ def finish_handlers(task: Any, finishing: Callable[[Callable[..., Any]], Callabl
             continue
         found = True
         finished = finishing(handler)
-        if finished is not handler:
-            finished.fastq_original = handler  # type: ignore[attr-defined]
-        setattr(task, name, finished)
+        setattr(task, name, handler if finished is handler else _finished(handler, finished))
     return found
+
+
+def _finished(handler: Callable[..., Any], finished: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(handler)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # A coroutine of the application's that calls it awaits it, too.
+        awaits = sys._getframe(1).f_code.co_flags & inspect.CO_COROUTINE
+        return (handler if awaits else finished)(*args, **kwargs)
+
+    run.fastq_original = handler  # type: ignore[attr-defined]
+    return run
 
 
 def own_handler(handler: Any) -> Any:
     """Return the handler that ``finish_handlers`` has replaced by this one, or the same."""
-    return getattr(handler, "fastq_original", handler)
+    return getattr(handler, "__dict__", {}).get("fastq_original", handler)  # a mock has every attribute
 
 
 def restore(task: Any) -> None:
     """Put back what ``set_own_function`` and ``finish_handlers`` have replaced."""
     for name in ("run", "_orig_run", *_HANDLERS):
-        original = getattr(vars(task).get(name), "fastq_original", None)
-        if original is not None:
+        found = vars(task).get(name)
+        original = own_handler(found)
+        if original is not found:
             delattr(task, name)
             if getattr(task, name, None) != original:
                 setattr(task, name, original)

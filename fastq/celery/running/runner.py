@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -24,7 +25,7 @@ from fastq.celery.running._request import request_fields, to_context
 from fastq.celery.running.bodies import Bodies
 from fastq.celery.running.chords import free_claim
 from fastq.celery.running.connections import Connections
-from fastq.celery.running.coroutines import enter, own_function, separate, set_own_function
+from fastq.celery.running.coroutines import enter, own_function, own_handler, separate, set_own_function
 from fastq.celery.running.ends import Ends, exception_report
 from fastq.celery.running.outages import wait_out
 from fastq.celery.running.plan import Plan, ignores
@@ -77,9 +78,13 @@ class CeleryRunner:
         self._has_begun = False
 
     def prepare(self) -> None:
-        """Look at every task, before the first fork."""
+        """Look at every task, and what stores results, before the first fork."""
         for name in self.app.tasks:
             self._plan_of(name)
+        # SQLAlchemy does it at the first use; what is raised in the midst of that leaves it of no use to the process.
+        database = sys.modules.get("celery.backends.database.session")
+        if database is not None and hasattr(database.ResultModelBase, "registry"):
+            database.ResultModelBase.registry.configure()
 
     def begin(self, pipe: ChildPipe) -> None:
         """Get ready to run calls in this process and to report on that pipe; again, to report on another one."""
@@ -189,7 +194,7 @@ class CeleryRunner:
     def _enclose(self, plan: Plan) -> None:
         """Have the limit know the task's own function, which Celery's code is to call."""
         function = own_function(plan.task)
-        if not (plan.is_async or self.limit.guards_all) or hasattr(function, "fastq_original"):
+        if not (plan.is_async or self.limit.guards_all) or own_handler(function) is not function:
             return
         enclosed = self.limit.inside(function)
         if enclosed is function:

@@ -281,7 +281,7 @@ class CeleryHooks(Hooks):
         request = Context(headers, delivery_info=message.delivery_info, called_directly=False, **waiting)
         request.reply_to = message.properties.get("reply_to")
         request.correlation_id = message.properties.get("correlation_id")
-        self._app.backend.mark_as_failure(task_id, error, request=request)
+        _fail(self._app.backend, task_id, error, request)
         self.consumer.event_dispatcher.send("task-failed", uuid=task_id, exception=repr(error))
         signals.task_unknown.send(sender=self.consumer, message=message, exc=error, name=name, id=task_id)
 
@@ -299,8 +299,18 @@ class CeleryHooks(Hooks):
         )  # fmt: skip
         stores = not (ignores if ignores is not None or task is None else task.ignore_result)
         backend = (self._app if task is None else task).backend
-        backend.mark_as_failure(task_id, error, request=request, store_result=stores)
+        _fail(backend, task_id, error, request, stores)
         self.consumer.event_dispatcher.send("task-failed", uuid=task_id, exception=repr(error))
+
+
+def _fail(backend: Any, task_id: str, error: Exception, request: Context, stores: bool = True) -> None:
+    """Store a failure and tell what waits for it. Error callbacks are the application's: each is called once."""
+    backend.mark_as_failure(task_id, error, request=request, store_result=stores, call_errbacks=False)
+    if request.errbacks:
+        try:
+            backend._call_task_errbacks(request, error, None)
+        except Exception:
+            logger.exception("the error callbacks of task %s could not be called", task_id)
 
 
 def close_databases(app: celery.Celery) -> None:

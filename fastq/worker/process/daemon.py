@@ -74,9 +74,10 @@ def go_on_with(executable: str, daemon: Daemon | None = None) -> None:
 
     Raises SettingsError when there is no such program.
     """
-    if os.path.abspath(executable) == sys.executable or os.environ.get(_EXECUTABLE) == executable:
+    mine = f"{os.getpid()} {executable}"
+    if os.path.abspath(executable) == sys.executable or os.environ.get(_EXECUTABLE) == mine:
         return
-    os.environ[_EXECUTABLE] = executable
+    os.environ[_EXECUTABLE] = mine
     if daemon is not None:
         daemon.leave_to_another()
     try:

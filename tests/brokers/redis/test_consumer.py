@@ -546,7 +546,12 @@ def test_a_queue_that_an_order_names_twice_does_not_stand_for_another(
     assert consumer.bodies(2) == [b"a1", b"b1"]
 
 
-@pytest.mark.parametrize("order", [Broken, BrokenAtOnce])
+class Unmade(Backwards):
+    def __init__(self) -> None:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("order", [Broken, BrokenAtOnce, Unmade])
 def test_an_order_that_fails_is_given_up(
     publisher: Publisher, consume: Callable[..., Consuming], caplog: pytest.LogCaptureFixture, order: type
 ) -> None:

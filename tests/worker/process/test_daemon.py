@@ -180,8 +180,9 @@ def named_python(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-def test_another_python_runs_it_when_it_is_detached(background: Background) -> None:
+def test_another_python_runs_it_when_it_is_detached(background: Background, monkeypatch: pytest.MonkeyPatch) -> None:
     program, started = named_python(background.folder)
+    monkeypatch.setenv("FASTQ_EXECUTABLE", str(program))  # of a worker that has started this one
     done = background.start("--executable", str(program))
     assert done.returncode == 0, done.stderr
     background.wait_for_log("ready.")
