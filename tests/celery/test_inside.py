@@ -20,7 +20,7 @@ def test_receivers_and_commands_see_the_running_worker(open_stage: Any, kind: An
     (ready,) = stage.wait_for_notes("ready")
     assert ready["before"] == ["celery"]
     assert ready["extra"] is True
-    assert (ready["processes"], ready["strategies"]) == (1, True)
+    assert (ready["processes"], ready["strategies"]) == (1, [True, True])
     assert ready["transport"] in ("amqp", "redis")
     assert ready["prefetch"] in (4, 5)  # before and after an even share in Celery
     for by in ("timer", "hub", "call_soon"):

@@ -20,7 +20,7 @@ from fastq.celery.conf.carried import CARRIED, How
 from fastq.celery.conf.options import as_celery_means
 from fastq.celery.conf.settings import _types
 from fastq.celery.worker.program import CeleryProgram
-from fastq.errors import SettingsError
+from fastq.errors import ConnectionLost, SettingsError
 from fastq.queues import Topology
 from fastq.results.redis.layout import ResultLayout
 from fastq.settings import Settings
@@ -141,3 +141,15 @@ def test_numbers_in_any_form_are_numbers(name: str) -> None:
 def test_a_broker_of_ones_own_is_refused_by_its_name() -> None:
     with pytest.raises(SettingsError, match=r"'broker_url' names a broker of your own, toys:BROKER: .*kombu"):
         settle(application(broker="toys:BROKER://place"))
+
+
+@pytest.mark.parametrize("url", ["bogus://x", "sqs://", "unix:///no.sock"])
+def test_a_broker_that_fastq_or_kombu_does_not_know_is_the_projects_own_fault(url: str) -> None:
+    with pytest.raises(SettingsError, match="broker_url"):
+        CeleryProgram(application(broker=url)).begin(WorkerOptions())
+
+
+def test_a_store_that_cannot_be_opened_is_no_fault_of_ours() -> None:
+    app = application(result_backend="db+sqlite:////nonexistent/x.db")
+    with pytest.raises(ConnectionLost, match=r"result_backend.*OperationalError.*unable to open database file"):
+        settle(app)

@@ -18,7 +18,7 @@ from celery.utils.collections import DictAttribute
 from fastq.brokers import REDIS, try_broker, unknown_options
 from fastq.celery.checking.hookpoints import touched
 from fastq.celery.checking.report import NOTE, RISK, Finding, Report, TaskPath
-from fastq.celery.cli.client import check_urls
+from fastq.celery.cli.client import check_transport, check_urls
 from fastq.celery.conf.carried import CARRIED, not_carried
 from fastq.celery.conf.settings import backend_of, broker_url_of, own_store, result_backend_of, settings_of_app
 from fastq.errors import SettingsError
@@ -85,6 +85,7 @@ def _unusable(app: celery.Celery) -> Iterator[Finding]:
     try:
         settings_of_app(app).freeze()
         check_urls(app)
+        check_transport(app)
     except SettingsError as error:
         named = re.match(r"setting '(\w+)'", str(error))
         yield Finding("unusable", named[1] if named else "settings", str(error))

@@ -15,9 +15,9 @@ from celery.exceptions import TimeoutError as CeleryTimeout
 from celery.result import AsyncResult
 from kombu.exceptions import KombuError
 
-from fastq.brokers import REDIS, try_broker
+from fastq.brokers import REDIS, find_broker, try_broker
 from fastq.brokers.rabbitmq.url import split_url
-from fastq.celery.conf.settings import backend_of, broker_url_of
+from fastq.celery.conf.settings import backend_of, blaming, broker_url_of
 from fastq.errors import ConnectionLost, FastqError, ResultTimeout, SettingsError
 from fastq.net.urls import mask_url, split_urls
 from fastq.states import READY_STATES
@@ -42,6 +42,13 @@ def check_urls(app: celery.Celery) -> None:
     for text in (broker_url_of(app), results if try_broker(str(results)) is REDIS else ""):
         for url in split_urls(text):
             split_url(url)
+
+
+def check_transport(app: celery.Celery) -> None:
+    """Raise SettingsError for a broker that fastq does not know, or kombu, which makes connections for users' code."""
+    find_broker(broker_url_of(app))
+    with blaming("broker_url"):
+        app.connection_for_read().get_transport_cls()
 
 
 def send(

@@ -19,7 +19,7 @@ from celery.exceptions import ImproperlyConfigured
 from kombu import Connection, Exchange, Queue
 from kombu.exceptions import KombuError
 
-from fastq.errors import SettingsError
+from fastq.errors import ConnectionLost, FastqError, SettingsError
 from fastq.net.urls import scheme_of
 from fastq.settings import Settings, takes_none
 
@@ -260,12 +260,20 @@ def result_backend_of(app: celery.Celery) -> str:
 
 
 def backend_of(app: celery.Celery) -> Any:
-    """Return the application's result store as Celery makes it. Raises SettingsError when Celery cannot."""
+    """Return the application's result store as Celery makes it.
+
+    Raises SettingsError when Celery cannot, and ConnectionLost when the store does not let itself be opened.
+    """
     try:
         with blaming("result_backend", "another setting of results"):
             return app.backend
     except (ImproperlyConfigured, KombuError) as error:
         raise SettingsError(f"setting 'result_backend' cannot be used: {error}") from error
+    except FastqError:
+        raise
+    except Exception as error:  # the store's own: a database opens its file, or makes its tables
+        text = f"the result store (result_backend) cannot be opened: {type(error).__name__}: {error}. Is it there?"
+        raise ConnectionLost(text) from error
 
 
 def own_store(backend: object) -> str:

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -230,7 +230,10 @@ _StrategyConsumer.__name__ = _StrategyConsumer.__qualname__ = "Consumer"
 
 
 class _Strategies(dict[str, Any]):
-    """Handlers of messages by task, each made when it is needed first. ``ours`` stand for strategies of Celery's."""
+    """Handlers of messages by task, one for each task, made when it is needed first.
+
+    ``ours`` stand for strategies of Celery's.
+    """
 
     def __init__(self, consumer: Consumer) -> None:
         super().__init__()
@@ -242,6 +245,17 @@ class _Strategies(dict[str, Any]):
         handler = self.ours.get(name) or consumer.app.tasks[name].start_strategy(consumer.app, consumer)
         self[name] = handler
         return handler
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._consumer.app.tasks
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._consumer.app.tasks)
+
+    def __len__(self) -> int:
+        return len(self._consumer.app.tasks)
+
+    get, keys, values, items = Mapping.get, Mapping.keys, Mapping.values, Mapping.items  # type: ignore[assignment]
 
 
 class Qos:

@@ -22,7 +22,7 @@ from celery.utils.time import rate
 from kombu.utils.encoding import safe_repr
 
 from fastq.celery.checking.hookpoints import REQUEST, STRATEGY, has_own
-from fastq.celery.cli.client import check_urls
+from fastq.celery.cli.client import check_transport, check_urls
 from fastq.celery.conf.carried import pool_of, warnings_of
 from fastq.celery.conf.options import as_celery_means, celery_options, overrides_of, read_user_options
 from fastq.celery.conf.pools import pool_name
@@ -206,6 +206,7 @@ class CeleryProgram:
         app = self.app
         self._hostname = options.hostname
         check_urls(app)
+        check_transport(app)
         self._instance = Worker(app, options, self._steps.thread)
         trace.setup_worker_optimizations(app, options.hostname)
         given = self._instance.options = celery_options(self._options)

@@ -36,7 +36,7 @@ def look(sender: Any, **arguments: Any) -> None:
         processes=len(found["pool"]["processes"]),
         transport=found["broker"]["transport"],
         prefetch=sender.qos.value,
-        strategies=callable(sender.strategies["hold"]),
+        strategies=[callable(sender.strategies["hold"]), set(sender.strategies) == set(sender.app.tasks)],
     )
 
 
