@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import redis
 
 from fastq.celery.cli.commands import Multi
+from tests.support.forked import run_command
 from tests.support.servers import Redis, wait_until
 from tests.support.worker_process import ROOT, Program, WorkerProcess
 
@@ -76,15 +76,7 @@ def run(url: str, tmp_path: Path) -> Run:
     (tmp_path / "tasks.py").write_text(SOURCE.format(url=url), encoding="utf-8")
 
     def run(*arguments: str, program: Program = "fastq") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", program, *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        return run_command(program, arguments, tmp_path, {**os.environ, "PYTHONPATH": str(ROOT)})
 
     return run
 

@@ -27,6 +27,7 @@ from fastq.cli.worker import command as fastq_worker
 from fastq.worker.options import WorkerOptions
 from tests.celery.conftest import OpenStage
 from tests.celery.test_children import APPS, ask
+from tests.support.forked import run_command
 from tests.support.servers import Redis, wait_until
 from tests.support.worker_process import ROOT, Program, WorkerProcess
 
@@ -101,15 +102,7 @@ def run(url: str, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[s
     (tmp_path / "tasks.py").write_text(SOURCE.format(url=url), encoding="utf-8")
 
     def run(*arguments: str, program: Program = "fastq", **environ: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", program, *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        return run_command(program, arguments, tmp_path, {**os.environ, "PYTHONPATH": str(ROOT), **environ})
 
     return run
 

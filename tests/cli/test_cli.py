@@ -19,6 +19,7 @@ from fastq.cli.errors import DEBUG_VARIABLE, Failure, run_guarded
 from fastq.errors import ConnectionLost, FastqError, LocalProtocolError, PublishError, ResultTimeout, SettingsError
 from fastq.worker.process.exitcodes import MEANINGS, CannotCreate
 from tests import ROOT
+from tests.support.forked import run_command
 from tests.support.worker_process import WorkerProcess
 
 SHOP = """
@@ -70,15 +71,8 @@ def fastq(project: Path) -> Run:
         }
         for name in ("APP", "BROKER_URL", "RESULT_BACKEND", "CONFIG_MODULE", "NO_COLOR"):
             clean.pop(name, None)
-        done = subprocess.run(
-            [sys.executable, "-m", "fastq", *arguments],
-            cwd=project,
-            env={**clean, "PYTHONPATH": str(ROOT), **environ},
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-        )
+        environment = {**clean, "PYTHONPATH": str(ROOT), **environ}
+        done = run_command("fastq", arguments, project, environment, stdin, timeout_s)
         return Done(done.returncode, done.stdout, done.stderr)
 
     return run

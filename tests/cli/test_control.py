@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,42 @@ BOTH = [pytest.param("amqp", marks=pytest.mark.rabbitmq), pytest.param("redis", 
 _databases = itertools.count(1)
 
 
-def new_url(request: pytest.FixtureRequest) -> str:
+def new_url(request: pytest.FixtureRequest, kind: str) -> str:
     """Return the URL of a broker that nobody else uses."""
-    if request.param == "amqp":
+    if kind == "amqp":
         rabbitmq: RabbitMQ = request.getfixturevalue("rabbitmq")
         return rabbitmq.url(rabbitmq.new_vhost())
     server: Redis = request.getfixturevalue("redis_server")
     return server.url(next(_databases))
 
 
-@pytest.fixture(scope="module", params=BOTH)
-def stock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+@pytest.fixture(scope="module")
+def stocks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], tuple[str, str]]]:
+    """A function that returns the stock Celery worker on a kind of broker, one for all who ask."""
+    workers: list[CeleryWorker] = []
+
+    @cache
+    def start(kind: str) -> tuple[str, str]:
+        url = new_url(request, kind)
+        workers.append(CeleryWorker(tmp_path_factory.mktemp("stock"), url, "stock@here", "-c", "1"))
+        return url, "stock@here"
+
+    yield start
+    for worker in workers:
+        worker.stop()
+
+
+@pytest.fixture(params=BOTH)
+def stock(request: pytest.FixtureRequest, stocks: Callable[[str], tuple[str, str]]) -> tuple[str, str]:
     """A stock Celery worker: the broker's URL and the node's name."""
-    url = new_url(request)
-    worker = CeleryWorker(tmp_path_factory.mktemp("stock"), url, "stock@here", "-c", "1")
-    yield url, "stock@here"
-    worker.stop()
+    return stocks(request.param)
 
 
 @pytest.fixture(params=BOTH)
 def node(request: pytest.FixtureRequest) -> Iterator[tuple[str, Node]]:
-    url = new_url(request)
+    url = new_url(request, request.param)
     node = Node(url, "fastq@here").start()
     yield url, node
     node.stop()

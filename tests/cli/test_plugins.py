@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from fastq.brokers import find_broker
 from fastq.errors import SettingsError
 from fastq.results import find_store
 from tests import ROOT
+from tests.support.forked import run_command
 from tests.support.worker_process import WorkerProcess
 from tests.toys import renamed
 
@@ -105,11 +105,7 @@ class Place:
         }
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "fastq", "-A", "tasks", *words],
-            cwd=self.folder, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=60,
-            check=False,
-        )  # fmt: skip
+        return run_command("fastq", ["-A", "tasks", *words], self.folder, {**os.environ, **self.environment})
 
 
 @pytest.fixture(params=["module:NAME", "entry point"])

@@ -31,6 +31,7 @@ from fastq.worker.remote.control import Control
 from fastq.worker.remote.revoked import Revoked
 from fastq.worker.report import configuration, report_text
 from tests import ROOT
+from tests.support.forked import run_command
 from tests.support.servers import wait_until
 
 
@@ -266,12 +267,4 @@ def environment() -> dict[str, str]:
 
 def command_line(program: str, *arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run `celery` or `fastq` and return how it ended."""
-    return subprocess.run(
-        [sys.executable, "-m", program, *arguments],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    return run_command(program, arguments, folder, environment())
