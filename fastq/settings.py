@@ -314,12 +314,56 @@ def _known(name: str) -> str:
         return name
     import difflib  # only needed on the way to an error
 
-    absent = _absent(str(name))
+    meant = _lower_case(str(name))
+    absent = _absent(meant)
     if absent is not None:
         raise SettingsError(f"setting {name!r} is Celery's, and FastQ applications have not got it (yet): {absent}")
-    nearest = difflib.get_close_matches(str(name), _hints(), n=1)
+    option = meant.removeprefix("worker_").replace("_", "")
+    if option in _WORKER_OPTIONS:
+        raise SettingsError(f"unknown setting {name!r}; it is an option: `fastq -A <module> worker --{option}`")
+    nearest = difflib.get_close_matches(meant, _hints(), n=1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "no setting has a similar name"
     raise SettingsError(f"unknown setting {name!r}; {hint}")
+
+
+#: Options of the worker's command that are no settings, though with ``worker_`` before them they look like some.
+_WORKER_OPTIONS = frozenset(
+    {"pidfile", "logfile", "loglevel", "hostname", "autoscale", "detach", "uid", "gid", "umask", "executable"}
+)
+
+#: How Celery's old names begin, and how the lower-case ones do that they became.
+_OLD_STARTS = {
+    "celeryd_": ("worker_", ""),
+    "celerybeat_": ("beat_",),
+    "celery_": ("", "task_", "worker_"),
+}
+
+#: Old names that became others.
+_RENAMED = {
+    "celery_eager_propagates_exceptions": "task_eager_propagates",
+    "celery_max_cached_results": "result_cache_max",
+    "celery_message_compression": "task_compression",
+    "celery_result_dburi": "database_url",
+    "celery_result_db_short_lived_sessions": "database_short_lived_sessions",
+    "celery_result_db_tablenames": "database_table_names",
+    "celery_result_engine_options": "database_engine_options",
+    "celery_send_events": "worker_send_task_events",
+    "celery_send_task_sent_event": "task_send_sent_event",
+    "celery_task_result_expires": "result_expires",
+    "celeryd_worker_lost_wait": "worker_lost_wait",
+}
+
+
+def _lower_case(name: str) -> str:
+    """Return the lower-case name of what is in upper case, begins with ``CELERY_`` or is one of Celery's old names."""
+    lower = name.lower()
+    if lower in _RENAMED:
+        return _RENAMED[lower]
+    start = next((start for start in _OLD_STARTS if lower.startswith(start)), None)
+    if start is None:
+        return lower
+    names = [new + lower.removeprefix(start) for new in _OLD_STARTS[start]]
+    return next((name for name in names if name in _hints() or _absent(name) is not None), names[0])
 
 
 #: Settings of Celery's that are not here, and what there is instead; ``beat_`` stands for all that begin so.
@@ -330,8 +374,10 @@ _ABSENT = {
     "worker_disable_rate_limits": "there are none but those given by `fastq control rate_limit`",
     "worker_autoscaler": "use --autoscale",
     "task_reject_on_worker_lost": "fastq_reliable, the default, runs a call again whose process died",
+    "task_retry_on_worker_lost": "fastq_reliable, the default, runs a call again whose process died",
     "task_acks_on_": "a call that failed or ran too long is acknowledged",
     "task_default_exchange": "task_default_queue is enough; task_routes may name an exchange",
+    "task_default_exchange_type": "task_default_queue is enough; task_queues may give a queue an exchange_type",
     "task_default_routing_key": "task_default_queue is enough; task_routes may name a routing_key",
     "result_chord_": "there are no chords",
     "security_": "messages are not signed",

@@ -6,6 +6,7 @@ import types
 from typing import Any
 
 import pytest
+from celery.app.defaults import _TO_NEW_KEY
 
 from fastq.errors import SettingsError
 from fastq.settings import ENVIRONMENT_NAMES, Settings, settings_of
@@ -68,6 +69,66 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_one(name: str, neare
 def test_an_unknown_setting_that_resembles_nothing_says_so() -> None:
     with pytest.raises(SettingsError, match="no setting has a similar name"):
         Settings({"zzzzzzzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "lower"),
+    [
+        ("BROKER_URL", "broker_url"),
+        ("CELERY_BROKER_URL", "broker_url"),
+        ("celery_broker_url", "broker_url"),
+        ("CELERY_BROKER_ULR", "broker_url"),
+        ("CELERY_RESULT_BACKEND", "result_backend"),
+        ("CELERY_ACCEPT_CONTENT", "accept_content"),
+        ("CELERY_TASK_SERIALIZER", "task_serializer"),
+        ("CELERY_ROUTES", "task_routes"),
+        ("CELERY_ALWAYS_EAGER", "task_always_eager"),
+        ("CELERY_TASK_RESULT_EXPIRES", "result_expires"),
+        ("CELERY_SEND_EVENTS", "worker_send_task_events"),
+        ("CELERYD_CONCURRENCY", "worker_concurrency"),
+        ("CELERYD_TASK_TIME_LIMIT", "task_time_limit"),
+        ("FASTQ_RELIABLE", "fastq_reliable"),
+    ],
+)
+def test_an_old_or_upper_case_name_is_answered_with_the_lower_case_one(name: str, lower: str) -> None:
+    with pytest.raises(SettingsError, match=rf"unknown setting '{name}'; did you mean '{lower}'\?"):
+        Settings({name: "x"})
+
+
+def test_every_old_name_of_celery_s_is_known_by_its_lower_case_one() -> None:
+    for name, lower in _TO_NEW_KEY.items():
+        words = f"unknown setting {name!r}; did you mean {lower!r}?"
+        if lower not in Settings():
+            with pytest.raises(SettingsError) as absent:
+                Settings()[lower]
+            words = str(absent.value).replace(repr(lower), repr(name))
+        with pytest.raises(SettingsError) as raised:
+            Settings()[name]
+        assert str(raised.value) == words
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("task_default_exchange_type", "exchange_type"),
+        ("task_retry_on_worker_lost", "fastq_reliable, the default, runs a call again"),
+        ("CELERY_RETRY_ON_WORKER_LOST", "fastq_reliable, the default, runs a call again"),
+        ("CELERYBEAT_SCHEDULE", "there is no scheduler"),
+    ],
+)
+def test_a_setting_that_only_celery_has_is_named_with_what_there_is_instead(name: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=rf"'{name}' is Celery's, and .* have not got it \(yet\): .*{words}"):
+        Settings({name: "x"})
+
+
+@pytest.mark.parametrize(
+    "option", ["pidfile", "logfile", "loglevel", "hostname", "autoscale", "uid", "gid", "umask", "executable"]
+)
+def test_an_option_of_the_worker_s_command_is_no_setting_and_said_to_be_one(option: str) -> None:
+    for name in (f"worker_{option}", option, f"CELERYD_{option.upper()}"):
+        with pytest.raises(SettingsError) as raised:
+            Settings({name: "x"})
+        assert str(raised.value) == f"unknown setting {name!r}; it is an option: `fastq -A <module> worker --{option}`"
 
 
 @pytest.mark.parametrize(
