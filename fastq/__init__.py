@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from fastq.version import __version__
@@ -111,6 +112,9 @@ def __getattr__(name: str) -> Any:
         if not name.startswith("_"):
             absent = importlib.import_module("fastq.sending.absent")
             words = absent.absent("module 'fastq' has no", name, absent.NAMES)
+        # `from fastq import name` asks like this first; an AttributeError's words would not be seen.
+        if words is not None and sys._getframe(1).f_code.co_name == "_handle_fromlist":
+            raise ImportError(words, name=__name__, path=__file__)
         raise AttributeError(words or f"module 'fastq' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES.get(name, "fastq.errors")), name)
     globals()[name] = value

@@ -11,12 +11,14 @@ _NEXT: Final = "signatures, chains, groups and chords are not there yet; have th
 _CONTROL: Final = "control workers by `fastq control` and ask them by `fastq inspect`"
 _SCHEDULER: Final = "there is no scheduler yet; let cron or a systemd timer run `fastq -A <module> call <task>`"
 _BASE: Final = "give a base class that has it as a method: @app.task(base=...)"
+_RUNS_AGAIN: Final = "a worker in reliable mode, the default, runs a call again whose process died"
 _ACKED: Final = "a call that failed or ran too long is acknowledged"
 
 #: Options of a task.
 TASK_OPTIONS: Final = {
     "rate_limit": "give one to running workers: `fastq control rate_limit <task> 10/m`",
-    "reject_on_worker_lost": "a worker in reliable mode, the default, runs a call again whose process died",
+    "reject_on_worker_lost": _RUNS_AGAIN,
+    "retry_on_worker_lost": _RUNS_AGAIN,
     "acks_on_failure_or_timeout": _ACKED,
     "acks_on_failure": _ACKED,
     "acks_on_timeout": _ACKED,
@@ -61,10 +63,11 @@ APP_ATTRIBUTES: Final = {
 
 #: Names of the package.
 NAMES: Final = {
-    **dict.fromkeys(("chain", "group", "chord", "chunks", "signature", "subtask"), _NEXT),
+    **dict.fromkeys(("chain", "group", "chord", "chunks", "signature", "subtask", "maybe_signature"), _NEXT),
+    **dict.fromkeys(("Signature", "GroupResult", "xmap", "xstarmap", "canvas"), _NEXT),
     "Celery": "the application is FastQ here; one of Celery's stays as it is and runs by `fastq -A <module> worker`",
     "signals": "there are none yet; a task class may have handlers (on_failure and others)",
-    "crontab": _SCHEDULER,
+    **dict.fromkeys(("crontab", "schedules", "beat"), _SCHEDULER),
 }
 
 

@@ -349,6 +349,7 @@ def test_what_celery_has_and_fastq_has_not_is_answered_with_what_there_is() -> N
     task = app.task(add)
     lacking: list[tuple[Callable[[], object], type[Exception], str]] = [
         (lambda: app.task(rate_limit="10/m")(add), TypeError, "fastq control rate_limit"),  # type: ignore[call-overload]
+        (lambda: app.task(retry_on_worker_lost=True)(add), TypeError, "reliable mode"),  # type: ignore[call-overload]
         (lambda: app.task(on_failure=print)(add), TypeError, "base class"),  # type: ignore[call-overload]
         (lambda: task.apply_async((1,), link=task), TypeError, "send the next one"),  # type: ignore[call-arg]
         (lambda: task.s(1), AttributeError, "'s', which Celery has and fastq has not"),  # type: ignore[attr-defined]
@@ -370,6 +371,18 @@ def test_what_celery_has_and_fastq_has_not_is_answered_with_what_there_is() -> N
         Task.si  # type: ignore[attr-defined]  # noqa: B018
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         task.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["chain", "group", "chord", "chunks", "signature", "Celery", "signals", "crontab"])
+def test_what_celery_has_and_fastq_has_not_says_so_to_who_imports_it(name: str) -> None:
+    with pytest.raises(AttributeError) as raised:
+        getattr(fastq, name)
+    assert f"module 'fastq' has no '{name}', which Celery has and fastq has not (yet): " in str(raised.value)
+    with pytest.raises(ImportError, match=f"^{re.escape(str(raised.value))}$"):
+        exec(f"from fastq import {name}")
+    assert not hasattr(fastq, name)
+    with pytest.raises(ImportError, match=r"^cannot import name 'nothing'"):
+        exec("from fastq import nothing")
 
 
 def test_the_current_task_is_the_one_that_runs_here() -> None:
