@@ -129,6 +129,7 @@ class AsyncResult(Generic[R_co]):
         Raises ResultTimeout after ``timeout`` seconds, and RuntimeError inside a running task: the worker may have no
         process left to run the task that is waited for.
         """
+        _check_timeout(timeout)
         self._check_wait(disable_sync_subtasks)
         meta = self._meta
         if meta is None:
@@ -139,6 +140,7 @@ class AsyncResult(Generic[R_co]):
         self, timeout: float | None = None, propagate: bool = True, *, disable_sync_subtasks: bool = True
     ) -> R_co:
         """Do as ``get`` does without blocking the event loop."""
+        _check_timeout(timeout)
         self._check_wait(disable_sync_subtasks)
         if self._meta is None:
             import asyncio  # not at the top: it would more than double what a child of a pool has to map
@@ -163,6 +165,7 @@ class AsyncResult(Generic[R_co]):
         A failure is yielded, not raised. Raises ResultTimeout when no state comes for ``timeout`` seconds, and what
         ``aget`` raises before it waits.
         """
+        _check_timeout(timeout)
         self._check_wait(disable_sync_subtasks)
         if self._meta is None:
             import asyncio
@@ -389,6 +392,11 @@ class Watch:
             self._has_ended = True
         if self._unwatch is not None:
             self._unwatch()
+
+
+def _check_timeout(timeout: Any) -> None:
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float))):
+        raise TypeError(f"timeout is {timeout!r:.80}; expected a number of seconds, or None to wait without end")
 
 
 def _put(loop: asyncio.AbstractEventLoop, states: asyncio.Queue[Meta], meta: Meta) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -72,6 +73,20 @@ def test_get_runs_out_of_time(task: Task[[int], int]) -> None:
         task.delay(2).get(timeout=0.01)
     with pytest.raises(TimeoutError):
         task.delay(2).get(timeout=0.01)
+
+
+@pytest.mark.parametrize("timeout", ["x", True, timedelta(seconds=5)])
+def test_a_wrong_timeout_is_named(task: Task[[int], int], timeout: Any) -> None:
+    result = task.delay(2)
+    words = re.escape(f"timeout is {timeout!r}; expected a number of seconds")
+    with pytest.raises(TypeError, match=words):
+        result.get(timeout=timeout)
+    with pytest.raises(TypeError, match=words):
+        asyncio.run(result.aget(timeout=timeout))
+    with pytest.raises(TypeError, match=words):
+        asyncio.run(read(result, timeout))
+    with pytest.raises(TypeError, match=words):
+        task.apply((2,)).get(timeout=timeout)
 
 
 def test_a_task_that_is_not_known_is_pending(app: FastQ) -> None:
