@@ -156,12 +156,16 @@ class ControlFlow(FastqError):
 
 
 class Retry(ControlFlow):
-    """The task is to run again; ``exc`` is the reason, ``when`` the unix time of the next run."""
+    """The task is to run again; ``exc`` is the reason, ``when`` the unix time of the next run, ``message`` a text."""
 
-    def __init__(self, exc: BaseException | None = None, when: float | None = None) -> None:
+    def __init__(self, exc: BaseException | None = None, when: float | None = None, message: str = "") -> None:
         super().__init__(exc, when)
         self.exc = exc
         self.when = when
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message or super().__str__()
 
 
 class Ignore(ControlFlow):

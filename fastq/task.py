@@ -326,7 +326,12 @@ class Task(Generic[P, R]):
         handled = sys.exc_info()[1]
         reason = handled if exc is None else exc
         if request.called_directly:
-            raise reason if reason is not None else Retry()
+            if reason is not None:
+                raise reason
+            raise Retry(
+                message=f"retry() of task {self.name!r} was called outside of a running task, as in a plain call: "
+                "there is no message to send again. Send one: delay(...)"
+            )
         limit = self.max_retries if max_retries is None else max_retries
         if limit is not None and request.retries >= limit:
             raise (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import pickle
 import re
 import sys
 import time
@@ -556,6 +557,18 @@ def test_retry_outside_a_worker_raises_the_reason(app: FastQ) -> None:
 
     with pytest.raises(ValueError, match="real"):
         failing()
+    assert sent(app) == []
+
+
+def test_retry_outside_a_worker_and_without_a_reason_says_where_it_was_called(app: FastQ) -> None:
+    @app.task(bind=True, name="again")
+    def again(self: Task[..., Any]) -> None:
+        self.retry()
+
+    for call in (again, again.retry):
+        with pytest.raises(Retry, match=r"retry\(\) of task 'again' was called outside of a running task") as raised:
+            call()
+        assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
     assert sent(app) == []
 
 
