@@ -77,6 +77,9 @@ SETTINGS_BEHIND = {
 HANDLERS = ("before_start", "on_success", "on_failure", "on_retry", "after_return")
 
 
+#: What may be said of a task where it is declared.
+_OPTIONS = TaskOptions.__optional_keys__ | {"bind", "base"}
+
 #: Options that say how a task is retried by itself.
 _AUTORETRY_OPTIONS = frozenset(
     {"dont_autoretry_for", "retry_backoff", "retry_backoff_max", "retry_jitter", "retry_kwargs"}
@@ -421,7 +424,7 @@ class Task(Generic[P, R]):
         self, app: Application | None, name: str, function: Callable[..., R] | None, options: TaskOptions, bind: bool
     ) -> None:
         """Make this the task of a function (None: of its own ``run`` method) in an application (None: only check)."""
-        check_names(options, TaskOptions.__optional_keys__, "task()")
+        check_names(options, _OPTIONS, "task()")
         vars(self).update({option: value for option, value in options.items() if option != "name"})
         self._app = app
         if app is not None:

@@ -279,9 +279,10 @@ def test_what_is_no_function_cannot_be_a_task() -> None:
         app.task(generator)
 
 
-def test_an_unknown_option_is_named_with_the_nearest_one() -> None:
-    with pytest.raises(TypeError, match=r"unknown option 'retry_backof'; did you mean 'retry_backoff'"):
-        make_app().task(retry_backof=True)(add)  # type: ignore[call-overload]
+@pytest.mark.parametrize(("option", "nearest"), [("retry_backof", "retry_backoff"), ("bnd", "bind"), ("basis", "base")])
+def test_an_unknown_option_is_named_with_the_nearest_one(option: str, nearest: str) -> None:
+    with pytest.raises(TypeError, match=f"unknown option '{option}'; did you mean '{nearest}'"):
+        make_app().task(**{option: True})(add)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(
