@@ -176,8 +176,7 @@ class FastQ:
         self, function: Callable[..., R], bind: bool, base: type[Task[..., Any]] | None, options: TaskOptions
     ) -> Task[..., R]:
         """Register a function as a task and return it."""
-        if not callable(function):
-            raise TypeError(f"@app.task is for functions, not for {function!r:.80}; options are given by name")
+        check_function(function)
         task = made_task(base)
         task.declare(self, options.get("name") or self.name_of(function), function, options, bind)
         return self._register(task)
@@ -397,6 +396,17 @@ def set_current_app(app: FastQ) -> None:
     """Make an application the one that shared tasks belong to in this process."""
     global _last_app
     _last_app = app
+
+
+def check_function(function: Any) -> None:
+    """Raise TypeError for what no task can be made of."""
+    if not callable(function):
+        raise TypeError(f"@app.task is for functions, not for {function!r:.80}; options are given by name")
+    if isinstance(function, type):
+        remedy = (
+            "register it: app.register_task(...)" if issubclass(function, Task) else "write a function that uses it"
+        )
+        raise TypeError(f"@app.task is for functions, and {function.__qualname__!r} is a class; {remedy}")
 
 
 def made_task(base: Any) -> Task[..., Any]:

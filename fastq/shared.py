@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, cast, overload
 
-from fastq.app import FastQ, apps, current_app, join_all, made_task
+from fastq.app import FastQ, apps, check_function, current_app, join_all, made_task
 from fastq.request import current
 from fastq.task import Task
 
@@ -26,6 +26,7 @@ class SharedTask:
         self, function: Callable[..., Any], bind: bool, base: type[Task[..., Any]] | None, options: TaskOptions
     ) -> None:
         # No application may be there yet: what is wrong is said here, not where one is made.
+        check_function(function)
         made_task(base).declare(None, options.get("name") or function.__name__, function, options, bind)
         self._function = function
         self._declaration = (bind, base, options)

@@ -271,12 +271,31 @@ def test_what_is_no_function_cannot_be_a_task() -> None:
     app = make_app()
     with pytest.raises(TypeError, match="options are given by name"):
         app.task("name")  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="options are given by name"):
+        shared_task("name")  # type: ignore[call-overload]
 
     async def generator() -> AsyncIterator[int]:
         yield 1
 
     with pytest.raises(TypeError, match="generator function"):
         app.task(generator)
+
+
+def test_a_class_cannot_be_a_task() -> None:
+    class Plain:
+        def __init__(self, x: int) -> None:
+            pass
+
+    class Declared(Task[..., Any]):
+        pass
+
+    app = make_app()
+    for declare in (app.task, app.task(name="n"), shared_task):
+        with pytest.raises(TypeError, match=r"'.*Plain' is a class; write a function that uses it"):
+            declare(Plain)
+        with pytest.raises(TypeError, match=r"'.*Declared' is a class; register it: app.register_task\(...\)"):
+            declare(Declared)
+    assert app.tasks == {}
 
 
 @pytest.mark.parametrize(("option", "nearest"), [("retry_backof", "retry_backoff"), ("bnd", "bind"), ("basis", "base")])
