@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 # The life is imported here, though the worker would do so when it starts: a test waits for the imports once.
 import fastq.worker.life  # noqa: F401
 from fastq.app import FastQ
 from fastq.errors import FastqError
+from fastq.sending.options import check_names
 from fastq.worker.options import WorkerOptions
 from fastq.worker.program import FastQProgram, Program
 from fastq.worker.worker import Worker
@@ -36,6 +38,7 @@ def worker(
 
     Raises FastqError when the worker is not ready in time, or a call does not end so long after the block.
     """
+    check_names(options, (*(option.name for option in fields(WorkerOptions)), "timeout_s"), "worker()")
     given = WorkerOptions(concurrency=concurrency, pool=pool, **{**_ALONE, **options})
     with _program(app) as program:
         given, _ = program.adopt(given, ())

@@ -104,7 +104,7 @@ def check_names(options: Mapping[str, Any], known: Collection[str], where: str) 
         if name not in known:
             from fastq.sending import absent  # only needed on the way to an error
 
-            table = absent.TASK_OPTIONS if where == "task()" else absent.SEND_OPTIONS
+            table = {"task()": absent.TASK_OPTIONS, "worker()": {}}.get(where, absent.SEND_OPTIONS)
             if (words := absent.absent(f"{where} got the option", name, table)) is not None:
                 raise TypeError(words)
             import difflib  # only needed on the way to an error

@@ -51,6 +51,13 @@ def busy(seconds: float) -> None:
         time.sleep(0.01)
 
 
+def test_an_unknown_option_of_a_worker_is_named_with_the_nearest_one(app: FastQ) -> None:
+    for option, nearest in (("timelimit", "time_limit"), ("timeout", "timeout_s"), ("queue", "queues")):
+        words = rf"worker\(\) got an unknown option '{option}'; did you mean '{nearest}'\?"
+        with pytest.raises(TypeError, match=words), worker(app, **{option: 5}):
+            pass
+
+
 @pytest.mark.rabbitmq
 @pytest.mark.redis
 @pytest.mark.parametrize("server", ["rabbitmq", "redis_server"])
