@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol, TypeAlias
@@ -78,7 +78,9 @@ def policy(
     options: Mapping[str, Any] | None = None,
 ) -> RetryPolicy | None:
     """Return the policy of a task's ``autoretry_for`` and ``retry_…`` options, None when it retries for nothing."""
-    options = options or {}
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise TypeError(f"retry_kwargs is {options!r:.80}; expected a dict with max_retries, countdown or both")
     unknown = options.keys() - {"max_retries", "countdown"}
     if unknown:
         raise TypeError(f"retry_kwargs has the unknown key {min(unknown)!r}; known: max_retries, countdown")
@@ -96,8 +98,10 @@ def policy(
     )
 
 
-def exception_classes(option: str, classes: ExceptionClasses) -> tuple[type[BaseException], ...]:
+def exception_classes(option: str, classes: Any) -> tuple[type[BaseException], ...]:
     """Return one class or several as a tuple. Raises TypeError, naming the option, for anything else."""
+    if isinstance(classes, str) or not isinstance(classes, (type, Iterable)):
+        raise TypeError(f"{option} is {classes!r:.80}; expected exception classes")
     found: tuple[Any, ...] = (classes,) if isinstance(classes, type) else tuple(classes)
     for cls in found:
         if not (isinstance(cls, type) and issubclass(cls, BaseException)):
