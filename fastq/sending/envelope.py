@@ -22,7 +22,16 @@ from fastq.codecs.json import ODD_NUMBER_HINT, place_of_odd_number
 from fastq.errors import EncodeError, SettingsError
 from fastq.queues import named_options
 from fastq.request import BROKER_HEADERS, Request
-from fastq.sending.options import CHECKS, RetryOptions, SendOptions, custom_headers, seconds, text_option
+from fastq.sending.options import (
+    CHECKS,
+    SECONDS_OR_MOMENT,
+    RetryOptions,
+    SendOptions,
+    custom_headers,
+    flag,
+    seconds,
+    text_option,
+)
 from fastq.sending.routing import NO_ROUTE, Router
 from fastq.wire.dates import iso8601_to_unix
 from fastq.wire.message import Message, TaskTemplate
@@ -294,7 +303,7 @@ class Envelopes:
         if isinstance(expires, datetime):
             changes.update(expires=self._unix("expires", expires), lifetime_s=None)
         elif expires is not None:
-            span = seconds("expires", expires)
+            span = seconds("expires", expires, SECONDS_OR_MOMENT)
             changes.update(
                 {"expires": None, "lifetime_s": span}
                 if lasting
@@ -316,8 +325,10 @@ class Envelopes:
             moment = moment.replace(tzinfo=self._zone)
         return moment.timestamp()
 
-    def _publish_retry(self, retry: bool | None, policy: Mapping[str, Any] | None) -> PublishRetry:
-        if retry is False:
+    def _publish_retry(self, retry: Any, policy: Any) -> PublishRetry:
+        if policy is not None and not isinstance(policy, Mapping):
+            raise TypeError(f"retry_policy is {policy!r:.80}; expected a dict")
+        if retry is not None and not flag("retry", retry):
             return ONE_ATTEMPT
         return self._policy if policy is None else publish_retry(policy, self._policy)
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 MAX_SHORT_BYTES = 255  # AMQP 0-9-1, 4.2.5.3: short strings
 
+SECONDS_OR_MOMENT = "a number of seconds or a datetime"
+
 
 class TaskOptions(TypedDict, total=False):
     """The options of ``@app.task`` and ``@shared_task`` besides ``bind`` and ``base``."""
@@ -114,11 +116,12 @@ def check_names(options: Mapping[str, Any], known: Collection[str], where: str) 
             raise TypeError(f"{where} got an unknown option {name!r}{hint}")
 
 
-def seconds(option: str, value: Any) -> float:
-    """Return a finite number of seconds. Raises TypeError or ValueError naming the option."""
+def seconds(option: str, value: Any, expected: str = "a number of seconds") -> float:
+    """Return a finite number of seconds. Raises TypeError, saying what is ``expected``, or ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        hint = ": the total_seconds() of this" if isinstance(value, timedelta) else ""
-        raise TypeError(f"{option} is {shown(value)}; expected a number of seconds{hint}")
+        if isinstance(value, timedelta):
+            expected = "a number of seconds: the total_seconds() of this"
+        raise TypeError(f"{option} is {shown(value)}; expected {expected}")
     if not math.isfinite(value):
         raise ValueError(f"{option} is {value!r}; expected a finite number")
     return float(value)
@@ -130,7 +133,7 @@ def shown(value: object) -> str:
 
 
 def _expires(option: str, value: Any) -> float | datetime:
-    return value if isinstance(value, datetime) else seconds(option, value)
+    return value if isinstance(value, datetime) else seconds(option, value, SECONDS_OR_MOMENT)
 
 
 def _serializer(option: str, value: Any) -> str:

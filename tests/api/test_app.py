@@ -351,6 +351,11 @@ def test_a_wrong_option_fails_where_the_task_is_declared(options: dict[str, Any]
     assert app.tasks == {}
 
 
+def test_a_wrong_expires_is_answered_with_both_that_it_may_be() -> None:
+    with pytest.raises(TypeError, match=r"expected a number of seconds or a datetime$"):
+        make_app().task(expires=object())(add)  # type: ignore[call-overload]
+
+
 def test_a_bound_function_has_a_place_for_the_task() -> None:
     app = make_app()
     for function in (lambda: None, lambda *, x: None, add):
