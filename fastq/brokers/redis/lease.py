@@ -46,6 +46,7 @@ class RedisLease:
         self._renewed_at = 0.0
         self._touched_at = 0.0
         self._is_asking = False
+        self._abandoned: set[str] = set()  # owners that earlier connections of this process were
         self._inherited: set[str] = set()
 
     @property
@@ -56,8 +57,9 @@ class RedisLease:
     async def take(self, holder: Holder) -> None:
         """Hold messages from now on. What earlier connections of this process held is nobody's: it goes back."""
         self._holder = holder
-        abandoned = _ABANDONED.pop(self._place, set())
-        await self._renew(holder, [("ZADD", self._layout.leases, "XX", 0, owner) for owner in abandoned], joins=True)
+        self._abandoned = _ABANDONED.pop(self._place, set())
+        bury: list[Command] = [("ZADD", self._layout.leases, "XX", 0, owner) for owner in self._abandoned]
+        await self._renew(holder, bury, joins=True)
 
     async def renew(self) -> None:
         """Say that this worker lives. Raises ConnectionLost when it was taken for dead: what it held is others'."""
@@ -126,7 +128,7 @@ class RedisLease:
             self._jobs.spawn(self._inherit(holder, owner))
         if overdue:
             count = await holder.give_back([field.decode() for field in reversed(overdue)])
-            logger.warning("gave back %d messages that were held for more than %s s", count, timeout_s)
+            logger.warning("gave back %s held for more than %s s", _messages(count), timeout_s)
 
     async def _inherit(self, holder: Holder, owner: str) -> None:
         """Give back what a dead owner held, and forget the owner."""
@@ -134,9 +136,17 @@ class RedisLease:
         fields = await self._jobs.patiently(self._unacked.fields_of, owner)
         count = await self._jobs.patiently(holder.give_back, fields)
         await self._jobs.patiently(self._redis.call, "ZREM", self._layout.leases, owner)
-        if count:
-            logger.warning("gave back %d messages that a dead worker (%s) held", count, owner)
+        if count and owner in self._abandoned:
+            logger.warning("gave back %s that this process held when it lost its connection", _messages(count))
+        elif count:
+            logger.warning(
+                "gave back %s of a worker that died, hangs or lost its connection (%s)", _messages(count), owner
+            )
         self._inherited.discard(owner)
+
+
+def _messages(count: int) -> str:
+    return "1 message" if count == 1 else f"{count} messages"
 
 
 #: Owners whose connection was lost in this process, by their place.

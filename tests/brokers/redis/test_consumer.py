@@ -566,7 +566,7 @@ def test_an_order_that_fails_is_given_up(
 
 
 def test_what_a_killed_worker_held_is_back_within_15_s_in_order(
-    url: str, publisher: Publisher, consume: Callable[..., Consuming]
+    url: str, publisher: Publisher, consume: Callable[..., Consuming], caplog: pytest.LogCaptureFixture
 ) -> None:
     publisher.publish([message(n) for n in range(120)])
     with Holder(url, 100) as holder:
@@ -578,6 +578,8 @@ def test_what_a_killed_worker_held_is_back_within_15_s_in_order(
     assert time.monotonic() - killed_at < 15.0
     assert [row[3] for row in rows[20:]] == [str(n).encode() for n in range(100)]
     assert {row[4] for row in rows[20:]} == {2}
+    words = "gave back 100 messages of a worker that died, hangs or lost its connection (fastq-"
+    assert within(TIMEOUT_S, lambda: words in caplog.text)
 
 
 @pytest.fixture
@@ -700,21 +702,29 @@ def test_a_buried_worker_takes_nothing_any_more(
     assert consumer.record.rows == []
 
 
+@pytest.mark.parametrize(("count", "words"), [(1, "1 message"), (5, "5 messages")])
 def test_after_a_lost_connection_the_same_process_takes_its_messages_back_at_once(
-    url: str, publisher: Publisher, client: Client, consume: Callable[..., Consuming]
+    publisher: Publisher,
+    client: Client,
+    consume: Callable[..., Consuming],
+    caplog: pytest.LogCaptureFixture,
+    count: int,
+    words: str,
 ) -> None:
-    publisher.publish([message(n) for n in range(5)])
+    publisher.publish([message(n) for n in range(count)])
     first = consume()
-    first.rows(5)
+    first.rows(count)
     for each in client.client_list():
         if each["name"] == "fastq-worker":
             client.client_kill(each["addr"])
     assert isinstance(first.lost(), ConnectionLost)
     first.close()
     began = time.monotonic()
-    rows = consume().rows(5)
+    rows = consume().rows(count)
     assert time.monotonic() - began < 2.0
-    assert [(row[3], row[4]) for row in rows] == [(str(n).encode(), 2) for n in range(5)]
+    assert [(row[3], row[4]) for row in rows] == [(str(n).encode(), 2) for n in range(count)]
+    words = f"gave back {words} that this process held when it lost its connection"
+    assert within(TIMEOUT_S, lambda: words in caplog.text)
     assert client.zcard("unacked_index.leases") == 1
 
 
