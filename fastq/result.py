@@ -395,7 +395,7 @@ class Watch:
 
 
 def _check_timeout(timeout: Any) -> None:
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float))):
+    if timeout is not None and (isinstance(timeout, bool) or not hasattr(timeout, "__float__")):
         raise TypeError(f"timeout is {timeout!r:.80}; expected a number of seconds, or None to wait without end")
 
 
