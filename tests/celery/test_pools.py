@@ -60,6 +60,17 @@ def test_ends_of_calls_are_as_in_prefork(stage: CeleryStage) -> None:
     assert stage.get(stage.tasks.autoretried.delay()) == "after 1"
 
 
+def test_what_runs_beside_a_call_that_was_left_behind_runs_again_after_the_grace(
+    servers: Servers, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with opened(servers, tmp_path_factory, "fastq", "redis", "redis") as stage:
+        stage.start_worker("-P", "threads", "-c", "2", "--grace", "1")
+        beside = stage.client.tasks["proj.acks.late"].delay("hang")
+        stage.wait_for_notes("run", id=beside.id)
+        assert isinstance(stage.error(stage.tasks.sleep_for.apply_async((60,), time_limit=1)), TimeLimitExceeded)
+        assert stage.get(beside) == "lived"
+
+
 def test_each_call_has_its_own_request(stage: CeleryStage) -> None:
     results = [stage.tasks.dump_task.delay() for _ in range(3 * CALLS)]
     for result in results:

@@ -94,3 +94,13 @@ def test_a_connection_that_waits_for_the_rest_of_a_message_is_closed_at_once(
         for number in range(3):
             assert stage.get(stage.client.send_task("echo", [number])) == [number, "PROGRESS", {"number": number}]
         assert stage.worker.stop() == 0
+
+
+@pytest.mark.redis
+def test_a_store_in_a_database_is_ready_before_anything_can_strike(
+    servers: Servers, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """SQLAlchemy sets itself up at its first use, and struck in the midst of that it stores nothing any more."""
+    with opened(servers, tmp_path_factory, "fastq", "redis", "database") as stage:
+        stage.start_worker("-c", "1", app=APP)
+        assert stage.get(stage.client.send_task("is_mapped")) is True

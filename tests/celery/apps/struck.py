@@ -161,6 +161,13 @@ def _strike_and_make(self: Any, *args: Any, **fields: Any) -> None:
 trace.Context.__init__ = _strike_and_make  # type: ignore[method-assign]
 
 
+@app.task(name="is_mapped")
+def is_mapped() -> bool:
+    from celery.backends.database.models import TaskExtended
+
+    return bool(TaskExtended.__mapper__.configured)
+
+
 @app.task(name="fail")
 def fail(number: int) -> None:
     raise ValueError(number)
