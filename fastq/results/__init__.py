@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from fastq.brokers import REDIS as REDIS_BROKER
+from fastq.brokers import try_broker
 from fastq.errors import SettingsError
 from fastq.net.urls import mask_url, scheme_of, split_urls
 from fastq.plugins import Target, find_plugin, load, plugin_names, unknown_part
@@ -72,6 +73,15 @@ def find_store(url: str) -> Store:
         known = [*_OF_SCHEME, *plugin_names(ENTRY_POINTS)]
         raise unknown_part(scheme, masked, "results cannot be stored at", "result_backend", known)
     return found
+
+
+def fitting_backend(broker_url: str) -> str:
+    """Return the ``result_backend`` to name to who has none that goes with that broker; without a password."""
+    broker = try_broker(broker_url)
+    if broker is not None and broker.speaks_amqp:
+        return "rpc://"
+    masked = mask_url(broker_url)
+    return masked if scheme_of(broker_url) in _OF_SCHEME else "sqlite:///results.db"
 
 
 def open_store(url: str, settings: Settings) -> ResultStore:

@@ -21,6 +21,8 @@ from fastq.brokers.rabbitmq.connection import ADMIN_CHANNEL, BlockingConnection,
 from fastq.brokers.rabbitmq.url import Endpoints
 from fastq.codecs.meta import decode_meta
 from fastq.errors import ConnectionLost, DecodeError, FastqError, RemoteProtocolError, SettingsError
+from fastq.net.urls import mask_url
+from fastq.results import fitting_backend
 from fastq.results.base import WaitingStore
 from fastq.results.place import Heard, Place
 from fastq.wire.amqp import METHODS
@@ -238,7 +240,11 @@ class RpcStore(WaitingStore[Reply]):
     def __init__(self, url: str, settings: Settings) -> None:
         broker = try_broker(settings.broker_url)
         if broker is None or not broker.speaks_amqp:
-            raise SettingsError("result_backend 'rpc://' needs an amqp:// broker; with another one leave it unset")
+            url = str(settings.broker_url)
+            raise SettingsError(
+                f"result_backend 'rpc://' needs an amqp:// broker, and broker_url is {mask_url(url)}; "
+                f"set result_backend to {fitting_backend(url)!r}"
+            )
         super().__init__(ReplyQueue(settings))
 
     def reply_address(self, deadline: float | None = None) -> str:

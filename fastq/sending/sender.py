@@ -370,7 +370,10 @@ class Sender:
         """Return the result store, opened at first use. Raises ResultsDisabled when there is none."""
         if self._store is None:
             if not self.stores_results:
-                raise ResultsDisabled("this application stores no results; name a store: FastQ(backend='rpc://')")
+                from fastq.results import fitting_backend
+
+                named = fitting_backend(self.broker_url)
+                raise ResultsDisabled(f"this application stores no results; name a store: FastQ(backend={named!r})")
             with self._lock:
                 if self._store is None:
                     from fastq.results import open_store

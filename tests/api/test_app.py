@@ -842,12 +842,20 @@ def test_messages_carry_the_reply_address_of_the_store() -> None:
     assert found == ["reply-queue", None, "reply-queue"]
 
 
-def test_without_a_result_backend_asking_for_a_result_says_what_to_do() -> None:
-    app = FastQ("proj", broker="amqp://nowhere")
+@pytest.mark.parametrize(
+    ("broker", "store"),
+    [
+        ("amqp://nowhere", "rpc://"),
+        ("redis://nowhere:1/2", "redis://nowhere:1/2"),
+        ("tests.toys.toy_broker:BROKER://here", "sqlite:///results.db"),
+    ],
+)
+def test_without_a_result_backend_asking_for_a_result_names_the_store_that_fits(broker: str, store: str) -> None:
+    app = FastQ("proj", broker=broker, backend="disabled")
     app.publisher = RecordingPublisher()
     result = app.task(add).delay(1)
     assert app.stores_results is False
-    with pytest.raises(ResultsDisabled, match="FastQ"):
+    with pytest.raises(ResultsDisabled, match=re.escape(f"name a store: FastQ(backend={store!r})")):
         result.get(timeout=1)
 
 
