@@ -62,4 +62,5 @@ def report_on_fastq(app: FastQ) -> Report:
                 for queue, text in unread_queues(app, declared_queues(app.conf))
             ),
         ],
+        carries_follow_ups=False,
     )

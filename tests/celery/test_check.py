@@ -339,6 +339,7 @@ def test_a_fastq_project_has_fast_tasks_only_and_needs_no_celery(tmp_path: Path)
     report = json.loads(text)
     assert report["application"] == "proj (FastQ)"
     assert [(each["name"], each["path"]) for each in report["tasks"]] == [("proj.add", "fast")]
+    assert "compatible path)" not in run_check(tmp_path, FASTQ_PROJECT)[1]  # a call with a callback is rejected
 
 
 def test_a_fastq_project_hears_of_a_transport_option_that_its_broker_does_not_have(tmp_path: Path) -> None:

@@ -36,13 +36,17 @@ class TaskPath:
 
 @dataclass(frozen=True)
 class Report:
-    """All about an application. ``broker`` and ``results`` are shown as they are: without passwords."""
+    """All about an application. ``broker`` and ``results`` are shown as they are: without passwords.
+
+    ``carries_follow_ups``: whether its calls may have a callback, errback, chain or chord behind them.
+    """
 
     application: str
     broker: str
     results: str
     tasks: Sequence[TaskPath]
     findings: Sequence[Finding] = ()
+    carries_follow_ups: bool = True
 
     @property
     def is_ok(self) -> bool:
@@ -76,7 +80,7 @@ class Report:
     def _task_lines(self) -> Iterator[str]:
         slow = [task for task in self.tasks if task.reasons]
         yield f"Tasks: {len(self.tasks) - len(slow)} on the fast path, {len(slow)} on the compatible path"
-        if len(slow) < len(self.tasks):
+        if self.carries_follow_ups and len(slow) < len(self.tasks):
             yield "  (a call with a callback, errback, chain or chord behind it takes the compatible path)"
         # What holds for every task is said once.
         common = [
