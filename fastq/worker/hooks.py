@@ -304,6 +304,11 @@ def refusal(reason: str, detail: str) -> str:
 
 def _remedy(reason: str, props: bytes) -> str:
     """Return what is to be done about a message that is sound but not taken; nothing for the others."""
+    if reason == "follow-ups":
+        return (
+            ". A FastQ application runs no callbacks, chains or chords: have the task send what comes next, "
+            "or send the call to a worker of a Celery application"
+        )
     if reason != "content-type":
         return ""
     content_type = readable_properties(props).get("content_type")

@@ -162,6 +162,7 @@ def test_a_malformed_message_harms_nobody(site: Site, case: Case) -> None:
         if case.outcome == "rejected":
             word = "unaccepted" if case.reason in UNACCEPTED else "malformed"
             assert REJECTED.findall(log) == [(word, case.reason)], log
+            assert ("have the task send what comes next" in log) == (case.reason == "follow-ups"), log
         else:
             assert log.count("Received unregistered task of type") == 1
         assert number not in stage.ledger.started()
