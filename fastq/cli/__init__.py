@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -182,6 +183,20 @@ class Commands(click.Group):
             _read_variables(command, f"{cmd_name}_")
             return command
         return Delegated(cmd_name) if cmd_name in DELEGATED or is_added(cmd_name) else None
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the options before the command; where -A has taken the command for the application, Misuse says so."""
+        words = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            taken = next((name for option, name in pairwise(words) if option in ("-A", "--app")), "")
+            if taken not in COMMANDS and taken not in DELEGATED:
+                raise
+            raise Misuse(
+                f"-A has taken {taken!r} as the application's name, and {error.option_name} is no option before a "
+                f"command. Name the application: fastq -A <module> {taken} {error.option_name} ..."
+            ) from None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

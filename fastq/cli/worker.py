@@ -276,16 +276,30 @@ class Start:
         program = self.settings.load_program()
         if program.node == NODE_NAME:
             _refuse_beat(self.options)
-        self.options, overrides = program.adopt(self.options, self.overrides)
+        try:
+            self.options, overrides = program.adopt(self.options, self.overrides)
+        except click.NoSuchOption as error:
+            raise _no_such_option(error.option_name, error.ctx) from None
         unknown = next((word for word in overrides if word.startswith("-")), None)
         if unknown is not None:
-            raise click.NoSuchOption(unknown, ctx=click.get_current_context())
+            raise _no_such_option(unknown)
         for name in self.options.include:
             import_module(name, f"-I {name}")
         load_tasks(lambda: program.load(self.options, overrides), program.app)
         if self.settings.application is None:  # else it is a program's own business how its children start
             self._imported = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
         return program
+
+
+def _no_such_option(word: str, own: click.Context | None = None) -> click.NoSuchOption:
+    """Return the error for an option that there is not, with those that are meant; ``own``: the application's too."""
+    import difflib  # only needed on the way to an error
+
+    ctx = click.get_current_context()
+    params = [*ctx.command.params, *(own.command.params if own is not None else ())]
+    known = [name for param in params if isinstance(param, click.Option) for name in param.opts + param.secondary_opts]
+    name = word.partition("=")[0]
+    return click.NoSuchOption(name, possibilities=difflib.get_close_matches(name, known), ctx=ctx)
 
 
 def _refuse_beat(options: WorkerOptions) -> None:

@@ -116,6 +116,24 @@ def test_an_unknown_option_is_a_usage_error(fastq: Run) -> None:
     assert "--bogus" in done.err
 
 
+@pytest.mark.parametrize("source", [SHOP, "import celery\napp = celery.Celery('proj')\n"], ids=["fastq", "celery"])
+def test_a_mistyped_option_names_the_right_one(fastq: Run, project: Path, source: str) -> None:
+    write(project, "proj.py", source)
+    for words in (["--concurency", "2"], ["--concurency=2"]):
+        done = fastq("-A", "proj", "worker", *words)
+        assert done.code == 2
+        assert done.err.startswith("Usage: fastq worker [OPTIONS] [-- SETTING=VALUE ...]\n")
+        assert re.search(r"No such option:? '?--concurency'?\.? Did you mean '?--concurrency'?\?", done.err), done.err
+
+
+def test_an_application_that_was_forgotten_is_said_to_be_the_command(fastq: Run) -> None:
+    done = fastq("-A", "worker", "-l", "INFO")
+    assert done.code == 2
+    assert "-A has taken 'worker' as the application's name" in done.error
+    assert "Name the application: fastq -A <module> worker -l ..." in done.error
+    assert "has taken" not in fastq("-A", "shop", "-l", "INFO").err
+
+
 def test_a_mistyped_command_names_the_right_one(fastq: Run) -> None:
     done = fastq("wroker")
     assert done.code == 2
