@@ -42,6 +42,7 @@ def find_any_app(spec: str) -> Application:
     add_working_directory()
     name, colon, attribute = spec.partition(":")
     _refuse_path(name, colon + attribute)
+    _refuse_library(name)
     if colon:
         return _checked(_attribute(_import(name, spec), attribute, spec), spec)
     found = _import_or_attribute(name, spec)
@@ -205,6 +206,15 @@ def _refuse_path(name: str, attribute: str) -> None:
     if path.startswith("..") or not all(part.isidentifier() for part in parts):
         raise Misuse(f"-A {name} is a path; -A takes a module. Give its folder by --workdir, then -A {parts[-1]}")
     raise Misuse(f"-A {name} is a path; -A takes a module: -A {'.'.join(parts)}{attribute}")
+
+
+def _refuse_library(name: str) -> None:
+    """Raise Misuse for the library's own name, which a project's file or folder may have as well."""
+    if name.partition(".")[0] == "fastq":
+        raise Misuse(
+            f"-A {name} is the library itself, not an application. "
+            "A file or folder of yours that is called fastq cannot be imported beside it: rename it"
+        )
 
 
 def _is_package(name: str) -> bool:

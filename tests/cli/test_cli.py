@@ -268,6 +268,14 @@ def test_a_path_in_place_of_a_module_is_answered_with_the_module(fastq: Run, spe
     assert remedy in done.error
 
 
+@pytest.mark.parametrize("spec", ["fastq", "fastq:app", "fastq.tasks"])
+def test_a_project_of_the_library_s_name_is_to_be_renamed(fastq: Run, project: Path, spec: str) -> None:
+    done = fastq("-A", spec, "status")
+    assert done.code == 2
+    assert f"-A {spec.partition(':')[0]} is the library itself" in done.error
+    assert done.error.endswith("rename it [exit 2: wrong usage]")
+
+
 def test_of_several_applications_one_must_be_named_or_the_choice_is_said(fastq: Run, project: Path) -> None:
     write(project, "two.py", SHOP.replace("app", "one") + SHOP.replace("app", "two") + "alias = one\n")
     done = send_through(fastq, "two")
