@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 
 import click
+from click.core import ParameterSource
 
 from fastq.errors import FastqError
 from fastq.printable import printable
@@ -39,6 +40,8 @@ def run_guarded(command: Callable[[], int | None]) -> int:
     except Misuse as error:
         return _report(error, error.message, EX_USAGE)
     except click.ClickException as error:
+        if isinstance(error, click.BadParameter):
+            _name_variable(error)
         # Click knows how to show a wrong usage: the usage line first.
         error.show()
         return error.exit_code
@@ -59,6 +62,16 @@ def run_guarded(command: Callable[[], int | None]) -> int:
         # Not foreseen: this one is ours, so its traceback is always shown.
         traceback.print_exc()
         return _report(error, f"internal error, please report it: {describe(error)}", EX_SOFTWARE, shown=True)
+
+
+def _name_variable(error: click.BadParameter) -> None:
+    """Have an error name the variable of the environment that its value came from."""
+    ctx, param = error.ctx, error.param
+    if ctx is None or param is None or error.param_hint is not None:
+        return
+    if ctx.get_parameter_source(param.name) is ParameterSource.ENVIRONMENT:
+        names = [param.envvar] if isinstance(param.envvar, str) else param.envvar or ()
+        error.param_hint = next((name for name in names if os.environ.get(name)), None)
 
 
 def _report(error: BaseException, text: str, code: int, shown: bool = False) -> int:

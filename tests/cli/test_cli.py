@@ -348,6 +348,13 @@ def test_options_come_from_the_environment_as_well(fastq: Run) -> None:
     assert "no pool is known by the name 'custom'" in done.error
 
 
+def test_a_wrong_value_from_the_environment_names_its_variable(fastq: Run) -> None:
+    for variable in ("FASTQ_WORKER_CONCURRENCY", "CELERY_WORKER_TIME_LIMIT"):
+        done = fastq("-A", "shop", "worker", **{variable: "x"})
+        assert (done.code, f"Invalid value for {variable}: 'x' is not" in done.err) == (2, True), done.err
+    assert "Invalid value for '-c'" in fastq("-A", "shop", "worker", "-c", "x", FASTQ_WORKER_CONCURRENCY="x").err
+
+
 def test_a_broker_alone_is_enough_to_send_and_ask(fastq: Run) -> None:
     sent = fastq("-b", "sqlite:///other.db", "call", "any.name")
     assert sent.code == 0, sent.err
