@@ -76,7 +76,7 @@ def _send(
         return task.apply_async(args, kwargs, **options)
     if is_known and app.tasks:
         raise Misuse(
-            f"no task {name!r} in {app!r}; {_nearest(name, list(app.tasks))}. "
+            f"no task {name!r} in {app!r}; {_nearest(name, list(app.tasks))} "
             "For one that only another application has, name the broker alone: fastq -b <URL> call ..."
         )
     return app.send_task(name, args, kwargs, **options)
@@ -89,7 +89,7 @@ def _nearest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, 1) or [
         by_end[end] for end in difflib.get_close_matches(name.rpartition(".")[2], by_end, 1)
     ]
-    return f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known)[:10])}"
+    return f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known)[:10])}."
 
 
 def _awaited(app: Any, result: Any, timeout_s: float | None) -> Meta:

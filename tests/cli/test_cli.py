@@ -404,9 +404,9 @@ def test_a_wrong_value_for_call_is_a_usage_error(fastq: Run, options: list[str],
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["shop.ad"], "no task 'shop.ad' in <FastQ shop: 2 tasks>; did you mean 'shop.add'?"),
+        (["shop.ad"], "no task 'shop.ad' in <FastQ shop: 2 tasks>; did you mean 'shop.add'? For one that only"),
         (["add"], "did you mean 'shop.add'?"),
-        (["mail.send"], "it has shop.add, shop.fail"),
+        (["mail.send"], "it has shop.add, shop.fail. For one that only"),
         (
             ["shop.add", "-a", "[1]"],
             "'shop.add' cannot be called with these arguments: missing a required argument: 'y'",
