@@ -15,9 +15,8 @@ import click
 
 from fastq.brokers import SQLITE, find_broker
 from fastq.cli import Globals
-from fastq.cli.errors import Failure, Misuse
+from fastq.cli.errors import Failure
 from fastq.cli.options import name_list
-from fastq.net.urls import scheme_of
 from fastq.printable import cut, printable, printable_lines
 from fastq.worker.process.exitcodes import EX_UNAVAILABLE
 
@@ -56,14 +55,10 @@ def broker_settings(settings: Globals) -> Settings:
 def ask(
     settings: Settings, method: str, arguments: Mapping[str, Any], timeout_s: float, destination: Sequence[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield each node's reply as it comes. Raises Misuse for a broker that carries no remote control."""
-    from fastq.brokers import has_bus, open_blocking_bus
+    """Yield each node's reply as it comes. Raises SettingsError for a broker that carries no remote control."""
+    from fastq.brokers import open_blocking_bus
 
-    url = str(settings.broker_url)
-    if not has_bus(url):
-        scheme = scheme_of(url)
-        raise Misuse(f"{scheme}:// carries no remote control. Use it with amqp:// or redis://")
-    bus = open_blocking_bus(url, settings)
+    bus = open_blocking_bus(str(settings.broker_url), settings)
     try:
         yield from bus.ask(method, arguments, timeout_s, destination)
     finally:

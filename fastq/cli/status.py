@@ -14,11 +14,11 @@ import click
 
 from fastq.brokers import MEMORY, SQLITE, find_broker
 from fastq.cli import Globals
-from fastq.cli.errors import Misuse
 from fastq.cli.loader import load_tasks
 from fastq.cli.options import misplaced_globals
 from fastq.cli.remote import Printer, ask, nobody, remote_options
 from fastq.cli.unread import unread_queues
+from fastq.errors import SettingsError
 
 if TYPE_CHECKING:
     from fastq.settings import Settings
@@ -66,7 +66,7 @@ def online(settings: Settings, timeout_s: float, destination: Sequence[str]) -> 
     """Yield each node that is up with its reply, as they come in."""
     url = str(settings.broker_url)
     if find_broker(url) is MEMORY:
-        raise Misuse(
+        raise SettingsError(
             "a memory:// broker lives inside one process and cannot be asked; use sqlite://, amqp:// or redis://"
         )
     if find_broker(url) is not SQLITE:
