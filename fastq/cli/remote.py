@@ -29,7 +29,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 MAX_NAME = 255
 #: Chosen: of a reply of several lines, such as a report.
 MAX_REPORT = 1 << 18
-NOBODY = "No nodes replied within time constraint; start a worker, or wait longer with -t"
+#: What an argument is to be, by the name of the function that reads it.
+_EXPECTED = {"int": "a whole number", "float": "a number", "switch": "true or false"}
 
 
 def remote_options(function: F) -> F:
@@ -65,11 +66,17 @@ def ask(
         bus.close()
 
 
-def nobody(settings: Settings) -> Failure:
+def nobody(settings: Settings, destination: Sequence[str]) -> Failure:
     """Return the error for a question without an answer; what is missing, where that can be known."""
-    url = str(settings.broker_url)
+    url, asked = str(settings.broker_url), ", ".join(destination)
     if find_broker(url) is not SQLITE:
-        return Failure(NOBODY, EX_UNAVAILABLE)
+        silent = "No nodes replied within time constraint" + (f", asked: {asked}" if asked else "")
+        return Failure(f"{silent}; start a worker, or wait longer with -t", EX_UNAVAILABLE)
+    from fastq.brokers.sqlite.broker import live_workers
+
+    up = ", ".join(worker.name for worker in live_workers(url))
+    if asked and up:
+        return Failure(f"no worker named {asked} is up; up: {up}. Name one of these with -d", EX_UNAVAILABLE)
     return Failure(f"{no_worker_at(url)}. Start one there: fastq -A <module> worker", EX_UNAVAILABLE)
 
 
@@ -190,7 +197,7 @@ def carry_out(
         if shows:
             printer.show(node, reply)
     if not replies:
-        raise nobody(broker_settings(settings))
+        raise nobody(broker_settings(settings), destination)
     return replies
 
 

@@ -40,7 +40,7 @@ def command(settings: Globals, /, timeout: float, destination: tuple[str, ...], 
         if not as_json:
             printer.show(node, reply, with_body=False)
     if not replies:
-        raise nobody(app.conf)
+        raise nobody(app.conf, destination)
     if as_json:
         click.echo(json.dumps(replies))
     else:

@@ -145,7 +145,7 @@ def test_nobody_replies(stock: tuple[str, str]) -> None:
     for arguments in (("status",), ("inspect", "ping"), ("control", "heartbeat")):
         ours, theirs = (program(url, *arguments, "-d", "no@body", "-t", "0.3") for program in (fastq, celery))
         assert ours.returncode == theirs.returncode == 69
-        assert ours.stderr.startswith("Error: No nodes replied within time constraint")
+        assert ours.stderr.startswith("Error: No nodes replied within time constraint, asked: no@body; ")
         assert ours.stdout == theirs.stdout == ""
 
 
