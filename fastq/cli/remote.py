@@ -103,6 +103,8 @@ def chosen_command(kind: str, name: str) -> Command:
 
 def read_arguments(command: Command, words: Sequence[str]) -> dict[str, Any]:
     """Return what the words after a command mean. Raises UsageError when they do not fit it."""
+    if len(words) < command.signature.count("<"):
+        raise click.UsageError(f"Missing argument; usage: {command.name} {command.signature}")
     named = list(zip(command.arguments, words, strict=False))
     rest = list(words[len(command.arguments) :])
     if rest and not command.variadic:
@@ -116,7 +118,8 @@ def _typed(command: Command, name: str, kind: Callable[[str], Any], word: str) -
     try:
         return kind(word)
     except ValueError:
-        raise click.UsageError(f"{command.name}: {word!r} is not a {name}; usage: {command.signature}") from None
+        text = f"{command.name}: {name} is {word!r}, not {_EXPECTED[kind.__name__]}; usage: {command.signature}"
+        raise click.UsageError(text) from None
 
 
 def command_list(kind: str) -> str:

@@ -232,7 +232,12 @@ def test_a_wrong_command_line_is_explained() -> None:
     for arguments, text in {
         ("inspect", "nosuch"): "Available inspect commands: active, active_queues",
         ("control", "active"): "Command active not recognized",
-        ("control", "pool_grow", "many"): "'many' is not a n",
+        ("control", "pool_grow", "many"): "n is 'many', not a whole number",
+        ("control", "time_limit", "proj.add", "long"): "soft is 'long', not a number",
+        ("inspect", "conf", "all"): "with_defaults is 'all', not true or false",
+        ("control", "revoke"): "Missing argument; usage: revoke <id1> [id2",
+        ("control", "terminate", "KILL"): "Missing argument; usage: terminate <signal> <id1> [id2",
+        ("control", "rate_limit", "proj.add"): "Missing argument; usage: rate_limit <task_name> <rate_limit",
         ("control", "pool_grow", "1", "2"): "takes arguments: [N=1]",
         ("inspect",): "Missing argument 'COMMAND'",
     }.items():

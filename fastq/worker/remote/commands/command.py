@@ -194,7 +194,8 @@ class Command:
 
     kind: Literal["inspect", "control"]
     function: Callable[..., Any]
-    #: How the arguments look in the help, and the name and type of each that stands on the command line.
+    #: How the arguments look in the help, those that it cannot do without in ``<>``, and the name and type of each that
+    #: stands on the command line.
     signature: str = ""
     arguments: tuple[tuple[str, Callable[[str], Any]], ...] = ()
     #: The name of the argument that takes all further words, as a list.
