@@ -114,7 +114,7 @@ class WorkerCommand(click.Command):
 @click.option("-l", "--loglevel", type=click.Choice(LEVELS, case_sensitive=False), default="WARNING", show_default=True)
 @click.option("-f", "--logfile", default="", help="Log file; expands %n %h %d %p %i %I. Default: standard error.")
 @click.option("--pidfile", default="", help="Pid file; expands the same. Empty: none.")
-@click.option("--prefetch-multiplier", type=int, help="Messages held per child; 0: no limit.")
+@click.option("--prefetch-multiplier", type=int, help="Messages held per child; 0: 4,096 in all.")
 @click.option("--time-limit", type=float, help="Seconds after which the child that runs a task is killed.")
 @click.option("--soft-time-limit", type=float, help="Seconds after which SoftTimeLimitExceeded is raised in the task.")
 @click.option("--max-tasks-per-child", type=int, help="Replace a child after this many tasks.")

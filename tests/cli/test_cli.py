@@ -18,6 +18,7 @@ from fastq.cli import COMMANDS
 from fastq.cli.errors import DEBUG_VARIABLE, Failure, run_guarded
 from fastq.errors import ConnectionLost, FastqError, LocalProtocolError, PublishError, ResultTimeout, SettingsError
 from fastq.worker.process.exitcodes import MEANINGS, CannotCreate
+from fastq.worker.window import UNBOUNDED
 from tests import ROOT
 from tests.support.forked import run_command
 from tests.support.worker_process import WorkerProcess
@@ -709,6 +710,7 @@ def test_the_worker_s_help_has_sections(fastq: Run) -> None:
     help_text = fastq("worker", "--help").out
     titles = [line for line in help_text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert titles == ["Options:", "Messages:", "Child processes:", "Time:", "Monitoring:", "Process:"]
+    assert f"Messages held per child; 0: {UNBOUNDED:,} in all." in help_text
 
 
 def test_who_waits_at_an_embedded_broker_without_a_worker_is_told(fastq: Run, project: Path) -> None:

@@ -25,6 +25,7 @@ from celery.app.defaults import DEFAULTS
 
 from fastq.celery.conf.carried import CARRIED, How
 from fastq.cli import COMMANDS, group
+from fastq.codecs import compression
 from fastq.settings import Settings
 from tests import ROOT
 from tests.support.servers import Redis
@@ -247,9 +248,10 @@ def test_links_lead_somewhere(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_settings_that_are_named_exist(document: str) -> None:
-    text = (ROOT / document).read_text(encoding="utf-8")
-    known = NO_SETTINGS.union(DEFAULTS, CARRIED) if document == OF_CELERY else NO_SETTINGS
-    assert [name for name in SETTING.findall(text) if name not in Settings() and name not in known] == []
+    of_celery = NO_SETTINGS.union(DEFAULTS, CARRIED)
+    for line in (ROOT / document).read_text(encoding="utf-8").splitlines():
+        known = of_celery if document == OF_CELERY or "(Celery)" in line else NO_SETTINGS
+        assert [name for name in SETTING.findall(line) if name not in Settings() and name not in known] == []
 
 
 def test_settings_that_are_not_carried_are_named() -> None:
@@ -282,6 +284,20 @@ def test_options_that_are_shown_exist(document: str) -> None:
             known |= {option for param in shown for option in (*param.opts, *param.secondary_opts)}
         unknown = [word for word in words if re.match(r"--?[A-Za-z]", word) and word.split("=")[0] not in known]
         assert unknown == [], line
+
+
+def test_the_table_of_options_has_every_option_of_the_worker() -> None:
+    table = [line for line in (ROOT / "docs/operating.md").read_text().splitlines() if line.startswith("| `-")]
+    command = group.get_command(click.Context(group), "worker")
+    assert command is not None
+    shown = [each for each in command.params if isinstance(each, click.Option) and not each.hidden]
+    missing = [each.opts for each in shown if not any(f"`{name}" in line for name in each.opts for line in table)]
+    assert missing == []
+
+
+def test_the_compressions_that_are_named_are_known() -> None:
+    (named,) = re.findall(r'\(`compression="(.+?)`\)', (ROOT / "docs/tasks.md").read_text())
+    assert all(map(compression.is_known, re.findall(r"\w+", named)))
 
 
 def tree_of(document: str) -> set[str]:
