@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import click
 
-from fastq.brokers import SQLITE, find_broker
+from fastq.brokers import SQLITE, find_broker, has_bus
 from fastq.cli import Globals
 from fastq.cli.errors import Misuse
 from fastq.cli.loader import is_celery, load_tasks
 from fastq.cli.options import json_array, json_object, misplaced_globals, moment, moment_or_seconds
+from fastq.errors import FastqError, ResultTimeout
+from fastq.net.urls import mask_url
 
 if TYPE_CHECKING:
     from fastq.app import FastQ
     from fastq.interfaces import Meta
     from fastq.result import AsyncResult
+    from fastq.sending.options import SendOptions
+    from fastq.settings import Settings
+
+_ASK_S: Final = 1.0  # chosen: as `status` waits for replies
 
 
 @click.command("call")
@@ -57,7 +63,13 @@ def command(
         return 0
     from fastq.cli.result import show
 
-    return show(_awaited(app, result, timeout_s), with_traceback=False)
+    try:
+        meta = _awaited(app, result, timeout_s)
+    except ResultTimeout as error:
+        if why := _why_not_run(app, name, args, kwargs, given):
+            raise ResultTimeout(f"{error}; {why}") from error
+        raise
+    return show(meta, with_traceback=False)
 
 
 def _send(
@@ -100,6 +112,51 @@ def _awaited(app: Any, result: Any, timeout_s: float | None) -> Meta:
     _warn_if_nobody_works(str(app.conf.broker_url))
     meta: Meta = app.store.wait(result.id, timeout_s)
     return meta
+
+
+def _why_not_run(app: Any, name: str, args: list[Any], kwargs: dict[str, Any], options: dict[str, Any]) -> str:
+    """Return why nobody may have run a call: no worker is up, or none reads its queue; "" when that is not known."""
+    places = {option: value for option, value in options.items() if option in ("queue", "exchange", "routing_key")}
+    try:
+        if is_celery(app):
+            from fastq.celery.cli import client
+            from fastq.celery.conf.settings import settings_of_app
+
+            settings, queue = settings_of_app(app), client.queue_of(app, name, args, kwargs, places)
+        else:
+            settings, queue = app.conf, _queue_of(app, name, args, kwargs, cast("SendOptions", places))
+        return _unread(settings, queue)
+    except FastqError:  # the time-out is what is to be told
+        return ""
+
+
+def _unread(settings: Settings, queue: str | None) -> str:
+    from fastq.cli.remote import no_worker_at
+    from fastq.cli.status import read_queues
+
+    url = str(settings.broker_url)
+    is_file = find_broker(url) is SQLITE
+    if not is_file and not (has_bus(url) and settings.worker_enable_remote_control):
+        return ""
+    workers = read_queues(settings, _ASK_S)
+    if not workers:
+        where = no_worker_at(url) if is_file else f"no worker is up on {mask_url(url)}, or none that answers"
+        return f"{where}. Start one there: fastq -A <module> worker"
+    if queue is None or any(queue in read for _, read in workers):
+        return ""
+    up = ", ".join(sorted({node for node, _ in workers})[:10])
+    return f"it went to queue {queue!r}, which none of those that are up reads ({up}). Start one with -Q {queue}"
+
+
+def _queue_of(app: FastQ, name: str, args: list[Any], kwargs: dict[str, Any], places: SendOptions) -> str | None:
+    """Return the queue that a call went to; None when it went to an exchange."""
+    task, envelopes = app.tasks.get(name), app.sender.envelopes
+    if task is not None:
+        envelope = envelopes.of_task(task, args, kwargs)
+    else:
+        envelope = app.sender.new_envelope(name, args, kwargs, {})
+    envelope = envelopes.with_options(envelope, places)
+    return None if envelope.exchange else envelope.routing_key
 
 
 def _warn_if_nobody_works(url: str) -> None:

@@ -46,20 +46,22 @@ def command(settings: Globals, /, timeout: float, destination: tuple[str, ...], 
     else:
         printer.count(len(replies))
     if app.tasks and not destination:
-        for queue, text in unread_queues(app, read_queues(app.conf, timeout, list(replies))):
+        read = {queue for _, queues in read_queues(app.conf, timeout, list(replies)) for queue in queues}
+        for queue, text in unread_queues(app, read):
             click.echo(f"Queue {queue!r} is read by none of them: {text}", err=True)
     return 0
 
 
-def read_queues(settings: Settings, timeout_s: float, nodes: Sequence[str]) -> set[str]:
-    """Return the names of the queues that these nodes read."""
+def read_queues(settings: Settings, timeout_s: float, nodes: Sequence[str] = ()) -> list[tuple[str, set[str]]]:
+    """Return the nodes that are up, or those of these that are, each with the names of the queues that it reads."""
     url = str(settings.broker_url)
     if find_broker(url) is SQLITE:
         from fastq.brokers.sqlite.broker import live_workers
 
-        return {queue for worker in live_workers(url) for queue in worker.queues}
+        live = live_workers(url)
+        return [(worker.name, set(worker.queues)) for worker in live if not nodes or worker.name in nodes]
     replies = ask(settings, "active_queues", {}, timeout_s, nodes)
-    return {str(queue["name"]) for _, found in replies if isinstance(found, list) for queue in found}
+    return [(node, {str(queue["name"]) for queue in found}) for node, found in replies if isinstance(found, list)]
 
 
 def online(settings: Settings, timeout_s: float, destination: Sequence[str]) -> Iterator[tuple[str, Any]]:

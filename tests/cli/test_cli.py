@@ -441,6 +441,10 @@ def test_a_queue_that_nobody_reads_is_said_by_check_worker_and_status(
     log = start_worker("-c", "1", source=source).log()
     assert "queue 'celery' is not read: calls of tasks.add, tasks.fail go there and wait. Add it to task_queues" in log
     assert "'b' is not read" not in log
+    vain = fastq("-A", "tasks", "call", "tasks.fail", "--wait", "0.2")
+    assert (vain.code, "; it went to queue 'celery', which none of those that are up reads" in vain.error) == (75, True)
+    asked = fastq("-A", "tasks", "status", "-d", "no@vm")
+    assert (asked.code, "no worker named no@vm is up; up: fastq@" in asked.error) == (69, True)
     status = fastq("-A", "tasks", "status")
     assert (status.code, "Queue 'celery' is read by none of them: calls of tasks.add" in status.error) == (0, True)
     assert "not read" not in start_worker("-c", "1", "-Q", "celery", source=source).log()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fastq.net.urls import mask_url
 from tests.support.control_node import CeleryWorker, Node, command_line, row
 from tests.support.servers import RabbitMQ, Redis
 
@@ -60,6 +61,11 @@ def node(request: pytest.FixtureRequest) -> Iterator[tuple[str, Node]]:
     node.stop()
 
 
+@pytest.fixture
+def url(request: pytest.FixtureRequest) -> str:
+    return new_url(request)
+
+
 def fastq(url: str, *arguments: str) -> Any:
     return command_line("fastq", "-C", "-b", url, *arguments)
 
@@ -90,6 +96,41 @@ def test_status_names_the_queue_that_no_worker_reads(stock: tuple[str, str], tmp
     assert done.stderr == (
         "Queue 'b' is read by none of them: calls of queues.left go there and wait. "
         "Add it to task_queues, or start a worker with -Q b\n"
+    )
+
+
+CALLED = {
+    "fastq": "from fastq import FastQ\napp = FastQ('calls', backend={backend!r})\n",
+    "celery": "from celery import Celery\napp = Celery('calls', backend={backend!r})\n",
+}
+both_kinds = pytest.mark.parametrize("kind", CALLED)
+
+
+def call_in_vain(url: str, folder: Path, kind: str, *options: str) -> str:
+    """Return what is said on standard error of a call that nobody runs."""
+    source = CALLED[kind].format(backend="rpc://" if url.startswith("amqp") else url)
+    (folder / "calls.py").write_text(f"{source}@app.task\ndef left(): ...\n")
+    words = ("-A", "calls", "-b", url, "call", "calls.left", "--wait", "0.2", *options)
+    done = command_line("fastq", "-C", *words, folder=folder)
+    assert done.returncode == 75, done.stderr
+    return str(done.stderr)
+
+
+@both_kinds
+def test_who_waits_for_a_call_to_a_queue_that_nobody_reads_is_told(
+    stock: tuple[str, str], tmp_path: Path, kind: str
+) -> None:
+    unread = call_in_vain(stock[0], tmp_path, kind, "--queue", "b")
+    assert "; it went to queue 'b', which none of those that are up reads (stock@here). Start one with -Q b" in unread
+    assert "went to" not in call_in_vain(stock[0], tmp_path, kind, "--countdown", "60")
+    assert "went to" not in call_in_vain(stock[0], tmp_path, kind, "--exchange", "celery", "--routing-key", "b")
+
+
+@pytest.mark.parametrize("url", BOTH, indirect=True)
+@both_kinds
+def test_who_waits_without_a_worker_is_told(url: str, tmp_path: Path, kind: str) -> None:
+    assert f"; no worker is up on {mask_url(url)}, or none that answers. Start one there: fastq -A" in call_in_vain(
+        url, tmp_path, kind
     )
 
 

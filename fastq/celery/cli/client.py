@@ -60,6 +60,19 @@ def send(
         return app.send_task(name, list(args), dict(kwargs), **options)
 
 
+def queue_of(
+    app: celery.Celery, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], options: Mapping[str, Any]
+) -> str | None:
+    """Return the queue that such a call goes to; None when an exchange decides that."""
+    route = app.amqp.router.route(dict(options), name, list(args), dict(kwargs))
+    if route.get("exchange"):
+        return None
+    queue = route.get("queue") or app.amqp.default_queue
+    if isinstance(queue, str):
+        queue = app.amqp.queues[queue]
+    return str(queue.name) if queue.exchange is None or queue.exchange.type == "direct" else None
+
+
 def meta_of(app: celery.Celery, task_id: str, task: str = "", wait_s: float | None = None) -> dict[str, Any] | None:
     """Return what the result store holds of a task, ``result`` decoded; None when it is not ready.
 
