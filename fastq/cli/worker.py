@@ -280,6 +280,9 @@ class Start:
             self.options, overrides = program.adopt(self.options, self.overrides)
         except click.NoSuchOption as error:
             raise _no_such_option(error.option_name, error.ctx) from None
+        except click.UsageError as error:  # of an option that the application has added
+            error.ctx = click.get_current_context()
+            raise
         unknown = next((word for word in overrides if word.startswith("-")), None)
         if unknown is not None:
             raise _no_such_option(unknown)

@@ -127,6 +127,15 @@ def test_a_mistyped_option_names_the_right_one(fastq: Run, project: Path, source
         assert re.search(r"No such option:? '?--concurency'?\.? Did you mean '?--concurrency'?\?", done.err), done.err
 
 
+def test_a_wrong_value_of_an_application_s_own_option_is_one_of_the_command(fastq: Run, project: Path) -> None:
+    source = "import celery, click\napp = celery.Celery('proj')\n"
+    write(project, "proj.py", f"{source}app.user_options['worker'].add(click.Option(['--magic'], type=int))\n")
+    done = fastq("-A", "proj", "worker", "--magic", "x")
+    assert (done.code, done.err.startswith("Usage: fastq worker [OPTIONS]")) == (2, True)
+    assert "Invalid value for '--magic'" in done.err
+    assert "Did you mean" in fastq("-A", "proj", "worker", "--magik", "1").err
+
+
 def test_an_application_that_was_forgotten_is_said_to_be_the_command(fastq: Run) -> None:
     done = fastq("-A", "worker", "-l", "INFO")
     assert done.code == 2
