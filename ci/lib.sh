@@ -129,6 +129,8 @@ make_environment() {
     step "build what has changed" "$folder/bin/python" setup.py build_ext --inplace
   fi
   printf '%s' "$wanted_build" >"$folder/fastq-build"
+  # Where PYTHONDONTWRITEBYTECODE is set, each of some thousand processes would compile the package anew.
+  "$folder/bin/python" -m compileall -q fastq tests bench examples
 }
 
 # What every script needs: compiler, librabbitmq, a virtual environment with fastq and the extras of $1.

@@ -63,7 +63,7 @@ def node(request: pytest.FixtureRequest) -> Iterator[tuple[str, Node]]:
 
 @pytest.fixture
 def url(request: pytest.FixtureRequest) -> str:
-    return new_url(request)
+    return new_url(request, request.param)
 
 
 def fastq(url: str, *arguments: str) -> Any:
