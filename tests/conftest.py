@@ -30,8 +30,14 @@ SMOKE_PLACES = {ROOT / "tests" / folder for folder in SMOKE_FOLDERS}
 # waits for it at the end.
 FIRST = ("house/test_lint", "house/test_layers", "house/test_typing", "wire", "codecs", "net", "core", "api", "sending")
 LONGEST = (
-    *("fuzz", "soak", "celery/test_strikes", "celery/test_mixed", "celery/test_tasks", "celery/test_options"),
-    *("celery/test_hookpoints", "celery/test_canvas", "celery/test_accelerate", "celery/test_events"),
+    *("worker/kinds", "fuzz", "soak", "celery/test_strikes", "celery/test_mixed", "celery/test_tasks"),
+    *(
+        "celery/test_options",
+        "celery/test_hookpoints",
+        "celery/test_canvas",
+        "celery/test_accelerate",
+        "celery/test_events",
+    ),
     *("worker/test_reliability", "worker/test_hostile_input", "worker/test_malformed", "brokers/redis", "cli"),
 )
 

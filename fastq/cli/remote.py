@@ -103,7 +103,7 @@ def chosen_command(kind: str, name: str) -> Command:
 
 def read_arguments(command: Command, words: Sequence[str]) -> dict[str, Any]:
     """Return what the words after a command mean. Raises UsageError when they do not fit it."""
-    if len(words) < command.signature.count("<"):
+    if len(words) < command.signature.count("<") + command.least:
         raise click.UsageError(f"Missing argument; usage: {command.name} {command.signature}")
     named = list(zip(command.arguments, words, strict=False))
     rest = list(words[len(command.arguments) :])

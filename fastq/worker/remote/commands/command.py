@@ -200,6 +200,8 @@ class Command:
     arguments: tuple[tuple[str, Callable[[str], Any]], ...] = ()
     #: The name of the argument that takes all further words, as a list.
     variadic: str = ""
+    #: How many words it needs at least there, whatever Celery's help says.
+    least: int = 0
     #: A second name, of older clients.
     alias: str = ""
     is_visible: bool = True

@@ -126,12 +126,20 @@ def _as_set(ids: list[str]) -> str:
 
 COMMANDS: Final = (
     Command("inspect", revoked, alias="dump_revoked"),
-    Command("control", revoke, "<id1> [id2 [... [idN]]]", variadic="task_id"),
-    Command("control", terminate, "<signal> <id1> [id2 [... [idN]]]", arguments=(("signal", str),), variadic="task_id"),
+    Command("control", revoke, "[id1 [id2 [... [idN]]]]", variadic="task_id", least=1),
+    Command(
+        "control",
+        terminate,
+        "<signal> [id1 [id2 [... [idN]]]]",
+        arguments=(("signal", str),),
+        variadic="task_id",
+        least=1,
+    ),
     Command(
         "control",
         revoke_by_stamped_headers,
-        "<key1=value1> [key2=value2 [... [keyN=valueN]]]",
+        "[key1=value1 [key2=value2 [... [keyN=valueN]]]]",
         variadic="headers",
+        least=1,
     ),
 )
