@@ -428,6 +428,20 @@ def test_error_callbacks_hear_of_a_call_that_cannot_run(
     assert words in note["error"]
 
 
+@CANNOT_RUN
+def test_an_error_callback_that_fails_has_no_other_called_twice(
+    telling_stage: CeleryStage, why: str, words: str
+) -> None:
+    stage, t = telling_stage, telling_stage.tasks
+    links = [t.error_by_id.s(), t.error_by_id.s().set(countdown="soon")]
+    result = unrunnable(stage, why).apply_async(link_error=links)
+    assert words in str(stage.error(result))
+    stage.wait_for_notes("error_by_id", failed=result.id)
+    stage.worker.wait_for_log("error callbacks of task .* could not be called")
+    assert stage.get(t.double.delay(2)) == 4
+    assert len(stage.notes("error_by_id", failed=result.id)) == 1
+
+
 def test_a_task_is_added_to_its_chord(stage: CeleryStage) -> None:
     if stage.backend != "redis":
         pytest.skip("Celery adds to chords on Redis alone")

@@ -149,6 +149,7 @@ def test_a_broker_that_fastq_or_kombu_does_not_know_is_the_projects_own_fault(ur
         CeleryProgram(application(broker=url)).begin(WorkerOptions())
 
 
+@pytest.mark.since("5.5", "a database is opened at its first use")
 def test_a_store_that_cannot_be_opened_is_no_fault_of_ours() -> None:
     app = application(result_backend="db+sqlite:////nonexistent/x.db")
     with pytest.raises(ConnectionLost, match=r"result_backend.*OperationalError.*unable to open database file"):
