@@ -25,7 +25,7 @@ from tests.support.fault_proxy import FaultProxy
 from tests.support.stage import empty_database
 
 #: How soon a worker is to be ready; of so many one has to be, as the machine may be busy with other tests.
-READY_S = 0.05
+READY_S = 0.1
 ROUNDS = 200
 
 

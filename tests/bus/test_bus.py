@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from fastq.brokers import has_bus, open_blocking_bus
+from fastq.brokers.redis.blocking import BlockingRedis
+from fastq.brokers.redis.url import parse_redis_url
 from fastq.errors import ConnectionLost, SettingsError
 from fastq.interfaces import Bus
 from fastq.settings import Settings
@@ -47,6 +49,8 @@ def test_nothing_is_heaped_up_while_rabbitmq_blocks(rabbitmq: RabbitMQ, amqp_url
 @pytest.mark.redis
 def test_nothing_is_left_in_redis_after_asking(redis_server: Redis) -> None:
     url = redis_server.url(15)
+    redis = BlockingRedis(parse_redis_url(url, Settings()), 5)
+    redis.call("FLUSHDB")  # others may have asked there
     node = Node(url, "fastq@here").start()
     client = open_blocking_bus(url, Settings({"broker_url": url}))
     try:
@@ -54,9 +58,5 @@ def test_nothing_is_left_in_redis_after_asking(redis_server: Redis) -> None:
     finally:
         client.close()
         node.stop()
-    from fastq.brokers.redis.blocking import BlockingRedis
-    from fastq.brokers.redis.url import parse_redis_url
-
-    redis = BlockingRedis(parse_redis_url(url, Settings()), 5)
     assert redis.call("KEYS", "*pidbox*") == []
     redis.close()

