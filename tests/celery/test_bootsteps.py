@@ -131,6 +131,7 @@ def test_a_step_that_cannot_start_is_named_and_the_worker_goes_on(open_stage: An
     assert ("Third", "stop") in did(stage)
 
 
+@pytest.mark.rabbitmq
 def test_steps_of_the_consumer_are_started_again_when_the_broker_comes_back(open_stage: Any, servers: Servers) -> None:
     stage = open_stage("fastq", "amqp", "rpc")
     worker = stage.start_worker("-c", "1", app=APP)

@@ -96,7 +96,7 @@ def test_a_receiver_that_raises_worker_shutdown_ends_the_worker(open_stage: Any,
 
 
 @pytest.mark.parametrize("fault", ["cut", "restarted"])
-@pytest.mark.parametrize("broker", ["amqp", "redis"])
+@pytest.mark.parametrize("broker", [pytest.param("amqp", marks=pytest.mark.rabbitmq), "redis"])
 def test_worker_ready_is_told_once_in_a_workers_life(
     open_stage: Any, own_redis: OwnRedis, fault_proxy: Callable[[str, int], FaultProxy], broker: Any, fault: str
 ) -> None:
