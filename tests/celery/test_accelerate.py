@@ -507,6 +507,23 @@ def test_a_form_that_the_applications_workers_refuse_is_refused_at_once(broker_u
     app.close()
 
 
+def test_a_form_that_every_worker_takes_is_sent(broker_url: str, own_serializers: None) -> None:
+    kombu.serialization.register("trusted", json.dumps, json.loads, "application/data", "utf-8")
+    app = make(broker_url)
+    app.add.apply_async((1, 2), serializer="trusted")
+    assert [each.content_type for each in taken(broker_url, accept=["trusted"])] == ["application/data"]
+    app.close()
+
+
+def test_a_call_by_name_leaves_the_application_unfinished(broker_url: str) -> None:
+    app = celery.Celery("unfinished", broker=broker_url, autofinalize=False, set_as_current=False)
+    fastq.accelerate(app)
+    app.send_task("somebody.elses", (1,))
+    assert not app.finalized
+    assert [each.headers["task"] for each in taken(broker_url)] == ["somebody.elses"]
+    app.close()
+
+
 def test_arguments_that_cannot_be_written_raise_kombus_error(broker_url: str) -> None:
     app = make(broker_url)
     app.add.delay(1)

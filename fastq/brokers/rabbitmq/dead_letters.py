@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Final
 
-from fastq.brokers.headers import REJECTED
+from fastq.brokers.headers import DELIVERY_COUNT, REJECTED
 from fastq.brokers.on_loop import LoopPublisher
 from fastq.brokers.rabbitmq.on_loop import open_line
 from fastq.errors import FastqError
@@ -94,6 +94,7 @@ def dead_letter(found: Mapping[str, Any], spec: QueueSpec, reason: str) -> Messa
         headers = dict(properties.get("headers") or {})
         if "CC" in headers or "user_id" in properties:  # the one is routing, the other holds for its sender alone
             return None
+        headers.pop(DELIVERY_COUNT, None)  # of the queue that it leaves: one put back starts anew
         deaths = _deaths(headers.get("x-death", []), _death(found, spec.name, properties.pop("expiration", None)))
         for name in ("exchange", "queue", "reason"):
             headers.setdefault(f"x-first-death-{name}", deaths[-1][name])

@@ -18,7 +18,7 @@ from celery.app import routes
 from celery.utils.nodenames import anon_nodename
 from celery.utils.saferepr import saferepr
 from kombu.exceptions import EncodeError, SerializerNotInstalled
-from kombu.serialization import prepare_accept_content, registry
+from kombu.serialization import TRUSTED_CONTENT, prepare_accept_content, registry
 
 from fastq.celery.conf.settings import spellings
 from fastq.celery.sending import stock
@@ -107,11 +107,13 @@ class Plan:
         application's own may have workers of another configuration.
         """
         name = options.get("serializer") or self.serializer
-        if name in self._accepted or task not in self.app.tasks:
+        # `app.tasks` would finalize the application, or refuse to.
+        if name in self._accepted or task not in self.app._tasks:
             return
         codec, accept = registry._encoders.get(name), self.conf.accept_content
         with contextlib.suppress(SerializerNotInstalled):
-            if codec is not None and codec.content_type not in (prepare_accept_content(accept) or [codec.content_type]):
+            accepted = prepare_accept_content(accept)
+            if codec is not None and accepted and codec.content_type not in TRUSTED_CONTENT.union(accepted):
                 raise EncodeError(
                     f"serializer {name!r}: the application's own workers would refuse a call of {task!r}, as "
                     f"accept_content is {sorted(accept)}. Add {name!r} to it, or choose another serializer"

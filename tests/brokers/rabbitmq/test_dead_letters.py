@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from fastq.queues import ARGUMENTS
+from fastq.brokers.rabbitmq.dead_letters import dead_letter
+from fastq.queues import ARGUMENTS, QueueSpec
 from fastq.wire.amqp import decode_properties, encode_properties
 from fastq.wire.ids import new_id
 from fastq.wire.message import Message
@@ -176,3 +177,14 @@ def test_a_flood_of_letters_is_moved(attacked: Callable[..., Attacked]) -> None:
     assert sorted(each["headers"]["number"] for each in found) == list(range(2000))
     assert all("x-rejected" in each["headers"] for each in found)
     until(lambda: worker.stage.depth() == 0, 10, "all are settled")
+
+
+def test_a_letter_that_is_put_back_has_all_its_deliveries_before_it() -> None:
+    props = encode_properties({"headers": {"x-delivery-count": 2, "own": 1}})
+    found = {"props": props, "body": b"", "exchange": "", "routing_key": "main"}
+    spec = QueueSpec("main", "", "main", arguments={"x-dead-letter-exchange": "dead"})
+    letter = dead_letter(found, spec, "why")
+    assert letter is not None
+    left = decode_properties(letter.props)["headers"]
+    assert "x-delivery-count" not in left
+    assert left["own"] == 1
